@@ -1,0 +1,1 @@
+"""The command line of tadperf: reads options, calls the library, prints."""

@@ -1,0 +1,168 @@
+"""What the commands share: their options, the merged config, errors, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from tadperf.config import Config
+
+
+@dataclass
+class Settings:
+    """Of this process: whether an unexpected error shows its traceback."""
+
+    debug: bool = False
+
+
+settings = Settings()
+
+
+def _set_debug(value: bool) -> bool:
+    settings.debug = settings.debug or value
+    return value
+
+
+# Numbers are read as text: the config checks them, so that every wrong value is answered in the same words.
+# Optional[...] and not `| None`: typer reads these when the module is imported, on every Python from 3.10.
+Text = Optional[str]  # noqa: UP045
+Folder = Optional[Path]  # noqa: UP045
+DATA_HELP = "'digits', or a file or folder of images: parquet, image folder, CIFAR pickles, npz, safetensors, idx.gz"
+
+Data = Annotated[Text, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
+Format = Annotated[Text, typer.Option("--format", metavar="NAME", help="Format of DATA, where detection fails.")]
+ImageSize = Annotated[Text, typer.Option("--image-size", metavar="N", help="Resize every image to N x N.")]
+Labels = Annotated[
+    Text, typer.Option("--labels", metavar="FILE", help="Labels instead of the given: CSV, .npy, .pt:key.")
+]
+Noise = Annotated[
+    Text, typer.Option("--noise", metavar="KIND:P", help="Add label noise: symmetric:P, asymmetric:P, instance:P.")
+]
+Ipc = Annotated[Text, typer.Option("--ipc", metavar="N", help="Synthetic images per class.")]
+Method = Annotated[Text, typer.Option("--method", metavar="NAME", help="Distillation method: mtt.")]
+Repeats = Annotated[Text, typer.Option("--repeats", metavar="N", help="Fresh students per network.")]
+Seed = Annotated[Text, typer.Option("--seed", metavar="N", help="One seed gives one result.")]
+Device = Annotated[Text, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:i.")]
+Preset = Annotated[
+    Text, typer.Option("--preset", metavar="NAME", help="Where the config starts; see 'tadperf config'.")
+]
+ConfigFile = Annotated[Folder, typer.Option("--config", metavar="FILE", help="A TOML file over the preset.")]
+Sets = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="A.B=C", help="Any field of the config, over the file; may be repeated."),
+]
+Out = Annotated[Folder, typer.Option("--out", metavar="DIR", help="Run folder; by default runs/<data>-....")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of a failure.")]
+
+FIELDS = {
+    "data": "data.path",
+    "format": "data.format",
+    "image_size": "data.image_size",
+    "labels": "data.labels",
+    "noise": "data.noise",
+    "ipc": "match.ipc",
+    "method": "match.method",
+    "experts": "experts.path",
+    "repeats": "evaluate.repeats",
+    "networks": "evaluate.networks",
+    "seed": "seed",
+    "device": "device",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say about the config."""
+
+    preset: str | None
+    file: Path | None
+    sets: Sequence[str]
+    options: dict[str, Any]
+    quiet: bool
+
+
+class RunInterruptedError(Exception):
+    """Ctrl-C or SIGTERM during a run; the text says how to continue."""
+
+
+def complain(message: object) -> None:
+    """One line on stderr."""
+    print("tadperf:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+
+
+def fields(**options: Any) -> dict[str, Any]:
+    """Options by parameter name -> by dotted field of the config, without those that were not given."""
+    return {FIELDS[name]: value for name, value in options.items() if value is not None}
+
+
+def merged(asked: Asked, base: Config | None = None) -> Config:
+    """The config that the options ask for, over that of a resumed run."""
+    from tadperf.merge import merge
+
+    return merge(asked.preset, asked.file, asked.sets, asked.options, base)
+
+
+def state_preset(asked: Asked) -> None:
+    """Says on stderr which preset a new run starts from, where none was named."""
+    from tadperf.merge import default_preset
+
+    if asked.preset is None and not asked.quiet:
+        preset = default_preset(asked.file, asked.sets, asked.options)
+        print(f"preset {preset} (--preset chooses another)", file=sys.stderr)
+
+
+def run_config(
+    asked: Asked, out: Path | None, resume: bool, default_out: Callable[[Config], Path]
+) -> tuple[Config, Path]:
+    """The config and folder of a run; for a resumed one, options that were not given come from its config.json."""
+    from tadperf import runs
+
+    if not (resume and out):
+        config = merged(asked)
+        out = out or default_out(config)
+        if not resume:
+            runs.check(out, resume)
+            return config, out
+    runs.check(out, resume)
+    return merged(asked, runs.stored_config(out)), out
+
+
+def data_name(path: str) -> str:
+    """What a run folder is called after: "digits", or the file's or folder's name without its endings."""
+    name = Path(path).resolve().name
+    return name.split(".")[0] or name.strip(".") or "data"
+
+
+@contextlib.contextmanager
+def resumable(command: str, out: Path) -> Iterator[None]:
+    """Ctrl-C inside says how the run continues."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = f"; continue with: tadperf {command} --resume --out {shlex.quote(str(out))}" if out.exists() else ""
+        raise RunInterruptedError(f"interrupted{hint}") from None
+
+
+def distilled_file(path: Path) -> Path:
+    """The distilled set itself, where a run folder was named."""
+    return path / "distilled.safetensors" if path.is_dir() else path
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout."""
+    import json
+
+    from tadperf.runs import plain
+
+    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,77 @@
+"""`tadperf distill`: the whole job, from images and labels to one distilled file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import common
+
+if TYPE_CHECKING:
+    from tadperf.config import Config
+
+Experts = Annotated[
+    common.Folder,
+    typer.Option("--experts", metavar="DIR", help="Use the experts of another run instead of training some."),
+]
+
+
+def distill(
+    data: common.Data = None,
+    ipc: common.Ipc = None,
+    noise: common.Noise = None,
+    labels: common.Labels = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    method: common.Method = None,
+    experts: Experts = None,
+    repeats: common.Repeats = None,
+    image_size: common.ImageSize = None,
+    format: common.Format = None,
+    preset: common.Preset = None,
+    config_file: common.ConfigFile = None,
+    sets: common.Sets = None,
+    out: common.Out = None,
+    resume: common.Resume = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Distil DATA into a few synthetic images per class, and measure what they are worth."""
+    options = common.fields(
+        data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, repeats=repeats,
+        image_size=image_size, format=format, experts=experts and str(experts.resolve()),
+    )  # fmt: skip
+    asked = common.Asked(preset, config_file, sets or (), options, quiet)
+    config, out = common.run_config(asked, out, resume, default_out)
+    with common.resumable("distill", out):
+        result = _run(asked, config, out, resume)
+    if as_json:
+        common.print_json(result)
+    else:
+        from .tables import print_result
+
+        print_result(result)
+
+
+def default_out(config: Config) -> Path:
+    """runs/<data>-ipc<ipc>-seed<seed>."""
+    return Path("runs") / f"{common.data_name(config.data.path)}-ipc{config.match.ipc}-seed{config.seed}"
+
+
+def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict[str, Any]:
+    from tadperf import runs
+
+    if resume and (result := runs.finished(out, config)) is not None:
+        return result
+    from tadperf import pipeline
+
+    from .progress import display
+
+    job = pipeline.prepare(config)
+    with runs.Run.create(out, config, resume) as run, display(asked.quiet) as progress:
+        if not resume:
+            common.state_preset(asked)
+        return pipeline.distill(job, run, progress)

@@ -1,0 +1,54 @@
+"""`tadperf evaluate`: what a distilled file is worth, from nothing but the file and the test data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from . import common
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A distilled file, or the folder of its run.")]
+Networks = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--network", metavar="NAME", help="convnet, resnet18, alexnet or vgg11; may be repeated."),
+]
+
+
+def evaluate(
+    file: File,
+    data: common.Data = None,
+    network: Networks = None,
+    repeats: common.Repeats = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Train fresh networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
+    from tadperf.merge import merge
+
+    options = common.fields(repeats=repeats, networks=network or None, seed=seed, device=device)
+    config = merge(options=options)
+    from tadperf import pipeline
+
+    from .progress import display
+
+    with display(quiet) as progress:
+        result = pipeline.evaluate_file(
+            common.distilled_file(file),
+            data,
+            networks=config.evaluate.networks if network else None,
+            repeats=config.evaluate.repeats if repeats else None,
+            seed=config.seed,
+            device=config.device,
+            progress=progress,
+        )
+    if as_json:
+        common.print_json(result)
+    else:
+        from .tables import print_accuracy
+
+        print_accuracy(result)

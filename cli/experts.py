@@ -1,0 +1,61 @@
+"""`tadperf experts`: the training trajectories alone, to be shared by several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import common
+
+if TYPE_CHECKING:
+    from tadperf.config import Config
+
+
+def experts(
+    data: common.Data = None,
+    noise: common.Noise = None,
+    labels: common.Labels = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    image_size: common.ImageSize = None,
+    format: common.Format = None,
+    preset: common.Preset = None,
+    config_file: common.ConfigFile = None,
+    sets: common.Sets = None,
+    out: common.Out = None,
+    resume: common.Resume = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Train the experts whose trajectories `distill --experts DIR` matches."""
+    options = common.fields(
+        data=data, noise=noise, labels=labels, seed=seed, device=device, image_size=image_size, format=format
+    )
+    asked = common.Asked(preset, config_file, sets or (), options, quiet)
+    config, out = common.run_config(asked, out, resume, default_out)
+    with common.resumable("experts", out):
+        result = _run(asked, config, out, resume)
+    if as_json:
+        common.print_json(result)
+    else:
+        from .tables import print_figures
+
+        print_figures(result)
+
+
+def default_out(config: Config) -> Path:
+    """runs/<data>-experts-seed<seed>."""
+    return Path("runs") / f"{common.data_name(config.data.path)}-experts-seed{config.seed}"
+
+
+def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict:
+    from tadperf import pipeline, runs
+
+    from .progress import display
+
+    job = pipeline.prepare(config)
+    with runs.Run.create(out, config, resume) as run, display(asked.quiet) as progress:
+        if not resume:
+            common.state_preset(asked)
+        return pipeline.train_experts(job, run, progress)

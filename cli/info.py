@@ -1,0 +1,47 @@
+"""`tadperf info`: what is installed, which devices there are, and what each operator runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import common
+
+
+def info(as_json: common.Json = False, debug: common.Debug = False) -> None:
+    """Print versions, devices, and which operators run native, Triton or reference code."""
+    facts = gather()
+    if as_json:
+        common.print_json(facts)
+    else:
+        from .tables import print_info
+
+        print_info(facts)
+
+
+def gather() -> dict[str, Any]:
+    """Versions, platform, devices by name, implementations by operator and device."""
+    import os
+    import platform
+
+    import torch
+
+    import tadperf.device
+    from tadperf import runs
+    from tadperf.kernels import implementations, native  # pyright: ignore[reportMissingImports]
+
+    devices = {"cpu": tadperf.device.describe(torch.device("cpu"))}
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = tadperf.device.describe(torch.device("cuda", index))
+    return {
+        "versions": runs.versions(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "operators": implementations(),
+        "native": {
+            "available": native.available(),
+            "isa": native.isa(),
+            "reason": native.reason(),
+        },
+    }

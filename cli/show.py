@@ -1,0 +1,35 @@
+"""`tadperf show`: the distilled images as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A distilled file, or the folder of its run.")]
+Out = Annotated[
+    common.Folder, typer.Option("--out", metavar="FILE", help="The PNG file; by default beside the distilled one.")
+]
+
+
+def show(target: Target, out: Out = None, as_json: common.Json = False, debug: common.Debug = False) -> None:
+    """Write the images of FILE as a PNG: a row per class, a column per image."""
+    from tadperf.artifact import load
+    from tadperf.errors import UserError
+    from tadperf.report.grid import save_grid
+
+    distilled = load(common.distilled_file(target))
+    out = out or (target / "grid.png" if target.is_dir() else target.with_suffix(".png"))
+    try:
+        save_grid(out, distilled)
+    except OSError as error:
+        raise UserError("--out", out, f"cannot be written: {error.strerror}; choose another with --out") from None
+    if as_json:
+        common.print_json(
+            {"file": str(target), "grid": str(out), "classes": distilled.num_classes, "ipc": distilled.ipc}
+        )
+    else:
+        print(out)

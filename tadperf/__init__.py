@@ -1,0 +1,52 @@
+"""tadperf: fast dataset distillation for data with noisy labels.
+
+    ds = tadperf.load("distilled.safetensors")
+    x, y = ds.images, ds.labels
+    net = ds.train()
+    ds.accuracy(net, test)
+
+Names are imported when first used (PEP 562), so that `import tadperf` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tadperf.api import distill
+    from tadperf.artifact import DistilledSet, load
+    from tadperf.config import Config
+    from tadperf.data import Dataset, open_data
+    from tadperf.errors import UserError
+
+    __version__: str
+
+__all__ = ["Config", "Dataset", "DistilledSet", "UserError", "__version__", "distill", "load", "open_data"]
+
+_HOMES = {
+    "Config": "tadperf.config",
+    "Dataset": "tadperf.data",
+    "DistilledSet": "tadperf.artifact",
+    "UserError": "tadperf.errors",
+    "distill": "tadperf.api",
+    "load": "tadperf.artifact",
+    "open_data": "tadperf.data",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("tadperf")  # pyproject.toml is the one place that states it
+        except PackageNotFoundError:
+            return "0+source"
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tadperf' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

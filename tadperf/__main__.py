@@ -1,0 +1,8 @@
+"""`python -m tadperf`."""
+
+from __future__ import annotations
+
+from tadperf.cli.app import main  # pyright: ignore[reportMissingImports]
+
+if __name__ == "__main__":
+    main()

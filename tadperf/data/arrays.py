@@ -1,0 +1,148 @@
+"""Images and labels as arrays: .npz, .safetensors, and MNIST's idx files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tadperf.data.layout import Content, Layout, as_numpy, index_labels
+from tadperf.data.pixels import from_array
+from tadperf.errors import UserError
+
+# Keys of images and labels, as people name them.
+KEYS = {
+    "train": (("images", "x", "x_train", "train_images"), ("labels", "y", "y_train", "train_labels")),
+    "test": (("x_test", "test_images"), ("y_test", "test_labels")),
+}
+
+
+def read_npz(path: Path, image_size: int | None) -> Layout:
+    """An .npz file: images/x and labels/y, or x_train, y_train, x_test, y_test, or train_images, train_labels, ...
+
+    Also clean_labels (of the train split) and class_names (text). Pickled objects are refused: they could run code.
+    """
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError("data", path, f"not a whole .npz file ({error}); write it with numpy.savez") from None
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise UserError("data", path, "holds one array; images and labels are wanted (numpy.savez)")
+
+    def get(key: str) -> np.ndarray:
+        try:
+            return file[key]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            remedy = "store plain arrays of numbers or text" if "pickle" in str(error) else "copy the file again"
+            raise UserError("data", f"{path}: {key}", f"cannot be read ({error}); {remedy}") from None
+
+    names = tuple(map(str, get("class_names").tolist())) if "class_names" in file.files else None
+    return _layout(get, file.files, names, path)
+
+
+def read_safetensors(path: Path, image_size: int | None) -> Layout:
+    """A .safetensors file with the keys of `read_npz`; class_names as a JSON list in the metadata.
+
+    uint8 images [N, C, H, W] stay memory-mapped.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError("data", path, f"not a whole .safetensors file ({error}); copy it again") from None
+    with file:
+        keys, text = list(file.keys()), (file.metadata() or {}).get("class_names")
+        tensors = {key: file.get_tensor(key) for key in keys}
+    try:
+        names = None if text is None else tuple(map(str, json.loads(text)))
+    except (ValueError, TypeError):
+        raise UserError("data", f"{path}: class_names", "must be a JSON list of names") from None
+    return _layout(tensors.__getitem__, keys, names, path)
+
+
+def _layout(get: Callable[[str], Any], keys: Collection[str], names: tuple[str, ...] | None, path: Path) -> Layout:
+    found = {}
+    for split, (image_keys, label_keys) in KEYS.items():
+        image, label = (next((key for key in wanted if key in keys), None) for wanted in (image_keys, label_keys))
+        if image and label:
+            found[split] = image, label
+    if not found:
+        held = ", ".join(sorted(keys)) or "nothing"
+        raise UserError("data", path, f"has no images and labels (or x_train, y_train, x_test, y_test), only {held}")
+    names, labels = index_labels({split: as_numpy(get(label)) for split, (_, label) in found.items()}, names, str(path))
+
+    def read(split: str) -> Content:
+        key = found[split][0]
+        images = from_array(get(key), f"{path}: {key}")
+        clean = None
+        if split == "train" and "clean_labels" in keys:
+            clean = index_labels({split: as_numpy(get("clean_labels"))}, names, f"{path}: clean_labels")[1][split]
+        for what, other in (("labels", labels[split]), ("clean_labels", clean)):
+            if other is not None and len(other) != len(images):
+                raise UserError("data", path, f"{len(images)} images but {len(other)} {what} in the {split} split")
+        return Content(images, labels[split], clean)
+
+    return Layout(names, {split: lambda split=split: read(split) for split in found})
+
+
+def holds_idx(path: Path) -> bool:
+    """Whether a folder holds MNIST's files."""
+    return any(_idx_file(path, prefix, 3) for prefix in ("train", "t10k", "test"))
+
+
+def read_idx(path: Path, image_size: int | None) -> Layout:
+    """A folder with MNIST's train-images-idx3-ubyte.gz and the like: '-' or '.' before idx, .gz or not, t10k, test."""
+    files = {"train": ("train",), "test": ("t10k", "test")}
+    pairs = {split: _idx_pair(path, prefixes) for split, prefixes in files.items()}
+    found = {split: pair for split, pair in pairs.items() if pair is not None}
+    if not found:
+        raise UserError("data", path, "has no train-images-idx3-ubyte(.gz) with train-labels-idx1-ubyte(.gz)")
+    names, labels = index_labels({split: _read_idx(pair[1], 1) for split, pair in found.items()}, None, str(path))
+
+    def read(split: str) -> Content:
+        images = from_array(_read_idx(found[split][0], 3), str(found[split][0]))
+        if len(images) != len(labels[split]):
+            raise UserError("data", found[split][0], f"{len(images)} images but {len(labels[split])} labels")
+        return Content(images, labels[split])
+
+    return Layout(names, {split: lambda split=split: read(split) for split in found})
+
+
+def _idx_pair(path: Path, prefixes: tuple[str, ...]) -> tuple[Path, Path] | None:
+    for prefix in prefixes:
+        images, labels = _idx_file(path, prefix, 3), _idx_file(path, prefix, 1)
+        if images and labels:
+            return images, labels
+        if images or labels:
+            raise UserError("data", images or labels, "the file of labels or images beside it is missing; add it")
+    return None
+
+
+def _idx_file(path: Path, prefix: str, ndim: int) -> Path | None:
+    what = {3: "images", 1: "labels"}[ndim]
+    names = (f"{prefix}-{what}{dot}idx{ndim}-ubyte{packed}" for dot in "-." for packed in ("", ".gz"))
+    return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _read_idx(file: Path, ndim: int) -> np.ndarray:
+    """A uint8 array: two zero bytes, type 8, the number of dimensions, each size in 4 bytes, big-endian, the values."""
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError("data", file, f"not a whole gzip file ({error}); copy it again") from None
+    start = 4 + 4 * ndim
+    if data[:4] != bytes((0, 0, 8, ndim)) or len(data) < start:
+        raise UserError("data", file, f"does not start as an idx{ndim} file of bytes; copy it again")
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", ndim, 4))
+    if len(data) != start + math.prod(shape):
+        wanted = " x ".join(map(str, shape))
+        raise UserError("data", file, f"{len(data) - start} bytes of {wanted} found; copy the file again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()

@@ -1,0 +1,63 @@
+"""What a set of images is worth: fresh networks trained on it, tested on data they never saw."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tadperf import nets, parallel, seeds, training
+from tadperf.config import NetConfig
+from tadperf.training import Images, Recipe, accuracy
+
+__all__ = ["Recipe", "Student", "accuracy", "evaluate", "summary", "train_student"]
+
+
+def train_student(
+    images: Images, labels: Tensor, num_classes: int, net: NetConfig, recipe: Recipe, seed: int, device: torch.device
+) -> nn.Module:
+    """A fresh network of `net` trained on normalised images [M, C, H, W] with labels [M] or label logits [M, K]."""
+    channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
+    module = nets.build(net, (channels, height, width), num_classes, seeds.derive(seed, "student")).to(device)
+    return training.fit(module, images, labels, recipe, seeds.derive(seed, "student"))
+
+
+class Student(NamedTuple):
+    """One network to train and test: the row of the report it counts for, what it is and what it learns from."""
+
+    row: str
+    repeat: int
+    net: NetConfig
+    recipe: Recipe
+    data: Callable[[], tuple[Images, Tensor]]  # made where the student is trained: nothing crosses between processes
+
+
+def evaluate(
+    students: Sequence[Student], test_images: Images, test_labels: Tensor, num_classes: int, seed: int,
+    device: torch.device, done: Callable[[Student, float], None],
+) -> None:  # fmt: skip
+    """Trains and tests every student and reports each accuracy (share in [0, 1]) by `done` as it comes.
+
+    On a CPU as many at once as there are cores, one thread each.
+    """
+
+    def score(student: Student) -> float:
+        images, labels = student.data()
+        where = seeds.derive(seed, student.row, student.repeat)
+        module = train_student(images, labels, num_classes, student.net, student.recipe, where, device)
+        return accuracy(module, test_images, test_labels)
+
+    for position, result in parallel.run(score, students, None if device.type == "cpu" else 1):
+        done(students[position], result)
+
+
+def summary(runs: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (0 for one run) and the runs themselves."""
+    return {
+        "mean": statistics.fmean(runs),
+        "std": statistics.stdev(runs) if len(runs) > 1 else 0.0,
+        "runs": list(runs),
+    }

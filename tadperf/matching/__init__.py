@@ -1,0 +1,1 @@
+"""Trajectory matching: the objective, its exact gradient, the loop."""

@@ -1,0 +1,179 @@
+"""The distillation loop: synthetic images whose training trajectory imitates that of experts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tadperf import runs, seeds
+from tadperf.config import MatchConfig
+from tadperf.data import augment
+from tadperf.experts.store import Experts
+from tadperf.matching.gradient import GRADIENTS, Gradient, Step
+from tadperf.nets import FlatNet
+from tadperf.progress import Progress, silent
+from tadperf.runs import Run
+
+EXPLODED = 10.0  # matching loss (1 is a student that stood still) at which a step counts as diverged
+SAVE_EVERY = 10.0  # seconds between checkpoints; when they are taken changes no result
+
+Check = Callable[[Tensor, Tensor, float, int], float]  # images, labels, lr, iteration -> accuracy on held-out samples
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that the loop carries from one iteration to the next; values in, values out."""
+
+    iteration: int
+    images: Tensor  # [M, C, H, W], normalised
+    labels: Tensor  # int64 [M], or logits [M, K]
+    log_lr: Tensor  # scalar; the logarithm is learned, so that the rate cannot turn negative
+    image_velocity: Tensor
+    label_velocity: Tensor
+    lr_velocity: Tensor
+    lr_img: float  # halved by the divergence guard
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | {
+            "counters": torch.tensor([float(self.iteration), self.lr_img], dtype=torch.float64)
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> State:
+        iteration, lr_img = tensors["counters"].tolist()
+        fields = {name: value.to(device) for name, value in tensors.items() if name != "counters"}
+        return cls(int(iteration), lr_img=lr_img, **fields)
+
+
+def begin(images: Tensor, labels: Tensor, config: MatchConfig) -> State:
+    """The state before the first iteration."""
+    label_velocity = torch.zeros_like(labels, dtype=images.dtype) if labels.is_floating_point() else labels.new_zeros(0)
+    log_lr = torch.tensor(math.log(config.lr_init), dtype=images.dtype, device=images.device)
+    return State(
+        0, images, labels, log_lr, torch.zeros_like(images), label_velocity, torch.zeros_like(log_lr), config.lr_img
+    )
+
+
+def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, generator: torch.Generator) -> list[Step]:
+    """T inner steps: mini-batches from shuffled passes over the synthetic set, each under its own augmentation."""
+    batch = min(config.batch or count, count)
+    passes = -(-config.steps * batch // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+    drawn = augment.draw(strategy, config.steps * batch, size, generator)
+    return [Step(order[i : i + batch], drawn.rows(i, i + batch)) for i in range(0, config.steps * batch, batch)]
+
+
+def update(state: State, gradient: Gradient, config: MatchConfig) -> State:
+    """One step of SGD with momentum on images, labels and log lr."""
+    image_velocity = config.momentum * state.image_velocity + gradient.images
+    labels, label_velocity = state.labels, state.label_velocity
+    if gradient.labels is not None:
+        label_velocity = config.momentum * label_velocity + gradient.labels
+        labels = labels - config.lr_label * label_velocity
+    # d/d log lr = lr d/d lr; clamped, since one bad trajectory would otherwise move the rate by orders of magnitude.
+    slope = (gradient.lr * state.log_lr.exp()).clamp(-1, 1)
+    lr_velocity = config.momentum * state.lr_velocity + slope
+    return replace(
+        state, iteration=state.iteration + 1, images=state.images - state.lr_img * image_velocity, labels=labels,
+        log_lr=state.log_lr - config.lr_lr * lr_velocity, image_velocity=image_velocity, label_velocity=label_velocity,
+        lr_velocity=lr_velocity,
+    )  # fmt: skip
+
+
+def diverged(gradient: Gradient, following: State) -> bool:
+    """Whether a step must not be taken: a loss that exploded, or a value in it or after it that is not finite."""
+    values = [gradient.loss, gradient.images, gradient.lr, following.images, following.labels, following.log_lr]
+    return not (float(gradient.loss) < EXPLODED and all(bool(v.isfinite().all()) for v in values))
+
+
+def undo(state: State, previous: State | None) -> State:
+    """The divergence guard: back to before the last update, at rest, with half the image learning rate.
+
+    Where there is nothing to go back to, the student's own rate was too high: that is halved.
+    """
+    calm = previous or replace(state, log_lr=state.log_lr - math.log(2))
+    rest = {name: torch.zeros_like(getattr(calm, name)) for name in ("image_velocity", "label_velocity", "lr_velocity")}
+    return replace(calm, iteration=state.iteration + 1, lr_img=state.lr_img / 2, **rest)
+
+
+def matching_gradient(
+    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int
+) -> Gradient:
+    """Draws an expert, a start and the inner steps of this iteration, and differentiates the matching loss."""
+    generator = seeds.generator(seed, "match", state.iteration)
+    expert = int(torch.randint(len(experts), (), generator=generator))
+    start = int(torch.randint(config.max_start + 1, (), generator=generator))
+    device = state.images.device
+    drawn = draw_steps(config, len(state.images), state.images.shape[-1], strategy, generator)
+    steps = [step._replace(index=step.index.to(device)) for step in drawn]
+    ends = (experts.snapshot(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
+    return GRADIENTS[config.gradient](net, *ends, state.images, state.labels, state.log_lr.exp(), steps)
+
+
+def distil(
+    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int, check: Check, run: Run,
+    progress: Progress = silent,
+) -> State:  # fmt: skip
+    """Learns the images; returns the state that did best on held-out training samples.
+
+    check: trains students on (images, labels, lr) and gives their accuracy on held-out samples.
+    Continues from the run's checkpoint where there is one. Every draw depends on (seed, iteration)
+    alone and a checkpoint holds all that is carried on, so a resumed run ends in the same bytes.
+    """
+    previous, best, score, losses = None, state, -1.0, []
+    saved = run.path / "checkpoints" / "matching.safetensors"
+    if saved.exists():
+        state, previous, best, score = _load(saved, state.images.device)
+    run.rewind("matching", state.iteration)
+    last_save = time.monotonic()
+    while state.iteration < config.iterations:
+        gradient = matching_gradient(state, net, experts, config, strategy, seed)
+        loss = float(gradient.loss)
+        following = update(state, gradient, config)
+        if diverged(gradient, following):
+            state, previous = undo(state, previous), None
+            run.log("matching", state.iteration, loss=loss, undone=True, lr_img=state.lr_img)
+        else:
+            state, previous = following, state
+            run.log("matching", state.iteration, loss=loss, lr=float(state.log_lr.exp()))
+        losses = [*losses[-19:], loss]
+        progress("matching", state.iteration, config.iterations, loss=sum(losses) / len(losses))
+        if state.iteration % config.check_every == 0 or state.iteration == config.iterations:
+            accuracy = check(state.images, state.labels, float(state.log_lr.exp()), state.iteration)
+            run.log("matching", state.iteration, held_out=accuracy)
+            if accuracy >= score:
+                best, score = state, accuracy
+            _save(saved, state, previous, best, score)
+            last_save = time.monotonic()
+        elif time.monotonic() - last_save > SAVE_EVERY:
+            _save(saved, state, previous, best, score)
+            last_save = time.monotonic()
+    return best
+
+
+def _save(path: Path, state: State, previous: State | None, best: State, score: float) -> None:
+    parts = {"state": state, "best": best} | ({"previous": previous} if previous else {})
+    tensors = {f"{part}.{name}": value.clone() for part, s in parts.items() for name, value in s.tensors().items()}
+    runs.save_tensors(path, tensors, {"score": repr(score)})
+
+
+def _load(path: Path, device: torch.device) -> tuple[State, State | None, State, float]:
+    tensors, metadata = runs.load_tensors(path)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        part, field = name.split(".", 1)
+        parts.setdefault(part, {})[field] = value
+    states = {part: State.from_tensors(fields, device) for part, fields in parts.items()}
+    return states["state"], states.get("previous"), states["best"], float(metadata["score"])
+
+
+def soft_labels(net: FlatNet, experts: Experts, images: Tensor, epoch: int) -> Tensor:
+    """Label logits [M, K] to start from: the experts' logits after `epoch` epochs (DATM), their mean (tadperf)."""
+    with torch.no_grad():
+        return torch.stack([net(experts.snapshot(e, epoch).to(images), images) for e in range(len(experts))]).mean(0)

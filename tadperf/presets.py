@@ -1,0 +1,62 @@
+"""Named starting points for a config. Data only: `tadperf config --preset NAME` prints the whole of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Sections = dict[str, dict[str, Any]]
+
+
+def _ftd(path: str, ipc: int, steps: int, expert_epochs: int, max_start: int, lr_img: float, **match: Any) -> Sections:
+    """Trajectory matching with the published values of FTD (Du et al., 2023, its public code).
+
+    Its learning rate for the student's learning rate is not taken over: ours acts on the logarithm.
+    """
+    return {
+        "data": {"path": path, "normalise": "meanstd" if path == "tiny-imagenet" else "zca"},
+        "net": {"name": "convnet", "depth": 4 if path == "tiny-imagenet" else 3, "width": 128},
+        "experts": {"count": 100},
+        "match": {
+            "ipc": ipc, "iterations": 5000, "steps": steps, "expert_epochs": expert_epochs, "max_start": max_start,
+            "lr_img": lr_img, **match,
+        },
+    }  # fmt: skip
+
+
+def _digits(ipc: int, **match: Any) -> Sections:
+    """Experts of 33 epochs train to 98.8 % on held-out samples; their soft labels and k-means starts matter most."""
+    return {
+        "data": {"path": "digits", "augment": "crop_scale_rotate"},
+        "net": {"depth": 2, "width": 32},
+        "experts": {"count": 8, "epochs": 33, "batch": 64, "lr": 0.1},
+        "match": {
+            "ipc": ipc, "iterations": 150, "check_every": 50, "lr_img": 10.0, "lr_init": 0.03, "init": "kmeans",
+            "soft_labels": True, "lr_label": 2.0, **match,
+        },
+        "evaluate": {"epochs": 300, "repeats": 5, "real_lr": 0.03, "full_epochs": 30, "full_repeats": 3},
+    }  # fmt: skip
+
+
+PRESETS: dict[str, Sections] = {
+    # The default job: scikit-learn's digits, minutes on two CPU cores. Values chosen on 400 of the training samples.
+    "digits": _digits(10, steps=10, expert_epochs=3, max_start=30, batch=50),
+    "digits-ipc1": _digits(1, steps=20, expert_epochs=2, max_start=5),
+    # Any other set on a CPU: a small network, few experts, short matching.
+    "quick": {
+        "net": {"width": 32},
+        "experts": {"count": 4},
+        "match": {
+            "ipc": 1, "iterations": 500, "steps": 20, "expert_epochs": 2, "max_start": 2, "lr_img": 100.0,
+            "check_every": 100,
+        },
+        "evaluate": {"epochs": 300, "repeats": 3, "full_epochs": 5, "full_repeats": 1},
+    },
+    "cifar10-ipc1": _ftd("cifar10", 1, 50, 2, 2, 100.0),
+    "cifar10-ipc10": _ftd("cifar10", 10, 30, 2, 20, 100.0),
+    "cifar10-ipc50": _ftd("cifar10", 50, 30, 2, 40, 1000.0),
+    "cifar100-ipc1": _ftd("cifar100", 1, 40, 3, 20, 1000.0),
+    "cifar100-ipc10": _ftd("cifar100", 10, 20, 2, 40, 1000.0),
+    "cifar100-ipc50": _ftd("cifar100", 50, 80, 2, 40, 1000.0, batch=1000),
+    "tiny-ipc1": _ftd("tiny-imagenet", 1, 30, 2, 10, 1e4),
+    "tiny-ipc10": _ftd("tiny-imagenet", 10, 20, 2, 40, 1e4, batch=500),
+}  # fmt: skip

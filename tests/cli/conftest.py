@@ -1,0 +1,55 @@
+"""The command line in this process, and a job of seconds to run with it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+# A ConvNet of 8 channels on the built-in digits: about 3 s with the start of Python.
+TINY = [
+    "--ipc=1", "--repeats=2", "--device=cpu",
+    *(f"--set={s}" for s in (
+        "net.width=8", "net.depth=1", "experts.count=2", "match.iterations=6", "match.check_every=3", "match.steps=2",
+        "match.max_start=1", "match.expert_epochs=1", "evaluate.epochs=3", "evaluate.full_epochs=1",
+        "evaluate.full_repeats=1",
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny() -> list[str]:
+    """Options of a job that takes seconds."""
+    return TINY
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
+    """tadperf("distill", "--ipc", "0"): runs the command in an empty folder, with its exit code and output."""
+    from tadperf.cli import app  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app.memory, "keep", lambda: None)  # it would last for all tests of this process
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["tadperf", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                app.main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, *capfd.readouterr())
+
+    return run

@@ -1,0 +1,130 @@
+"""The frozen command line, the time that help takes, and how errors are answered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+COMMON = [
+    "DATA",
+    "--noise",
+    "--labels",
+    "--seed",
+    "--device",
+    "--image-size",
+    "--format",
+    "--preset",
+    "--config",
+    "--set",
+]
+OUTPUT = ["--json", "--quiet", "--debug"]
+FROZEN = {  # a change here is a change for every user: names are added, not renamed
+    "distill": [*COMMON, "--ipc", "--method", "--repeats", "--experts", "--out", "--resume", *OUTPUT],
+    "experts": [*COMMON, "--out", "--resume", *OUTPUT],
+    "evaluate": ["FILE", "DATA", "--network", "--repeats", "--seed", "--device", *OUTPUT],
+    "show": ["FILE|RUN", "--out", "--json", "--debug"],
+    "info": ["--json", "--debug"],
+    "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", *OUTPUT],
+}
+
+
+def test_the_command_line_is_frozen():
+    from tadperf.cli.app import app  # pyright: ignore[reportMissingImports]
+
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
+        found[name] = sorted(p.opts[0] if p.opts[0].startswith("-") else p.metavar for p in command.params)
+    assert found == {name: sorted(options) for name, options in FROZEN.items()}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"]])
+def test_help_is_instant(tmp_path, arguments):
+    command = [sys.executable, "-m", "tadperf", *arguments]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        out = subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout
+        seconds.append(time.perf_counter() - start)
+    assert "Usage: " in out
+    assert min(seconds) < 0.6  # measured 0.11 s on a quiet machine; the aim is 0.2
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    script = "import sys, tadperf, tadperf.cli.app; print(*sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True, cwd=tmp_path
+    ).stdout
+    assert not {"torch", "numpy", "pydantic", "rich", "sklearn", "PIL"} & set(out.split())
+
+
+def test_no_arguments_and_version(tadperf):
+    assert "Commands:" in tadperf().out
+    assert tadperf("--version").out.strip().count(".") >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("distill --ipc 0", "--ipc: 0: must be greater than or equal to 1"),
+        ("distill --ipc ten", "--ipc: ten: must be a valid integer"),
+        ("distill --ipc 1000", "--ipc: 1000: class"),
+        ("distill --preset cifar10-ipc2", "--preset: cifar10-ipc2: did you mean cifar10-ipc"),
+        ("distill --set match.setps=3", "match.setps: 3: unknown key; did you mean match.steps?"),
+        ("distill --config none.toml", "--config: none.toml: cannot be read"),
+        ("distill --noise symmetric:1.5", "--noise: symmetric:1.5: "),
+        ("distill --device cuda:99", "--device: cuda:99: "),
+        ("distill --device tpu", "--device: tpu: must be auto, cpu, cuda or cuda:i"),
+        ("distill --method dm", "--method: dm: must be 'mtt'"),
+        ("distill nowhere", "data: nowhere: no such file or folder"),
+        ("distill --out taken", "--out: taken: exists already; continue that run with --resume"),
+        ("distill --out taken/file/run", "--out: taken/file/run: "),
+        ("distill --out /proc/run", "--out: /proc/run: cannot be written"),
+        ("distill --resume", "--resume: runs/digits-ipc10-seed0: there is no such run folder"),
+        ("distill --resume --out taken", "--resume: taken: is not a run folder"),
+        ("distill --experts none", "none: there is no such folder; name a run"),
+        ("distill --bogus", "No such option: --bogus"),
+        ("distill --ipc", "requires an argument"),
+        ("distill one two", "two"),
+        ("destill", "No such command 'destill'"),
+        ("evaluate", "Missing argument"),
+        ("evaluate none.safetensors", "file: none.safetensors: there is no such file"),
+        ("evaluate taken/file", "file: taken/file: is truncated or not a safetensors file"),
+        ("evaluate taken/file --network resnet19", "--network: resnet19: must be 'convnet'"),
+        ("evaluate taken/file --repeats 0", "--repeats: 0: must be greater than or equal to 1"),
+        ("show taken/file", "file: taken/file: is truncated or not a safetensors file"),
+        ("experts --seed -1", "--seed: -1: must be greater than or equal to 0"),
+        ("config --seed x", "--seed: x: must be a valid integer"),
+    ],
+)
+def test_wrong_use_is_one_line_and_writes_nothing(tadperf, tmp_path, arguments, line):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    code, out, err = tadperf(*arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("tadperf: ")
+    assert err.count("\n") == 1
+    assert line in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
+
+
+def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, tmp_path, monkeypatch):
+    from tadperf.cli.common import settings  # pyright: ignore[reportMissingImports]
+    from tadperf.merge import merge
+    from tadperf.runs import Run
+
+    monkeypatch.setattr(settings, "debug", False)
+    with Run.create(tmp_path / "run", merge()) as run:
+        run.finish({})
+    (tmp_path / "run" / "result.json").write_text("{")
+    code, out, err = tadperf("distill", "--resume", "--out", "run")
+    assert (code, out) == (1, "")
+    assert err.startswith("tadperf: failed: JSONDecodeError: ")
+    assert "--debug" in err
+    assert err.count("\n") == 1
+    code, out, err = tadperf("distill", "--resume", "--out", "run", "--debug")
+    assert code == 1
+    assert "Traceback" in err

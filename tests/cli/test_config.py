@@ -1,0 +1,34 @@
+"""`tadperf config` and `tadperf info`."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from tadperf.config import Config
+
+
+def test_config_prints_what_config_reads(tadperf, tmp_path):
+    first = tadperf("config", "--preset", "cifar100-ipc50", "--set", "match.steps=7", "--seed", "3")
+    assert (first.code, first.err) == (0, "")
+    (tmp_path / "c.toml").write_text(first.out)
+    second = tadperf("config", "--config", "c.toml", "--json")
+    assert second.err == "preset quick (--preset chooses another)\n"
+    config = json.loads(second.out)
+    assert (config["match"]["steps"], config["match"]["batch"], config["seed"]) == (7, 1000, 3)
+    assert tadperf("config", "--config", "c.toml", "--quiet").out == first.out
+
+
+def test_schema(tadperf):
+    assert json.loads(tadperf("config", "--schema").out) == Config.model_json_schema()
+
+
+def test_info_as_json_and_as_tables(tadperf):
+    facts = json.loads(tadperf("info", "--json").out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["operators"]["per_sample"]["cpu"] in ("native", "reference")
+    assert facts["operators"]["per_sample"]["cpu"] == ("native" if facts["native"]["available"] else "reference")
+    assert set(facts["devices"]) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    shown = tadperf("info").out
+    assert all(word in shown for word in ("per_sample", torch.__version__, facts["devices"]["cpu"]))

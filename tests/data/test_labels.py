@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tadperf.data import Dataset, replace_labels
+from tadperf.errors import UserError
+
+NAMES = ("ant", "bee", "cat")
+OWN = torch.arange(12) % 3
+NOISY = OWN.roll(1)
+
+
+@pytest.fixture
+def dataset():
+    return Dataset(
+        torch.zeros(12, 1, 2, 2, dtype=torch.uint8), OWN, NAMES, "made-up", source={"path": "x", "labels": None}
+    )
+
+
+def table(header, *columns):
+    return "\n".join([header, *(",".join(map(str, row)) for row in zip(*columns, strict=True))]) + "\n"
+
+
+WORDS = [NAMES[c] for c in NOISY]
+BACK = list(reversed(range(12)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        table("label", NOISY.tolist()),
+        "\n".join(map(str, NOISY.tolist())),
+        "\n".join(WORDS),
+        "\ufeff" + table("Given_Label,path", WORDS, BACK),
+        table("index,label", BACK, NOISY[BACK].tolist()),
+        table("given_label,label,index", OWN.tolist(), NOISY.tolist(), range(12)),
+    ],
+)
+def test_csv(tmp_path, dataset, text):
+    (tmp_path / "noisy.csv").write_text(text, encoding="utf-8")
+    replaced = replace_labels(dataset, str(tmp_path / "noisy.csv"))
+    assert torch.equal(replaced.labels, NOISY)
+    assert replaced.clean_labels is None  # the set's own are not taken as clean
+    assert torch.equal(dataset.labels, OWN)
+    assert replaced.source == {"path": "x", "labels": str(tmp_path / "noisy.csv")}
+
+
+def test_csv_with_clean_labels_in_the_order_of_its_index(tmp_path, dataset):
+    text = table("index,clean_label,label", BACK, OWN[BACK].tolist(), NOISY[BACK].tolist())
+    (tmp_path / "noisy.csv").write_text(text)
+    replaced = replace_labels(dataset, str(tmp_path / "noisy.csv"))
+    assert replaced.clean_labels is not None
+    assert torch.equal(replaced.clean_labels, OWN)
+    assert torch.equal(replaced.labels, NOISY)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, ">i4"])
+def test_npy(tmp_path, dataset, dtype):
+    np.save(tmp_path / "noisy.npy", NOISY.numpy().astype(dtype))
+    replaced = replace_labels(dataset, str(tmp_path / "noisy.npy"))
+    assert torch.equal(replaced.labels, NOISY)
+
+
+def test_labels_that_the_set_knows_clean_stay_clean(tmp_path, dataset):
+    np.save(tmp_path / "noisy.npy", NOISY.numpy())
+    known = dataset.with_labels(OWN.roll(2), OWN)
+    replaced = replace_labels(known, str(tmp_path / "noisy.npy"))
+    assert replaced.clean_labels is not None
+    assert torch.equal(replaced.clean_labels, OWN)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: x.numpy(), lambda x: x, lambda x: x.tolist(), lambda x: x.numpy().astype("u1")]
+)
+def test_pt_as_cifar_n_publishes(tmp_path, dataset, make):
+    torch.save({"clean_label": make(OWN), "worse_label": make(NOISY), "aggre_label": make(OWN)}, tmp_path / "human.pt")
+    replaced = replace_labels(dataset, f"{tmp_path / 'human.pt'}:worse_label")
+    assert torch.equal(replaced.labels, NOISY)
+    assert replaced.clean_labels is not None
+    assert torch.equal(replaced.clean_labels, OWN)
+    assert replaced.source["labels"] == f"{tmp_path / 'human.pt'}:worse_label"
+    with pytest.raises(UserError, match=r"human\.pt:KEY, KEY one of worse_label, aggre_label"):
+        replace_labels(dataset, str(tmp_path / "human.pt"))
+    with pytest.raises(UserError, match="has no 'random'; it holds clean_label, worse_label, aggre_label"):
+        replace_labels(dataset, f"{tmp_path / 'human.pt'}:random")
+
+
+def test_pt_with_one_candidate_needs_no_key(tmp_path, dataset):
+    torch.save({"clean_label": OWN.numpy(), "noisy_label": NOISY.numpy()}, tmp_path / "human.pt")
+    assert torch.equal(replace_labels(dataset, str(tmp_path / "human.pt")).labels, NOISY)
+
+
+def test_pt_written_by_an_older_numpy(tmp_path, dataset):
+    """CIFAR-N's own file spells numpy.core, and says its arrays' bytes by _codecs.encode (protocol 2 of Python 3)."""
+    import zipfile
+
+    torch.save({"clean_label": OWN.numpy(), "worse_label": NOISY.numpy()}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for entry in new.namelist():
+            old.writestr(entry, new.read(entry).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+        assert any(b"numpy.core" in old.read(entry) for entry in old.namelist())
+    assert torch.equal(replace_labels(dataset, f"{tmp_path / 'old.pt'}:worse_label").labels, NOISY)
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({self.path!r}, 'w')",))
+
+
+def test_pt_that_runs_code_is_refused_and_does_not_run(tmp_path, dataset):
+    torch.save({"worse_label": Runs(str(tmp_path / "it_ran"))}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="refused, not a file of plain arrays") as caught:
+        replace_labels(dataset, f"{tmp_path / 'bad.pt'}:worse_label")
+    assert not (tmp_path / "it_ran").exists()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_order_is_refused(tmp_path, dataset):
+    torch.save({"clean_label": OWN.flip(0), "worse_label": NOISY}, tmp_path / "human.pt")
+    differ = (OWN.flip(0) != OWN).nonzero()
+    with pytest.raises(UserError, match=f"in {len(differ)} of 12 samples, first at index {int(differ[0])}"):
+        replace_labels(dataset, f"{tmp_path / 'human.pt'}:worse_label")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "label\n1\n2\n", "holds 2 labels; made-up has 12 training samples"),
+        ("a.csv", table("label", [*NOISY[:11].tolist(), 3]), r"labels hold 3 at index 11; must be in 0\.\.2"),
+        ("a.csv", table("label", [*NOISY[:11].tolist(), -1]), "labels hold -1 at index 11"),
+        ("a.csv", table("label", [*WORDS[:11], "dog"]), "label 'dog' at index 11 is no class; they are ant, bee, cat"),
+        ("a.csv", table("label", [*NOISY[:11].tolist(), 10**30]), "must be integers"),
+        ("a.csv", table("index,label", [0, *range(11)], NOISY.tolist()), "index must hold all of 0..11; 11 is missing"),
+        ("a.csv", table("index,label", ["x"] * 12, NOISY.tolist()), "index must hold integers"),
+        ("a.csv", table("index,other", range(12), NOISY.tolist()), "no column label or given_label, only index, other"),
+        ("a.csv", "1,2\n3,4\n", "no header"),
+        ("a.csv", "label,index\n1\n", "line 2 has 1 columns; the header has 2"),
+        ("a.csv", "", "is empty"),
+        ("a.txt", "1", r"must be a \.csv, \.npy or \.pt"),
+        ("a.npy", "junk", "not a whole .npy"),
+        ("a.pt", "junk", "a.pt: (refused|cannot be read)"),
+    ],
+)
+def test_errors(tmp_path, dataset, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        replace_labels(dataset, str(tmp_path / name))
+    assert caught.value.field == "--labels"
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_arrays(tmp_path, dataset):
+    for values, words in (
+        (NOISY.numpy() / 2, "float64; must be integers"),
+        (np.zeros((12, 3), int), r"shape \[12, 3\]"),
+    ):
+        np.save(tmp_path / "a.npy", values)
+        with pytest.raises(UserError, match=words):
+            replace_labels(dataset, str(tmp_path / "a.npy"))
+    np.save(tmp_path / "a.npy", np.array([None] * 12), allow_pickle=True)
+    with pytest.raises(UserError, match=r"not a whole \.npy file of numbers"):
+        replace_labels(dataset, str(tmp_path / "a.npy"))
+    with pytest.raises(UserError, match="no such file"):
+        replace_labels(dataset, "nowhere.pt:key")
+    torch.save({"clean_label": OWN, "worse_label": NOISY}, tmp_path / "cut.pt")
+    data = (tmp_path / "cut.pt").read_bytes()
+    for keep in (0, 10, len(data) // 2, len(data) - 10):
+        (tmp_path / "cut.pt").write_bytes(data[:keep])
+        with pytest.raises(UserError, match=r"cannot be read|refused") as caught:
+            replace_labels(dataset, f"{tmp_path / 'cut.pt'}:worse_label")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "old.pt").write_bytes(pickle.dumps([1], 2))
+    with pytest.raises(UserError, match=r"cannot be read|refused"):
+        replace_labels(dataset, str(tmp_path / "old.pt"))

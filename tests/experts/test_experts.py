@@ -1,0 +1,142 @@
+"""Expert trajectories: training, storing, resuming and sharing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tadperf import nets, seeds
+from tadperf.config import ExpertConfig, NetConfig
+from tadperf.errors import UserError
+from tadperf.experts import store, train_expert, train_experts
+from tadperf.experts.store import Experts
+from tadperf.nets import FlatNet
+from tadperf.training import Recipe, accuracy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, SHAPE, CLASSES, EPOCHS = torch.device("cpu"), (1, 8, 8), 3, 3
+NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+SIZE = FlatNet(nets.build(NET, SHAPE, CLASSES, 0)).num_parameters
+IDENTITY = {"data": "abc", "net": {"depth": 1}, "lr": 0.1}
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(60) % CLASSES
+    return torch.randn(CLASSES, *SHAPE, generator=generator)[labels] + 0.1, labels
+
+
+def train(folder: Path, count: int = 3, epochs: int = EPOCHS, **values: Any) -> list[int]:
+    """Trains what is missing; how many were there at each report."""
+    config = ExpertConfig(count=count, batch=20, lr=0.1, **values)  # pyright: ignore[reportCallIssue]
+    seen: list[int] = []
+    train_experts(
+        folder, *data(), NET, SHAPE, CLASSES, config, epochs, "color_crop_flip", 7, CPU, IDENTITY,
+        lambda stage, done, total, **_: seen.append(done),
+    )  # fmt: skip
+    return seen
+
+
+def stamps(folder: Path) -> list[int]:
+    return [store.file(folder, index).stat().st_mtime_ns for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "experts"
+    assert train(folder) == [0, 1, 2, 3]
+    return folder
+
+
+def test_a_trajectory_begins_at_the_initial_weights_and_ends_at_the_trained_ones():
+    images, labels = data()
+    recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
+    snapshots, score = train_expert(images, labels, NET, SHAPE, CLASSES, recipe, 11, CPU)
+    assert (snapshots.shape, snapshots.dtype) == ((EPOCHS + 1, SIZE), torch.float32)
+    assert torch.equal(snapshots[0], FlatNet(nets.build(NET, SHAPE, CLASSES, 11)).flatten())
+    assert ((snapshots[1:] - snapshots[:-1]).norm(dim=1) > 1e-3).all()
+    module = nets.build(NET, SHAPE, CLASSES, 0)
+    torch.nn.utils.vector_to_parameters(snapshots[-1], module.parameters())
+    assert score == accuracy(module, images, labels) > 0.5
+    short, _ = train_expert(images, labels, NET, SHAPE, CLASSES, recipe._replace(epochs=1), 11, CPU)
+    assert torch.equal(short, snapshots[:2])  # an epoch does not depend on how many follow
+
+
+def test_what_is_read_is_what_was_trained(folder):
+    images, labels = data()
+    experts = Experts.open(folder, 3)
+    recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
+    assert len(experts) == 3
+    for index in range(3):
+        whole = load_file(store.file(folder, index))["snapshots"]
+        seed = seeds.derive(7, "expert", index)
+        torch.testing.assert_close(whole, train_expert(images, labels, NET, SHAPE, CLASSES, recipe, seed, CPU)[0])
+        for epoch in range(EPOCHS + 1):
+            row = experts.snapshot(index, epoch)
+            assert torch.equal(row, whole[epoch])
+            row.zero_()  # a row is the reader's own
+            assert torch.equal(experts.snapshot(index, epoch), whole[epoch])
+    assert not torch.equal(experts.snapshot(0, 0), experts.snapshot(1, 0))
+    assert len(store.scores(folder, 3)) == 3
+    assert all(0 < score <= 1 for score in store.scores(folder, 3))
+
+
+def test_workers_change_no_byte(folder, tmp_path):
+    train(tmp_path / "alone", workers=1)
+    for index in range(3):
+        assert store.file(tmp_path / "alone", index).read_bytes() == store.file(folder, index).read_bytes()
+
+
+def test_only_what_is_missing_is_trained(tmp_path):
+    place = tmp_path / "experts"
+    train(place)
+    before, second = stamps(place), store.file(place, 1).read_bytes()
+    assert train(place) == [3]
+    assert stamps(place) == before
+    store.file(place, 1).write_bytes(second[: len(second) // 2])  # not of our writing, which is atomic
+    assert train(place) == [2, 3]
+    assert store.file(place, 1).read_bytes() == second
+    assert [now == then for now, then in zip(stamps(place), before, strict=True)] == [True, False, True]
+    assert train(place, epochs=EPOCHS - 1) == [3]  # longer trajectories serve, too
+    assert train(place, epochs=EPOCHS + 1) == [0, 1, 2, 3]
+    assert load_file(store.file(place, 0))["snapshots"].shape == (EPOCHS + 2, SIZE)
+
+
+def test_bfloat16_halves_the_file_and_is_read_as_float32(folder, tmp_path):
+    train(tmp_path, count=1, dtype="bfloat16")
+    stored = load_file(store.file(tmp_path, 0))["snapshots"]
+    assert stored.dtype == torch.bfloat16
+    row, exact = Experts.open(tmp_path, 1).snapshot(0, 2), Experts.open(folder, 3).snapshot(0, 2)
+    assert row.dtype == torch.float32
+    assert torch.equal(row, exact.bfloat16().float())
+    assert not torch.equal(row, exact)
+
+
+def test_a_folder_of_other_experts_is_refused_by_what_differs(folder):
+    store.claim(folder, IDENTITY)  # its own
+    with pytest.raises(UserError, match=r"lr = 0\.1, this run needs 0\.2") as refused:
+        store.claim(folder, IDENTITY | {"lr": 0.2})
+    assert (refused.value.field, refused.value.value) == ("--experts", folder)
+    with pytest.raises(UserError, match=r"net = \{'depth': 1\}, this run needs \{'depth': 2\}"):
+        store.claim(folder, IDENTITY | {"net": {"depth": 2}})
+    with pytest.raises(UserError, match="momentum = None, this run needs"):
+        store.claim(folder, IDENTITY | {"momentum": 0.9})
+
+
+def test_experts_are_found_in_a_run_and_in_their_own_folder(folder, tmp_path):
+    shape = (EPOCHS + 1, SIZE)
+    assert store.find(folder, 3, shape, IDENTITY) == folder
+    assert store.find(folder.parent, 2, shape, IDENTITY) == folder
+    with pytest.raises(UserError, match="holds 3 of 4 experts with 4 snapshots"):
+        store.find(folder, 4, shape, IDENTITY)
+    with pytest.raises(UserError, match="holds 0 of 3 experts with 5 snapshots"):
+        store.find(folder, 3, (EPOCHS + 2, SIZE), IDENTITY)
+    with pytest.raises(UserError, match="this run needs"):
+        store.find(folder, 3, shape, IDENTITY | {"data": "other"})
+    with pytest.raises(UserError, match="holds no experts"):
+        store.find(tmp_path, 3, shape, IDENTITY)
+    with pytest.raises(UserError, match="no such folder"):
+        store.find(tmp_path / "absent", 3, shape, IDENTITY)

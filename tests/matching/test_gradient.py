@@ -1,0 +1,200 @@
+"""The matching gradient: the adjoint against the unroll, against finite differences, and its memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tadperf import nets
+from tadperf.config import MatchConfig, NetConfig
+from tadperf.data import augment
+from tadperf.matching import gradient
+from tadperf.matching.distil import draw_steps
+from tadperf.matching.gradient import GRADIENTS, KEPT, Step, adjoint, tesla, unroll
+from tadperf.nets import FlatNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FULL = "color_crop_cutout_flip_scale_rotate"
+CLASSES = 4
+
+
+class Problem(NamedTuple):
+    net: FlatNet
+    start: Tensor
+    target: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    steps: Sequence[Step]
+
+
+def problem(
+    soft: bool = False, lr: float = 0.1, steps: int = 10, size: int = 8, channels: int = 3, count: int = 8,
+    batch: int = 5, config: NetConfig | None = None, strategy: str = FULL,
+) -> Problem:  # fmt: skip
+    """A small matching problem in float64; 10 steps of 5 out of 8 images are more than six shuffled passes."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    config = config or NetConfig(depth=2, width=6)  # pyright: ignore[reportCallIssue]
+    net = FlatNet(nets.build(config, (channels, size, size), CLASSES, 3).double())
+    start = net.flatten()
+    target = start + 0.02 * normal(*start.shape)
+    labels = normal(count, CLASSES) if soft else torch.arange(count) % CLASSES
+    match = MatchConfig(steps=steps, batch=batch)  # pyright: ignore[reportCallIssue]
+    drawn = draw_steps(match, count, size, strategy, generator)
+    return Problem(net, start, target, normal(count, channels, size, size), labels, torch.tensor(lr).double(), drawn)
+
+
+def trained_loss(p: Problem) -> float:
+    """The matching loss by an ordinary training run: the module, backward and torch.optim.SGD."""
+    module, net = p.net.module, p.net
+    torch.nn.utils.vector_to_parameters(p.start.clone(), module.parameters())
+    optimiser = torch.optim.SGD(module.parameters(), float(p.lr))
+    for index, drawn in p.steps:
+        target = p.labels[index]
+        logits = module(augment.apply(p.images[index], drawn))
+        loss = F.cross_entropy(logits, target.softmax(1) if target.is_floating_point() else target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    end = net.flatten()
+    return float((end - p.target).square().sum() / (p.start - p.target).square().sum())
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_the_adjoint_is_the_unrolled_gradient(soft):
+    p = problem(soft)
+    assert torch.cat([step.index for step in p.steps]).bincount().min() >= 6  # every image is used repeatedly
+    assert any(len(step.index.unique()) < len(step.index) for step in p.steps)  # some batch holds an image twice
+    ours, reference = adjoint(*p), unroll(*p)
+    assert float(ours.loss) == pytest.approx(float(reference.loss), rel=1e-12)
+    assert float(ours.loss) == pytest.approx(trained_loss(p), rel=1e-10)
+    assert error(ours.end, reference.end) < 1e-12
+    assert error(ours.images, reference.images) < 1e-8
+    assert error(ours.lr, reference.lr) < 1e-8
+    if soft:
+        assert ours.labels is not None
+        assert reference.labels is not None
+        assert error(ours.labels, reference.labels) < 1e-8
+    else:
+        assert ours.labels is None
+        assert reference.labels is None
+
+
+@pytest.mark.parametrize("method", ["adjoint", "unroll"])
+def test_the_gradient_agrees_with_finite_differences_of_a_training_run(method):
+    p = problem(soft=True, steps=5)
+    gradient = GRADIENTS[method](*p)
+    assert gradient.labels is not None
+
+    def slope(name: str, place: tuple[int, ...], step: float = 1e-6) -> float:
+        losses = []
+        for side in (1, -1):
+            value = getattr(p, name).clone()
+            value[place] += side * step
+            losses.append(trained_loss(p._replace(**{name: value})))
+        return (losses[0] - losses[1]) / (2 * step)
+
+    brightest = gradient.images.abs().flatten(1).argmax(1)  # where a difference is best seen, one pixel of each image
+    for image in (0, 3, 7):
+        place = (image, *map(int, torch.unravel_index(brightest[image], gradient.images.shape[1:])))
+        assert slope("images", place) == pytest.approx(float(gradient.images[place]), rel=1e-4)
+    assert slope("images", (5, 1, 4, 4)) == pytest.approx(float(gradient.images[5, 1, 4, 4]), rel=1e-3, abs=1e-8)
+    for place in ((0, 0), (6, 3)):
+        assert slope("labels", place) == pytest.approx(float(gradient.labels[place]), rel=1e-4)
+    assert slope("lr", ()) == pytest.approx(float(gradient.lr), rel=1e-4)
+
+
+def test_tesla_is_exact_for_one_step_only():
+    one = problem(soft=True, steps=1)
+    for ours, reference in zip(tesla(*one), adjoint(*one), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=0)
+    many = problem(lr=0.5)
+    assert error(tesla(*many).images, adjoint(*many).images) > 0.01
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
+def test_the_adjoint_holds_for_every_network(name):
+    config = NetConfig(name=name, width=8)  # pyright: ignore[reportCallIssue]
+    p = problem(config=config, steps=2, count=2, batch=1)
+    ours, reference = adjoint(*p), unroll(*p)
+    assert reference.images.norm() > 0
+    assert error(ours.images, reference.images) < 1e-8
+    assert error(ours.lr, reference.lr) < 1e-8
+
+
+@pytest.mark.parametrize("norm", ["group", "layer", "none"])
+def test_the_adjoint_holds_for_every_norm(norm):
+    p = problem(config=NetConfig(depth=2, width=6, norm=norm), steps=3)  # pyright: ignore[reportCallIssue]
+    assert error(adjoint(*p).images, unroll(*p).images) < 1e-8
+
+
+def test_no_argument_is_changed_and_no_graph_is_left():
+    p = problem(soft=True, steps=2)
+    before = [value.clone() for value in (p.start, p.target, p.images, p.labels, p.lr)]
+    for method in GRADIENTS.values():
+        assert not any(value.requires_grad for value in method(*p) if value is not None)
+    for value, kept in zip((p.start, p.target, p.images, p.labels, p.lr), before, strict=True):
+        assert torch.equal(value, kept)
+        assert not value.requires_grad
+    assert all(parameter.grad is None for parameter in p.net.module.parameters())
+
+
+@pytest.mark.parametrize("kept", [1, 3, 4, 9])
+def test_vectors_computed_again_are_the_same_bits(monkeypatch, kept):
+    p = problem(soft=True, steps=10)
+    whole = adjoint(*p)
+    monkeypatch.setattr(gradient, "KEPT", kept)
+    for value, again in zip(whole, adjoint(*p), strict=True):
+        assert value is not None and again is not None and torch.equal(value, again)  # noqa: PT018
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from tadperf import nets
+from tadperf.config import MatchConfig, NetConfig
+from tadperf.matching.distil import draw_steps
+from tadperf.matching.gradient import GRADIENTS
+from tadperf.measure import own_peak
+method, steps, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+net = nets.FlatNet(nets.build(NetConfig(width=128, depth=3), (3, 32, 32), 10, 0))
+assert net.num_parameters == 320_010
+start = net.flatten()
+generator = torch.Generator().manual_seed(0)
+drawn = draw_steps(MatchConfig(steps=steps, batch=batch), 100, 32, "color_crop_cutout_flip_scale_rotate", generator)
+GRADIENTS[method](
+    net, start, start + 0.01 * torch.randn_like(start), torch.randn(100, 3, 32, 32),
+    torch.arange(10).repeat_interleave(10), torch.tensor(0.01), drawn,
+)
+print(own_peak())
+"""
+
+
+def peak(method: str, steps: int, batch: int) -> int:
+    """Peak resident bytes of a process of its own at CIFAR-10 shapes, IPC 10."""
+    command = [sys.executable, "-c", MEMORY, method, str(steps), str(batch)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # each thread has a workspace of its own
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+
+def test_memory_grows_by_the_parameter_vectors_alone():
+    growth = peak("adjoint", 80, 4) - peak("adjoint", 10, 4)
+    assert growth <= (KEPT - 10 + 20) * 4 * 320_010  # 20: the heap's holes vary by 20 MB; all 70 would be too many
+    assert growth <= 0.15 * peak("adjoint", 1, 50)  # of what one step takes with the batch that is usual at IPC 10

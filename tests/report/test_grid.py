@@ -1,0 +1,46 @@
+"""The picture of a distilled set holds every image, enlarged, in the row of its class."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tadperf.artifact import DistilledSet
+from tadperf.config import NetConfig
+from tadperf.data import Normaliser
+from tadperf.report.grid import CELL, GAP, MARGIN, MEGAPIXELS, grid, save_grid
+from tadperf.training import Recipe
+
+
+def distilled(pixels: torch.Tensor, labels: torch.Tensor, classes: int) -> DistilledSet:
+    channels = pixels.shape[1]
+    normaliser = Normaliser(torch.zeros(channels), torch.ones(channels))
+    return DistilledSet(
+        normaliser(pixels), labels, 0.01, tuple(f"class {c}" for c in range(classes)), normaliser, "none",
+        NetConfig(), Recipe(1, 1, 0.1, 0.0, 0.0, "none"), {}, 0, {}, {"name": "made up"},  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_stands_in_the_row_of_its_class(tmp_path, channels):
+    pixels = torch.randint(0, 256, (6, channels, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([2, 0, 1, 1, 0, 2])
+    save_grid(tmp_path / "g.png", distilled(pixels, labels, 3))
+    picture = np.asarray(Image.open(tmp_path / "g.png"))
+    side, step = CELL, CELL + GAP  # 8 x 6
+    top = picture.shape[0] - MARGIN - 3 * step
+    left = set()
+    for label, column, index in ((0, 0, 1), (0, 1, 4), (1, 0, 2), (1, 1, 3), (2, 0, 0), (2, 1, 5)):
+        image = pixels[index].permute(1, 2, 0).expand(-1, -1, 3).numpy().repeat(6, 0).repeat(6, 1)
+        band = picture[top + label * step : top + label * step + side]
+        (place,) = (x for x in range(picture.shape[1] - side) if np.array_equal(band[:, x : x + side], image))
+        left.add(place - column * step)
+    assert len(left) == 1  # all rows begin at the same place
+
+
+def test_a_large_set_stays_a_picture_one_can_open():
+    labels = torch.arange(200 * 20) % 200
+    picture = grid(distilled(torch.zeros(200 * 20, 1, 32, 32, dtype=torch.uint8), labels, 200))
+    assert picture.width * picture.height < 1.2 * MEGAPIXELS * 1e6

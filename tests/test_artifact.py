@@ -1,0 +1,221 @@
+"""DistilledSet: what is saved comes back, and what cannot be used is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tadperf
+from tadperf.artifact import DistilledSet, load
+from tadperf.config import NetConfig
+from tadperf.data import Dataset, fit
+from tadperf.errors import UserError
+from tadperf.merge import merge
+from tadperf.runs import load_tensors, save_tensors
+from tadperf.training import Recipe
+
+NAMES = ("circle", "sqüare", "dot")
+RECIPE = Recipe(epochs=30, batch=8, lr=0.05, momentum=0.9, weight_decay=5e-4, augment="flip")
+
+
+def photos(count: int, seed: int) -> Dataset:
+    """Three classes that differ in colour: uint8 [count, 3, 8, 8]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 100, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images[torch.arange(count), labels] += 120
+    return Dataset(images, labels, NAMES, "colours")
+
+
+def distilled(kind: str = "meanstd", soft: bool = False) -> DistilledSet:
+    data = photos(60, 0)
+    normaliser = fit(data.images, kind)
+    labels = nn.functional.one_hot(data.labels[:6], 3).float() * 5 if soft else data.labels[:6]
+    return DistilledSet(
+        images=normaliser(data.images[:6]), labels=labels, lr=0.0213, class_names=NAMES, normaliser=normaliser,
+        augment="color_flip", net=NetConfig(depth=1, width=8), recipe=RECIPE,  # pyright: ignore[reportCallIssue]
+        config=merge("digits").model_dump(mode="json"), seed=3, versions={"tadperf": "0.1.0"},
+        data={"name": "colours", "source": {"path": "colours"}, "fingerprint": data.fingerprint},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "soft"), [("meanstd", False), ("zca", True)])
+def test_a_set_comes_back_as_it_was(tmp_path, kind, soft):
+    one = distilled(kind, soft)
+    one.save(tmp_path / "d.safetensors")
+    two = tadperf.load(tmp_path / "d.safetensors")
+    for name in ("lr", "class_names", "augment", "net", "recipe", "config", "seed", "versions", "data"):
+        assert getattr(two, name) == getattr(one, name), name
+    for name in ("images", "labels"):
+        a, b = getattr(one, name), getattr(two, name)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    for name, tensor in one.normaliser.tensors().items():
+        assert torch.equal(tensor, getattr(two.normaliser, name))
+    assert torch.equal(two.pixels(), photos(60, 0).images[:6])
+    assert (two.ipc, two.num_classes, two.shape, two.hard_labels.tolist()) == (2, 3, (3, 8, 8), [0, 1, 2, 0, 1, 2])
+
+
+def test_the_bytes_depend_on_the_values_alone(tmp_path):
+    one = distilled("zca")
+    turned = replace(one, data=dict(reversed(one.data.items())), images=one.images.clone())
+    one.save(tmp_path / "one")
+    turned.save(tmp_path / "two")
+    load(tmp_path / "one").save(tmp_path / "three")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == (tmp_path / "three").read_bytes()
+
+
+def test_four_lines_are_enough(tmp_path):
+    distilled().save(tmp_path / "d.safetensors")
+    ds = tadperf.load(tmp_path / "d.safetensors")
+    x, y = ds.images, ds.labels
+    net = ds.train()
+    assert ds.accuracy(net, photos(90, 1)) > 0.9
+    test = photos(90, 2)
+    share = (net(ds.normaliser(test.images)).argmax(1) == test.labels).double().mean().item()
+    assert ds.accuracy(net, (test.images, test.labels)) == pytest.approx(share)
+    assert x.dtype == torch.float32
+    assert y.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_training_depends_on_the_seed_alone():
+    ds = distilled()
+
+    def weights(seed: int, **options: object) -> torch.Tensor:
+        net = ds.train(seed=seed, epochs=2, **options)  # pyright: ignore[reportArgumentType]
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert weights(1, network="alexnet").shape != weights(1).shape
+    wide = NetConfig(depth=1, width=16)  # pyright: ignore[reportCallIssue]
+    assert len(weights(1, network=wide)) > len(weights(1))
+    with pytest.raises(UserError, match=r"^network: resnet99: must be convnet"):
+        ds.train(network="resnet99")
+
+
+def test_a_test_set_in_another_class_order_is_refused():
+    ds, test = distilled(), photos(9, 1)
+    net = ds.train(epochs=1)
+    with pytest.raises(UserError, match=r"^test: colours: .* in another order: dot for circle"):
+        ds.accuracy(net, replace(test, class_names=NAMES[::-1]))
+    with pytest.raises(UserError, match=r"^test: colours: .* 4 for 3"):
+        ds.accuracy(net, replace(test, class_names=(*NAMES, "more")))
+    with pytest.raises(UserError, match=r"^test: uint8 \[9, 3, 4, 4\]: the distilled images are \[3, 8, 8\]"):
+        ds.accuracy(net, replace(test, images=test.images[:, :, :4, :4]))
+    with pytest.raises(UserError, match=r"^test: float32 \[9, 3, 8, 8\], int64 \[9\]: must be uint8"):
+        ds.accuracy(net, (test.images.float(), test.labels))
+
+
+def test_the_recorded_data_are_the_default_test_set():
+    digits = tadperf.open_data("digits")
+    normaliser = fit(digits.train.images)
+    index = torch.cat([(digits.train.labels == c).nonzero()[:2, 0] for c in range(10)])
+    ds = replace(
+        distilled(), images=normaliser(digits.train.images[index]), labels=digits.train.labels[index],
+        normaliser=normaliser, class_names=digits.train.class_names, augment="none",
+        data={"name": "digits", "source": digits.train.source, "fingerprint": digits.train.fingerprint},
+    )  # fmt: skip
+    assert digits.test is not None
+    assert torch.equal(ds.test_split().images, digits.test.images)
+    net = ds.train(epochs=3)
+    assert ds.accuracy(net, "digits") == ds.accuracy(net, digits.test)
+    with pytest.raises(UserError, match="no such file"):
+        ds.test_split("nowhere")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "remedy"),
+    [
+        ({"images": torch.full((6, 3, 8, 8), NAN)}, "images", "must be finite"),
+        (
+            {"images": torch.zeros(6, 3, 8, 8).index_fill(0, torch.tensor([2]), float("inf"))},
+            "images",
+            "must be finite",
+        ),
+        ({"images": torch.zeros(6, 3, 8)}, "images", r"float32 [M, channels, H, W]"),
+        ({"images": torch.zeros(6, 3, 8, 8, dtype=torch.float64)}, "images", "must be float32"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, "images", "M > 0"),
+        ({"images": torch.zeros(6, 1, 8, 8)}, "normaliser.mean", "1 values"),
+        ({"labels": torch.tensor([0, 1, 2])}, "labels", "the 6 images"),
+        ({"labels": torch.tensor([0, 1, 2, 0, 1, 3])}, "labels", "must be in 0..2"),
+        ({"labels": torch.tensor([0, 1, 2, 0, 1, -1])}, "labels", "must be in 0..2"),
+        ({"labels": torch.zeros(6, 4)}, "labels", "float32 [M, 3]"),
+        ({"labels": torch.full((6, 3), NAN)}, "labels", "must be finite"),
+        ({"lr": 0.0}, "lr", "above 0"),
+        ({"lr": NAN}, "lr", "above 0"),
+        ({"augment": "shear"}, "data.augment", "unknown"),
+    ],
+)
+def test_values_that_could_not_train_are_refused_before_anything_is_written(tmp_path, change, field, remedy):
+    with pytest.raises(UserError) as caught:
+        replace(distilled(), **change).save(tmp_path / "d")
+    assert caught.value.field == field
+    assert remedy in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def tampered(path: Path, tensors: dict | None = None, values: dict | None = None, drop: str = "") -> Path:
+    """A saved set with some tensors and metadata replaced, and one name taken out."""
+    distilled().save(path)
+    held, metadata = load_tensors(path)
+    text = json.loads(metadata["tadperf"]) | (values or {})
+    held |= tensors or {}
+    text.pop(drop, None)
+    held.pop(drop, None)
+    save_tensors(path, held, {"tadperf": json.dumps(text)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"tensors": {"images": torch.full((6, 3, 8, 8), NAN)}},
+            r"images: 1152 of 1152 values are NaN.*distil it again",
+        ),
+        ({"tensors": {"labels": torch.arange(6)}}, "labels: 3: must be in 0..2"),
+        ({"tensors": {"lr": torch.tensor(-1.0)}}, "lr: -1.0: must be a finite number above 0"),
+        ({"tensors": {"lr": torch.ones(2)}}, "file: .*is damaged"),
+        ({"tensors": {"normaliser.std": torch.zeros(3)}}, "normaliser.std: .*must be above 0"),
+        ({"tensors": {"normaliser.zca": torch.zeros(3, 3)}}, "file: .*is damaged .*zca"),
+        ({"drop": "images"}, "file: .*is damaged .'images' is missing"),
+        ({"drop": "recipe"}, "file: .*is damaged .'recipe' is missing"),
+        ({"drop": "schema"}, "file: .*metadata is damaged"),
+        ({"values": {"recipe": {"epochs": "many"}}}, "file: .*is damaged .*epochs"),
+        ({"values": {"net": {"name": "transformer"}}}, "file: .*is damaged .*name"),
+        ({"values": {"class_names": [1, 2, 3]}}, "file: .*class_names are not"),
+        ({"values": {"seed": "x"}}, "file: .*seed is not a int"),
+        ({"values": {"schema": 2, "written_by": "9.9.0"}}, "file: .*has schema 2, written by tadperf 9.9.0; upgrade"),
+    ],
+)
+def test_a_tampered_file_is_refused(tmp_path, changes, expected):
+    with pytest.raises(UserError, match=f"^{expected}") as caught:
+        load(tampered(tmp_path / "d.safetensors", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    file = tmp_path / "d.safetensors"
+    distilled().save(file)
+    whole = file.read_bytes()
+    for keep in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:keep])
+        with pytest.raises(UserError, match="is truncated or not a safetensors file"):
+            load(file)
+    save_tensors(file, {"images": torch.zeros(1)})
+    with pytest.raises(UserError, match="no tadperf metadata: it is not a distilled set"):
+        load(file)
+    save_tensors(file, {"images": torch.zeros(1)}, {"tadperf": "{"})
+    with pytest.raises(UserError, match="metadata is damaged"):
+        load(file)
+    with pytest.raises(UserError, match="there is no such file"):
+        load(tmp_path / "none")

@@ -1,0 +1,153 @@
+"""The training loop and the accuracy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tadperf import nets, training
+from tadperf.config import NetConfig
+from tadperf.training import Recipe, accuracy, fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+PLAIN = Recipe(1, 100, 0.1, 0.0, 0.0, "none", decay=False)
+
+
+def data(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) % 3
+
+
+def fresh() -> torch.nn.Module:
+    return nets.build(NET, (1, 8, 8), 3, 0)
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    return nets.FlatNet(module).flatten()
+
+
+class Linear(torch.nn.Module):
+    """Softmax regression: its gradient is known in closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight.t()
+
+
+def test_steps_are_those_computed_by_hand():
+    """Two full-batch steps of softmax regression, momentum and weight decay, in float64."""
+    images, labels = data()
+    x, y = images.flatten(1).double(), F.one_hot(labels, 3).double()
+    weight, velocity = torch.zeros(3, 64, dtype=torch.float64), torch.zeros(3, 64, dtype=torch.float64)
+    for _ in range(2):
+        gradient = ((x @ weight.t()).softmax(1) - y).t() @ x / len(x) + 0.01 * weight
+        velocity = 0.9 * velocity + gradient
+        weight = weight - 0.3 * velocity
+    module = fit(Linear(), images, labels, Recipe(2, 100, 0.3, 0.9, 0.01, "none", decay=False), 0)
+    torch.testing.assert_close(weights(module).view(3, 64).double(), weight, rtol=1e-5, atol=1e-6)
+    assert not module.training
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 5e-4), (0.0, 0.1)])
+def test_sgd_is_that_of_torch(momentum, decay):
+    generator = torch.Generator().manual_seed(1)
+    ours = torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)
+    theirs = [p.clone() for p in ours]
+    optimiser = torch.optim.SGD(theirs, 0.1, momentum, weight_decay=decay)
+    velocity = tuple(map(torch.zeros_like, ours))
+    for _ in range(4):
+        gradients = tuple(torch.randn(p.shape, generator=generator) for p in ours)
+        for p, g in zip(theirs, gradients, strict=True):
+            p.grad = g.clone()
+        optimiser.step()
+        training.sgd(ours, velocity, gradients, 0.1, momentum, decay)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_rate_falls_to_a_tenth_after_half():
+    images, labels = data()
+    lengths: list[float] = []
+    module, last = Linear(), [torch.zeros(192)]
+
+    def after(epoch: int) -> None:
+        now = weights(module)
+        x, w = images.flatten(1), last[0].view(3, 64)
+        gradient = ((x @ w.t()).softmax(1) - F.one_hot(labels, 3)).t() @ x / len(x)
+        lengths.append(float((now - last[0]).norm() / gradient.norm()))
+        last[0] = now
+
+    fit(module, images, labels, PLAIN._replace(epochs=10, lr=0.05, decay=True), 0, after)
+    assert lengths == pytest.approx([0.05] * 6 + [0.005] * 4, rel=1e-3)  # at epochs // 2 + 1, as MTT's code has it
+    lengths.clear()
+    module, last = Linear(), [torch.zeros(192)]
+    fit(module, images, labels, PLAIN._replace(epochs=10, lr=0.05), 0, after)
+    assert lengths == pytest.approx([0.05] * 10, rel=1e-3)
+
+
+def test_sure_soft_labels_are_hard_labels():
+    images, labels = data()
+    hard, soft = (fit(fresh(), images, y, PLAIN, 0) for y in (labels, 100.0 * F.one_hot(labels, 3)))
+    torch.testing.assert_close(weights(soft), weights(hard), rtol=1e-5, atol=1e-6)
+    unsure = fit(fresh(), images, 0.1 * F.one_hot(labels, 3), PLAIN, 0)
+    assert (weights(unsure) - weights(hard)).norm() > 1e-3
+
+
+def test_one_seed_gives_the_same_bits_whatever_ran_before():
+    images, labels = data()
+    recipe = Recipe(3, 5, 0.1, 0.9, 0.0, "color_crop_cutout_flip_scale_rotate")
+    one = weights(fit(fresh(), images, labels, recipe, 4))
+    torch.randn(17)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(weights(fit(fresh(), images, labels, recipe, 4)), one)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(weights(fit(fresh(), images, labels, recipe, 5)), one)
+    seen: list[int] = []
+    fit(fresh(), images, labels, recipe, 4, seen.append)
+    assert seen == [0, 1, 2]
+
+
+def test_every_image_is_seen_once_in_an_epoch():
+    images, labels = data()
+
+    class Watched:
+        """Images that note who was asked for."""
+
+        seen: tuple[int, ...] = ()
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+            self.seen += tuple(index.tolist())
+            return images[index]
+
+    watched = Watched()
+    fit(fresh(), watched, labels, PLAIN._replace(epochs=2, batch=5), 0)
+    first, second = watched.seen[1:13], watched.seen[13:]  # the very first look only tells the size
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+def test_accuracy_counts_and_nan_is_wrong():
+    class Given(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, 0, 0]
+
+    logits = torch.tensor([[3.0, 1, 2], [0, 5, 1], [1, 2, 0], [math.nan] * 3, [math.nan, 1, 0], [0, 0, math.inf]])
+    images = logits[:, None, None]  # each row is right but the third, the two with NaN and the infinite one
+    labels = torch.tensor([0, 1, 0, 0, 1, 2])
+    for batch in (1, 4, 1024):
+        assert accuracy(Given(), images, labels, batch) == pytest.approx(2 / 6)
