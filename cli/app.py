@@ -39,7 +39,9 @@ def tadperf(
 def main() -> NoReturn:
     """Runs the command line and ends the process."""
     memory.keep()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is where a shell started us in the background
+            signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer has turned a KeyboardInterrupt into this
@@ -52,10 +54,14 @@ def main() -> NoReturn:
         common.complain(str(error) or "interrupted")
     except Exception as error:
         code = _failure(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
+    # Python drops an exception that is raised in a destructor or in a callback of a fork: ask until it has come through
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
     raise KeyboardInterrupt
 
 

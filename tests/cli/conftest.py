@@ -42,13 +42,14 @@ def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["tadperf", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
         capfd.readouterr()
         try:
             with pytest.raises(SystemExit) as end:
                 app.main()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         assert isinstance(end.value.code, int)
         return Outcome(end.value.code, *capfd.readouterr())
 

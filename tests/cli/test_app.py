@@ -128,3 +128,29 @@ def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, tmp_path, mo
     code, out, err = tadperf("distill", "--resume", "--out", "run", "--debug")
     assert code == 1
     assert "Traceback" in err
+
+
+SWALLOWED = """
+import os, signal, time
+from tadperf.cli import app
+
+class Dying:
+    def __del__(self):  # Python prints what is raised here, and goes on
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def job(**_):
+    Dying()
+    for _ in range(600):
+        time.sleep(0.1)
+
+app.app = job
+app.main()
+"""
+
+
+def test_an_interrupt_that_python_swallows_is_raised_again():
+    """As happens to one that falls into a destructor or into a callback of a fork."""
+    process = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=60)
+    assert "Exception ignored" in process.stderr
+    assert process.returncode == 130
+    assert process.stderr.splitlines()[-1] == "tadperf: interrupted"

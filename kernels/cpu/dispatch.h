@@ -1,0 +1,23 @@
+// What every binding needs: nanobind, the instruction sets, and a table of one operator's row loops by instruction set.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+namespace nb = nanobind;
+
+// Number of instruction sets that this machine runs: baseline, AVX2 and AVX-512, in this order.
+int isa_count();
+
+// The function of instruction set `isa` among `names`' three: pick(isa, TADPERF_BY_ISA(per_sample)).
+#ifdef TADPERF_X86
+#define TADPERF_BY_ISA(name) {baseline::name, avx2::name, avx512::name}
+#else
+#define TADPERF_BY_ISA(name) {baseline::name}
+#endif
+template <class F> F *pick(int isa, std::initializer_list<F *> loops) {
+  if (isa < 0 || isa >= isa_count()) throw nb::value_error("no such instruction set");
+  return loops.begin()[isa];
+}
+
+void bind_per_sample(nb::module_ &);
