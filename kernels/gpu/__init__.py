@@ -1,0 +1,12 @@
+"""Triton twins of the operators, one file each; imported when a CUDA tensor first needs one, never before."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed (it has no macOS build); without it CUDA tensors run the PyTorch reference."""
+    return importlib.util.find_spec("triton") is not None

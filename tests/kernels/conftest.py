@@ -1,0 +1,66 @@
+"""Tools for Triton kernels on a machine without a GPU: compiling ahead of time for real ones, and the interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `interpreter` run with TRITON_INTERPRET=1 (test_interpreter.py starts them), the others without."""
+    for item in items:
+        marked = item.get_closest_marker("interpreter") is not None
+        if marked != INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="run by test_interpreter.py" if marked else "interpreting"))
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes."""
+
+    registers: int
+    shared: int  # bytes
+    spills: int  # bytes
+
+
+@pytest.fixture(scope="session")
+def aot(tmp_path_factory):
+    """aot(kernel, signature, constexprs, num_warps=4): compiles for sm_80, sm_90, sm_100, gfx942; {name: Resources}.
+
+    signature: Triton types by parameter name ("*fp32", "*bf16", "i64"), without the constexprs; constexprs: values.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    folder = tmp_path_factory.mktemp("cubin")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    targets = [GPUTarget("cuda", sm, 32) for sm in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
+
+    def resources(compiled, target) -> Resources:
+        if target.backend == "hip":
+            text = compiled.asm["amdgcn"]
+            spills = sum(map(int, re.findall(r"\.(?:s|v)gpr_spill_count:\s*(\d+)", text)))
+            registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
+            return Resources(registers, compiled.metadata.shared, spills)
+        file = folder / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        return Resources(numbers["REG"], compiled.metadata.shared, numbers["STACK"] + numbers["LOCAL"])
+
+    def compile_all(kernel, signature: dict[str, str], constexprs: dict[str, Any], **options) -> dict[str, Resources]:
+        source = ASTSource(kernel, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs)
+        found = {}
+        for target in targets:
+            name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+            found[name] = resources(triton.compile(source, target=target, options=options), target)
+        return found
+
+    return compile_all
