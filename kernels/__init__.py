@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from tadperf.kernels import native
+from tadperf.kernels import gpu, native
+from tadperf.kernels.diverse_pick import DiversePick, diverse_pick, diverse_pick_reference
+from tadperf.kernels.mixture import Mixture, mixture, mixture_reference
 from tadperf.kernels.per_sample import PerSample, per_sample, per_sample_reference
+from tadperf.kernels.per_sample_linear import per_sample_linear, per_sample_linear_reference
+from tadperf.kernels.reliability import Reliability, reliability, reliability_reference
+from tadperf.kernels.trajectory_distance import TrajectoryDistance, trajectory_distance, trajectory_distance_reference
 
-__all__ = ["PerSample", "implementations", "per_sample", "per_sample_reference"]
+__all__ = [
+    "DiversePick",
+    "Mixture",
+    "PerSample",
+    "Reliability",
+    "TrajectoryDistance",
+    "diverse_pick",
+    "diverse_pick_reference",
+    "implementations",
+    "mixture",
+    "mixture_reference",
+    "per_sample",
+    "per_sample_linear",
+    "per_sample_linear_reference",
+    "per_sample_reference",
+    "reliability",
+    "reliability_reference",
+    "trajectory_distance",
+    "trajectory_distance_reference",
+]
 
 
 def implementations() -> dict[str, dict[str, str]]:
     """What runs where: {operator: {device: "native", "triton" or "reference"}}, for float32 tensors."""
-    return {"per_sample": {"cpu": "native" if native.available() else "reference", "cuda": "reference"}}
+    cpu, triton = "native" if native.available() else "reference", "triton" if gpu.available() else "reference"
+    return {
+        "diverse_pick": {"cpu": cpu, "cuda": triton},
+        "mixture": {"cpu": cpu, "cuda": triton},
+        "per_sample_linear": {"cpu": cpu, "cuda": triton},
+        "per_sample": {"cpu": cpu, "cuda": triton},
+        "reliability": {"cpu": cpu, "cuda": triton},
+        "trajectory_distance": {"cpu": cpu, "cuda": triton},
+    }

@@ -10,14 +10,17 @@ limit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
 SHIPPED = Path(__file__).with_name("launches.json")
+_choose: Callable[[str, int, dict[str, int]], dict[str, int]] | None = None
 
 
 def user_file() -> Path:
@@ -49,7 +52,19 @@ def lookup(operator: str, device_name: str, size: int) -> dict[str, int]:
 
 def launch(operator: str, device: torch.device, size: int) -> dict[str, int]:
     """How to launch `operator` on this device: block sizes, num_warps, num_stages."""
-    return lookup(operator, _device_name(device), size)
+    entry = lookup(operator, _device_name(device), size)
+    return entry if _choose is None else _choose(operator, size, entry)
+
+
+@contextlib.contextmanager
+def replaced(choose: Callable[[str, int, dict[str, int]], dict[str, int]]) -> Iterator[None]:
+    """Within, choose(operator, size, entry) says how to launch instead: for tuning, which tries entries this way."""
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 def every(operator: str) -> list[dict[str, int]]:
@@ -58,7 +73,7 @@ def every(operator: str) -> list[dict[str, int]]:
     return [entry for device in table.values() for entry in device.get(operator, [])]
 
 
-def write(operator: str, device_name: str, entries: list[dict[str, int | None]]) -> Path:
+def write(operator: str, device_name: str, entries: Sequence[Mapping[str, int | None]]) -> Path:
     """Replaces an operator's entries for a device in the user's file; returns its path."""
     path = user_file()
     table = json.loads(path.read_text()) if path.is_file() else {}

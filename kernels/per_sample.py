@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf.kernels import native
+from tadperf.kernels import gpu, native
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels/cpu/per_sample.h numbers them
 
 
 class PerSample(NamedTuple):
@@ -37,9 +39,10 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
     """Loss, confidence, prediction, margin and entropy of each sample (tadperf; see this module's first lines).
 
     logits: float [..., C], C >= 2, any strides. labels: int32 or int64 [...], in 0..C-1, or -1 to ignore.
-    Returns float32 (float64 for float64 logits) [...]; losses and entropies are in nats. float32 on a CPU runs
-    compiled code on torch.get_num_threads() threads, with the same bits for any number of them; the rest runs
-    `per_sample_reference`. Raises ValueError for shapes, types or labels that do not fit.
+    Returns float32 (float64 for float64 logits) [...]; losses and entropies are in nats. float32, bfloat16 and float16
+    run compiled code on a CPU, on torch.get_num_threads() threads with the same bits for any number of them, and a
+    Triton kernel on CUDA; the rest runs `per_sample_reference`. Raises ValueError for shapes, types or labels that do
+    not fit. On CUDA labels out of range are not looked for, as that would wait for the device: their loss is NaN.
     """
     _check(logits, labels)
     if logits.ndim != 2:
@@ -84,6 +87,8 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels: {labels.dtype} {tuple(labels.shape)}: expected int32 or int64 {tuple(logits.shape[:-1])}"
         )
+    if labels.device != logits.device:
+        raise ValueError(f"labels: on {labels.device}: expected {logits.device}, where the logits are")
 
 
 def _out_of_range(labels: Tensor, classes: int) -> str:
@@ -91,29 +96,58 @@ def _out_of_range(labels: Tensor, classes: int) -> str:
     return f"labels: {int(labels.flatten()[row])} at sample {row}: expected 0 to {classes - 1}, or -1 to ignore"
 
 
-def _native(logits: Tensor, labels: Tensor) -> PerSample:
-    logits, labels = logits.detach(), labels.detach()
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    floats = [torch.empty(len(labels)) for _ in range(4)]
-    out = PerSample(floats[0], floats[1], torch.empty(len(labels), dtype=torch.int64), floats[2], floats[3])
-    module, isa = native.module(), native.isa_index()
+def empty_results(labels: Tensor) -> PerSample:
+    """Room for float32 results of labels [N], on their device whatever the default one is."""
+    n = labels.shape
+    return PerSample(
+        loss=labels.new_empty(n, dtype=torch.float32),
+        confidence=labels.new_empty(n, dtype=torch.float32),
+        prediction=labels.new_empty(n, dtype=torch.int64),
+        margin=labels.new_empty(n, dtype=torch.float32),
+        entropy=labels.new_empty(n, dtype=torch.float32),
+    )
+
+
+def fill_native(logits: Tensor, labels: Tensor, out: PerSample, isa: int, threads: int, *part: int) -> None:
+    """Runs the compiled loops on checked CPU tensors; `part`: first column, classes, addresses of state and top."""
+    module = native.module()
     assert module is not None
-    if module.per_sample(logits, labels, *out, isa, torch.get_num_threads()) >= 0:
-        raise ValueError(_out_of_range(labels, logits.shape[1]))
-    return out
+    assert logits.stride(1) == 1 or 0 in logits.shape or logits.shape[1] == 1
+    wrong = module.per_sample(
+        logits.data_ptr(),
+        ELEMENTS[logits.dtype],
+        *logits.shape,
+        logits.stride(0),
+        labels.data_ptr(),
+        labels.dtype == torch.int64,
+        labels.stride(0),
+        *[result.data_ptr() for result in out],
+        isa,
+        threads,
+        *part,
+    )
+    if wrong >= 0:
+        raise ValueError(_out_of_range(labels, part[1] if part else logits.shape[1]))
 
 
 def _forward(logits: Tensor, labels: Tensor) -> PerSample:
-    if logits.dtype == torch.float32 and logits.device.type == "cpu" == labels.device.type and native.available():
-        return _native(logits, labels)
+    if logits.dtype in ELEMENTS and logits.is_cpu and native.available():
+        if logits.stride(1) != 1 or logits.is_neg():
+            logits = logits.resolve_neg().contiguous()
+        out = empty_results(labels)
+        fill_native(logits, labels, out, native.isa_index(), torch.get_num_threads())
+        return out
+    if logits.dtype in ELEMENTS and logits.is_cuda and gpu.available():
+        from tadperf.kernels.gpu import per_sample as twin
+
+        return twin.per_sample(logits.detach(), labels)
     with torch.no_grad():
         return per_sample_reference(logits, labels)
 
 
 @torch.library.custom_op("tadperf::per_sample", mutates_args=())
 def _operator(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_forward(logits, labels))
+    return _forward(logits, labels)[:]  # a plain tuple
 
 
 @_operator.register_fake
@@ -123,12 +157,87 @@ def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return loss, confidence, labels.new_empty(labels.shape, dtype=torch.int64), margin, entropy
 
 
+def loss_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    top: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    first: int = 0,
+    classes: int | None = None,
+) -> Tensor:
+    """Fills `out` with (exp(logits - top) * confidence - onehot(labels)) * scale, 0 where a label is -1 (tadperf).
+
+    logits: [N, C], or columns first..first+C of more `classes`; out: [N, C], contiguous, or `logits` itself; top (the
+    largest logit of all classes), confidence, scale: float32 [N], contiguous. Compiled for float32.
+    """
+    if logits.is_cuda and gpu.available():
+        from tadperf.kernels.gpu import per_sample as twin
+
+        return twin.loss_gradient(logits, labels, top, confidence, scale, out, first, classes)
+    module = native.module()
+    if module is None or not logits.is_cpu or not logits.dtype == out.dtype == torch.float32 or logits.stride(1) != 1:
+        p = (logits.float() - top[:, None]).exp_().mul_(confidence[:, None])
+        index = torch.arange(first, first + logits.shape[1], device=labels.device)
+        gradient = (p - (index == labels[:, None]).float()) * scale[:, None]
+        return out.copy_(torch.where(labels[:, None] >= 0, gradient, 0))
+    module.per_sample_gradient(
+        logits.data_ptr(),
+        out.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        first,
+        labels.data_ptr(),
+        labels.dtype == torch.int64,
+        labels.stride(0),
+        *[of_row.data_ptr() for of_row in (top, confidence, scale)],
+        native.isa_index(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@torch.library.custom_op("tadperf::per_sample_gradient", mutates_args=())
+def _gradient(logits: Tensor, labels: Tensor, prediction: Tensor, confidence: Tensor, scale: Tensor) -> Tensor:
+    top = logits.gather(1, prediction.clamp(min=0)[:, None])[:, 0].float()
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return loss_gradient(logits.resolve_neg(), labels, top, confidence, scale.contiguous(), out)
+
+
+@_gradient.register_fake
+def _(logits: Tensor, labels: Tensor, prediction: Tensor, confidence: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_for_second(ctx, inputs, output) -> None:
+    logits, labels, _, _, scale = inputs
+    ctx.save_for_backward(logits, labels, scale)
+
+
+def _second_backward(ctx, upstream: Tensor):
+    """Through (p - onehot) * scale, in plain PyTorch, which differentiates it in its turn."""
+    logits, labels, scale = ctx.saved_tensors
+    counts = (labels >= 0).unsqueeze(-1)
+    p, v = logits.float().softmax(-1), upstream.float()
+    mean = (p * v).sum(-1, keepdim=True)
+    of_logits = torch.where(counts, p * (v - mean) * scale.unsqueeze(-1), 0).to(logits.dtype)
+    of_scale = torch.where(counts, mean - v.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)), 0).squeeze(-1)
+    return of_logits, None, None, None, of_scale
+
+
+_gradient.register_autograd(_second_backward, setup_context=_save_for_second)
+
+
 def _save(ctx, inputs: tuple[Tensor, Tensor], output) -> None:
-    ctx.save_for_backward(*inputs)
+    _, confidence, prediction, *_ = output
+    ctx.save_for_backward(*inputs, prediction, confidence)
 
 
 def _backward(ctx, loss_grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
-    logits, labels = ctx.saved_tensors
+    logits, labels, prediction, confidence = ctx.saved_tensors
+    if logits.dtype in ELEMENTS and logits.ndim == 2:
+        return _gradient(logits, labels, prediction, confidence, loss_grad), None
     scale = torch.where(labels >= 0, loss_grad, 0).unsqueeze(-1)
     p = logits.to(loss_grad.dtype).softmax(-1)
     index = labels.clamp(min=0).long().unsqueeze(-1)

@@ -32,5 +32,9 @@ int isa_count() { return int(isas().size()); }
 
 NB_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets that this machine runs, the best one last.");
+  bind_diverse_pick(m);
+  bind_mixture(m);
   bind_per_sample(m);
+  bind_reliability(m);
+  bind_trajectory_distance(m);
 }

@@ -78,19 +78,51 @@ inline f32 log_above_one(f32 x) {
   return r + p + e * 0.693359375f;
 }
 
+// Half types are only read: as what they are, into float32, exactly.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
+
+inline f32 widen(f32 x, float) { return x; }
+inline f32 widen(u16 x, bf16) { return floats(__builtin_convertvector(x, i32) << 16); }
+inline f32 widen(u16 x, f16) {
+#if TADPERF_LANES == 16 && defined(__AVX512F__)
+  return _mm512_cvtph_ps(__m256i(x));
+#elif TADPERF_LANES == 8 && defined(__F16C__)
+  return _mm256_cvtph_ps(__m128i(x));
+#else
+  i32 h = __builtin_convertvector(x, i32), magnitude = (h & 0x7fff) << 13, rebias = i32{} + (112 << 23);
+  i32 small = magnitude < (1 << 23), special = magnitude >= (31 << 23);
+  i32 normal = magnitude + rebias + (special & rebias);  // infinities and NaNs have exponent 255
+  i32 subnormal = bits(floats(magnitude + (113 << 23)) - floats(i32{} + (113 << 23)));  // exact, and no denormal
+  return floats((small ? subnormal : normal) | (h & 0x8000) << 16);
+#endif
+}
+
+// As stored: LANES elements, and four.
+template <class T> struct Stored { using lanes = u16; typedef uint16_t quad __attribute__((vector_size(8))); };
+template <> struct Stored<float> { using lanes = f32; typedef float quad __attribute__((vector_size(16))); };
+
+// One column of LANES rows.
+template <class T> inline f32 load_column(const T *const *rows, int64_t c) {
+  T column[LANES];
+  for (int i = 0; i < LANES; i++) column[i] = rows[i][c];
+  typename Stored<T>::lanes x;
+  memcpy(&x, column, sizeof x);
+  return widen(x, T{});
+}
+
 // Four columns of LANES rows, starting at column c: out[j][i] = rows[i][c + j].
 #if __has_builtin(__builtin_shufflevector)  // Clang, GCC 12
-typedef float quad __attribute__((vector_size(16)));
-
 template <int... I> struct Indices {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
 template <int... I> struct Count<0, I...> { using type = Indices<I...>; };
 
 template <class V, int... I> inline auto concat(V a, V b, Indices<I...>) { return __builtin_shufflevector(a, b, I...); }
 
-template <int Q> inline auto quads(const float *const *rows, int64_t c) {  // rows 0, 4, 8, ...: Q of them
+template <int Q, class T> inline auto quads(const T *const *rows, int64_t c) {  // rows 0, 4, 8, ...: Q of them
   if constexpr (Q == 1) {
-    quad q;
+    typename Stored<T>::quad q;
     memcpy(&q, rows[0] + c, sizeof q);
     return q;
   } else {
@@ -104,19 +136,18 @@ template <int STEP, int HALF, int... I> inline f32 interleave(f32 a, f32 b, Indi
       a, b, ((I / STEP % 2 ? LANES : 0) + I / 4 * 4 + (STEP == 1 ? I % 4 / 2 : I % 2) + 2 * HALF)...);
 }
 
-inline void load_columns(const float *const *rows, int64_t c, f32 out[4]) {
+template <class T> inline void load_columns(const T *const *rows, int64_t c, f32 out[4]) {
   typename Count<LANES>::type lanes;
   f32 v[4];
-  for (int i = 0; i < 4; i++) v[i] = quads<LANES / 4>(rows + i, c);
+  for (int i = 0; i < 4; i++) v[i] = widen(quads<LANES / 4>(rows + i, c), T{});
   f32 a = interleave<1, 0>(v[0], v[1], lanes), b = interleave<1, 0>(v[2], v[3], lanes);
   out[0] = interleave<2, 0>(a, b, lanes), out[1] = interleave<2, 1>(a, b, lanes);
   a = interleave<1, 1>(v[0], v[1], lanes), b = interleave<1, 1>(v[2], v[3], lanes);
   out[2] = interleave<2, 0>(a, b, lanes), out[3] = interleave<2, 1>(a, b, lanes);
 }
 #else
-inline void load_columns(const float *const *rows, int64_t c, f32 out[4]) {
-  for (int j = 0; j < 4; j++)
-    for (int i = 0; i < LANES; i++) out[j][i] = rows[i][c + j];
+template <class T> inline void load_columns(const T *const *rows, int64_t c, f32 out[4]) {
+  for (int j = 0; j < 4; j++) out[j] = load_column(rows, c + j);
 }
 #endif
 

@@ -33,6 +33,7 @@ class Resources(NamedTuple):
 def aot(tmp_path_factory):
     """aot(kernel, signature, constexprs, num_warps=4): compiles for sm_80, sm_90, sm_100, gfx942; {name: Resources}.
 
+    backend: "cuda" or "hip" leaves the others out, for what only one of them compiles.
     signature: Triton types by parameter name ("*fp32", "*bf16", "i64"), without the constexprs; constexprs: values.
     """
     triton = pytest.importorskip("triton")
@@ -55,10 +56,12 @@ def aot(tmp_path_factory):
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         return Resources(numbers["REG"], compiled.metadata.shared, numbers["STACK"] + numbers["LOCAL"])
 
-    def compile_all(kernel, signature: dict[str, str], constexprs: dict[str, Any], **options) -> dict[str, Resources]:
+    def compile_all(
+        kernel, signature: dict[str, str], constexprs: dict[str, Any], backend: str | None = None, **options
+    ) -> dict[str, Resources]:
         source = ASTSource(kernel, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs)
         found = {}
-        for target in targets:
+        for target in (target for target in targets if backend in (None, target.backend)):
             name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
             found[name] = resources(triton.compile(source, target=target, options=options), target)
         return found

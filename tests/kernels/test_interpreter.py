@@ -13,7 +13,20 @@ import pytest
 def test_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     folder = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "interpreter", "-p", "no:cacheprovider", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-m",
+        "interpreter",
+        "-p",
+        "no:cacheprovider",
+        str(folder),
+    ]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for name in [name for name in env if name.startswith("PYTEST_")]:
         del env[name]

@@ -36,3 +36,19 @@ def test_tuned_entries_of_the_user_go_first(files):
     assert launch.lookup("sum", "H", 11) == {"rows": 2}  # beyond them the shipped ones hold
     launch.write("mean", "H", [{"up_to": None, "rows": 1}])
     assert set(json.loads(launch.user_file().read_text())["H"]) == {"sum", "mean"}
+
+
+def test_replaced_launches_hold_within_the_block_alone(files):
+    asked = []
+
+    def choose(operator, size, entry):
+        asked.append((operator, size, entry))
+        return {"rows": 3}
+
+    cpu = torch.device("cpu")
+    with launch.replaced(choose):
+        assert launch.launch("sum", cpu, 65) == {"rows": 3}
+    assert asked == [("sum", 65, {"rows": 1, "num_warps": 4})]
+    with pytest.raises(RuntimeError), launch.replaced(choose):
+        raise RuntimeError
+    assert launch.launch("sum", cpu, 65) == {"rows": 1, "num_warps": 4}

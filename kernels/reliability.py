@@ -1,0 +1,196 @@
+"""Nearest and most similar class anchors of every sample, with the runners-up, without the [N, C] tables between them.
+
+With z the features of one sample, mu_c the anchor (mean feature) of class c, and L the lower Cholesky factor of the
+covariance Sigma that the classes share:
+
+    distance     |L^-1 (z - mu_c)|          Mahalanobis, not squared: sqrt((z - mu_c)' Sigma^-1 (z - mu_c))
+    similarity   z'mu_c / (|z| |mu_c|)      cosine, within -1..1; 0 where z or mu_c has length 0
+
+`nearest` and `second` have the smallest two distances, `most_similar` and `second_similar` the largest two
+similarities; of equal ones the lowest class comes first. Where there is none the class is -1 and the value NaN: no
+runner-up of a single anchor, nothing at all of a sample with a NaN, an infinity or a square beyond its float type. An
+anchor with a NaN or an infinity (a class without samples) is never chosen.
+
+z - mu_c is whitened as L^-1 (z - m) - L^-1 (mu_c - m), m the mean of the anchors. Classes are ranked by the expanded
+square, which costs one product, and the distances of the first two are then computed from their differences, to the
+rounding of L^-1 (z - m).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tadperf.kernels import gpu, native
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Reliability(NamedTuple):
+    """What `reliability` gives, each in the batch shape of its features; classes are int64, values floats."""
+
+    nearest: Tensor
+    distance: Tensor
+    second: Tensor
+    second_distance: Tensor
+    most_similar: Tensor
+    similarity: Tensor
+    second_similar: Tensor
+    second_similarity: Tensor
+
+
+def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
+    """Two nearest anchors by Mahalanobis distance and by cosine (tadperf; see this module's first lines).
+
+    features: float [..., D], any strides. anchors: float [C, D], C >= 1. cholesky: float [D, D], lower triangular with
+    a positive diagonal; what stands above the diagonal is not read. Returns float32 (float64 for float64 features) and
+    int64 [...], without a gradient. float32, bfloat16 and float16, computed in float32, run compiled code on a CPU, on
+    torch.get_num_threads() threads with the same bits for any number of them, and Triton on CUDA, without a wait for
+    the device; the rest runs `reliability_reference`.
+    Raises ValueError for shapes and types that do not fit and, on a CPU, for a diagonal that is not positive.
+    """
+    _check(features, anchors, cholesky)
+    if features.ndim != 2:
+        flat = reliability(features.reshape(-1, features.shape[-1]), anchors, cholesky)
+        return Reliability(*(result.view(features.shape[:-1]) for result in flat))
+    if torch.compiler.is_compiling():
+        return Reliability(*_operator(features.detach(), anchors.detach(), cholesky.detach()))
+    return _forward(features, anchors, cholesky)  # the dispatcher would cost tens of microseconds
+
+
+@torch.no_grad()
+def reliability_reference(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
+    """`reliability` in plain PyTorch, on any device and float dtype, in blocks of 2^20 elements.
+
+    Its matrix products may round equal anchors differently, so that of those not always the lowest class comes first.
+    """
+    _check(features, anchors, cholesky)
+    _check_diagonal(cholesky)
+    rows, dtype = features.reshape(-1, features.shape[-1]), _result_dtype(features)
+    cholesky = cholesky.to(dtype)
+    centre, directions = centre_and_directions(anchors, dtype)
+    whitened = _whiten(anchors.to(dtype) - centre, cholesky)
+    step = max(1, 2**20 // max(anchors.shape))
+    blocks = [_block(z.to(dtype), centre, whitened, directions, cholesky) for z in rows.split(step)]
+    results = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+    return Reliability(*(result.view(features.shape[:-1]) for result in results))
+
+
+def centre_and_directions(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean anchor [D], and the anchors at length 1 [C, D]; of length 0 stay so, not finite ones are NaN."""
+    exact = anchors.double()
+    usable = exact.isfinite().all(-1, keepdim=True)
+    exact = torch.where(usable, exact, 0)
+    centre = exact.sum(0) / usable.sum().clamp(min=1)
+    scale = exact.abs().amax(-1, keepdim=True)  # squares of the largest doubles would overflow
+    exact = exact / torch.where(scale > 0, scale, 1)
+    length = exact.norm(dim=-1, keepdim=True)
+    directions = torch.where(usable, exact / torch.where(length > 0, length, 1), float("nan"))
+    return centre.to(dtype), directions.to(dtype).contiguous()
+
+
+def _whiten(differences: Tensor, cholesky: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(cholesky, differences.mT, upper=False).mT
+
+
+def _top_two(scores: Tensor) -> Tensor:
+    """Columns of the largest two scores of each row [N, 2], the lowest among equals; -1 where there is none."""
+    scores = torch.where(scores.isnan(), -float("inf"), scores)
+    columns = []
+    for _ in range(2):
+        best = scores.amax(-1, keepdim=True)
+        # argmax documents no order among equals: take the first column that holds the maximum
+        column = (scores == best).byte().argmax(-1, keepdim=True)
+        columns.append(torch.where(best > -float("inf"), column, -1))
+        scores = scores.scatter(-1, column, -float("inf"))
+    return torch.cat(columns, -1)
+
+
+def _block(z: Tensor, centre: Tensor, whitened: Tensor, directions: Tensor, cholesky: Tensor) -> tuple[Tensor, ...]:
+    y, length = _whiten(z - centre, cholesky), z.norm(dim=-1, keepdim=True)
+    cosines = z @ directions.mT
+    similar = _top_two(cosines)
+    cosine = (cosines.gather(-1, similar.clamp(min=0)) / torch.where(length > 0, length, 1)).clamp(-1, 1)
+    near = _top_two(2 * (y @ whitened.mT) - whitened.square().sum(-1))
+    distance = (y.unsqueeze(1) - whitened[near.clamp(min=0)]).norm(dim=-1)
+    distance = torch.where(near >= 0, distance, float("inf"))
+    swap = (distance[:, 1] < distance[:, 0]) | ((distance[:, 1] == distance[:, 0]) & (near[:, 1] < near[:, 0]))
+    order = torch.stack([swap, ~swap], -1).long()
+    near, distance = near.gather(-1, order), distance.gather(-1, order)
+    return *_defined(near, distance), *_defined(similar, torch.where(length.isfinite(), cosine, float("nan")))
+
+
+def _defined(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    defined = (columns >= 0) & values.isfinite()
+    columns, values = torch.where(defined, columns, -1), torch.where(defined, values, float("nan"))
+    return columns[:, 0], values[:, 0], columns[:, 1], values[:, 1]
+
+
+def _result_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _check(features: Tensor, anchors: Tensor, cholesky: Tensor) -> None:
+    if not features.is_floating_point() or features.ndim < 1 or features.shape[-1] < 1:
+        raise ValueError(
+            f"features: {features.dtype} {tuple(features.shape)}: expected floats [..., D] with D of 1 or more"
+        )
+    width = features.shape[-1]
+    if not anchors.is_floating_point() or anchors.ndim != 2 or anchors.shape[0] < 1 or anchors.shape[1] != width:
+        raise ValueError(
+            f"anchors: {anchors.dtype} {tuple(anchors.shape)}: expected floats [C, {width}] with C of 1 or more"
+        )
+    if not cholesky.is_floating_point() or cholesky.shape != (width, width):
+        raise ValueError(f"cholesky: {cholesky.dtype} {tuple(cholesky.shape)}: expected floats [{width}, {width}]")
+    for name, tensor in (("anchors", anchors), ("cholesky", cholesky)):
+        if tensor.device != features.device:
+            raise ValueError(f"{name}: on {tensor.device}: expected on {features.device} as the features are")
+
+
+def _check_diagonal(cholesky: Tensor) -> None:
+    if cholesky.device.type != "cpu":
+        return  # reading a value there would wait for the device
+    diagonal = cholesky.diagonal()
+    wrong = ~((diagonal > 0) & diagonal.isfinite())
+    if wrong.any():
+        row = int(wrong.byte().argmax())
+        raise ValueError(f"cholesky: {diagonal[row].item():g} on the diagonal at row {row}: expected positive numbers")
+
+
+def _native(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
+    _check_diagonal(cholesky)
+    centre, directions = centre_and_directions(anchors, torch.float32)
+    out = Reliability(*(torch.empty(len(features), dtype=dtype) for dtype in (torch.int64, torch.float32) * 4))
+    module, isa = native.module(), native.isa_index()
+    assert module is not None
+    floats = [anchors.float().contiguous(), directions, centre, cholesky.float().contiguous()]
+    module.reliability(features, *floats, *out, isa, torch.get_num_threads())
+    return out
+
+
+def _forward(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
+    features, anchors, cholesky = features.detach(), anchors.detach(), cholesky.detach()
+    if features.dtype in FLOATS and features.device.type == "cpu" and native.available():
+        return _native(features, anchors, cholesky)
+    if features.dtype in FLOATS and features.device.type == "cuda" and gpu.available():
+        from tadperf.kernels.gpu import reliability as triton
+
+        return triton.reliability(features, anchors, cholesky)
+    return reliability_reference(features, anchors, cholesky)
+
+
+@torch.library.custom_op("tadperf::reliability", mutates_args=())
+def _operator(
+    features: Tensor, anchors: Tensor, cholesky: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward(features, anchors, cholesky)[:]  # a plain tuple
+
+
+@_operator.register_fake
+def _(
+    features: Tensor, anchors: Tensor, cholesky: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, floats = features.shape[:-1], _result_dtype(features)
+    return Reliability(*(features.new_empty(shape, dtype=dtype) for dtype in (torch.int64, floats) * 4))[:]
