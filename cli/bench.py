@@ -1,0 +1,128 @@
+"""`tadperf bench`: the operators against what one would otherwise run, on this machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from . import common
+
+if TYPE_CHECKING:
+    import torch
+
+    from tadperf.bench.engine import Bench, Row  # pyright: ignore[reportMissingImports]
+
+Operators = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="OPERATOR", help="Operators to measure; all by default, see --list.", show_default=False),
+]
+Sizes = Annotated[common.Text, typer.Option("--sizes", metavar="LIST", help="Sizes instead of the usual: 50000x10,...")]
+Dtypes = Annotated[str, typer.Option("--dtypes", metavar="LIST", help="float32, bfloat16, float16.")]
+Base = Annotated[
+    common.Text, typer.Option("--base", metavar="LIST", help="Baselines: eager, inductor, peer, or names; or none.")
+]
+Threads = Annotated[common.Text, typer.Option("--threads", metavar="N", help="CPU threads; as many as PyTorch's.")]
+Repeats = Annotated[str, typer.Option("--repeats", metavar="N", help="Turns of each provider.")]
+Json = Annotated[
+    common.Folder, typer.Option("--json", metavar="FILE|DIR", help="Write the rows; <device>.json in DIR.")
+]
+Plot = Annotated[common.Folder, typer.Option("--plot", metavar="FILE|DIR", help="Draw them: a PNG for each operator.")]
+Tune = Annotated[bool, typer.Option("--tune", help="Choose how Triton kernels are launched on this GPU, and keep it.")]
+List = Annotated[bool, typer.Option("--list", help="Print the operators and what can run here, and leave.")]
+
+
+def bench(
+    operators: Operators = None,
+    device: common.Device = "auto",
+    sizes: Sizes = None,
+    dtypes: Dtypes = "float32",
+    base: Base = None,
+    threads: Threads = None,
+    repeats: Repeats = "20",
+    json_file: Json = None,
+    plot_file: Plot = None,
+    tune: Tune = False,
+    list_only: List = False,
+    debug: common.Debug = False,
+) -> None:
+    """Measure the operators beside eager PyTorch, torch.compile and the peers that are installed."""
+    import tadperf.device
+    from tadperf.bench import catalogue, engine, report  # pyright: ignore[reportMissingImports]
+    from tadperf.errors import UserError
+
+    benches = catalogue.chosen(operators or ())
+    place = tadperf.device.resolve(device or "auto")
+    if list_only:
+        print("\n".join(_listed(benches, place)))
+        return
+    if tune and place.type != "cuda":
+        raise UserError("--tune", place.type, "tunes launches on a CUDA device; use --device cuda")
+    known = [name for one in benches for name in one.providers]
+    names = {one.name: catalogue.providers(one, base, known) for one in benches}
+    chosen = {one.name: catalogue.sizes(one, sizes, place.type) for one in benches}
+    types, turns = catalogue.dtypes(dtypes), _count("--repeats", repeats)
+    count = None if threads is None else _count("--threads", threads)
+    json_file = json_file and report.place("--json", json_file, place, ".json")
+    plot_file = plot_file and report.place("--plot", plot_file, place, ".png")
+    rows: list[Row] = []
+    with engine.threads(count) as used:
+        for one in benches:
+            facts = report.facts(one.name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
+            if tune:
+                _tune(one, chosen[one.name], place)
+            own: list[Row] = []
+            for size in chosen[one.name]:
+                for dtype in types:
+                    print(one.name, "x".join(map(str, size)), dtype, file=sys.stderr, flush=True)
+                    own += engine.measure(one, size, dtype, place, names[one.name], turns)
+            rows += [row | facts for row in own]
+            print("", report.title(facts), *report.lines(own), sep="\n", flush=True)
+    _keep(rows, json_file, plot_file)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _count(field: str, text: str) -> int:
+    from tadperf.errors import UserError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(field, text, "must be a whole number of 1 or more")
+    return int(text)
+
+
+def _listed(benches: list[Bench], place: torch.device) -> list[str]:
+    from tadperf.bench.engine import runs_here  # pyright: ignore[reportMissingImports]
+    from tadperf.kernels import implementations
+
+    found = []
+    for one in benches:
+        shapes = ", ".join("x".join(map(str, size)) for size in one.sizes[place.type])
+        found.append(f"{one.name}: {implementations()[one.name][place.type]} on {place.type}; {shapes}")
+        for name, provider in one.providers.items():
+            found.append(f"  {name:<16} {runs_here(provider, device=place.type) or 'runs here'}")
+    return found
+
+
+def _tune(one: Bench, sizes: list[Any], place: torch.device) -> None:
+    from tadperf.bench import tune  # pyright: ignore[reportMissingImports]
+
+    for operator, path in tune.tune(one, sizes, place):
+        print(f"{operator}: launches kept in {path}", file=sys.stderr, flush=True)
+
+
+def _keep(rows: list[Row], json_file: Path | None, plot_file: Path | None) -> None:
+    from tadperf.bench import report  # pyright: ignore[reportMissingImports]
+
+    if json_file:
+        report.save(json_file, rows)
+    if plot_file:
+        from tadperf.bench.plot import plot  # pyright: ignore[reportMissingImports]
+
+        names = list(dict.fromkeys(row["operator"] for row in rows))
+        for name in names:
+            file = plot_file if len(names) == 1 else plot_file.with_stem(f"{plot_file.stem}-{name}")
+            plot(file, [row for row in rows if row["operator"] == name])

@@ -1,0 +1,91 @@
+"""The steps of gpu_check on the CPU, and that whatever goes wrong is a row."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from tadperf.bench import cases, catalogue, checks, engine, gpu_check  # pyright: ignore[reportMissingImports]
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    monkeypatch.setattr(engine, "COPIED", {"cpu": 2**20})
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_hard_values_empty_inputs_and_gradients(name, one_thread):
+    bench = catalogue.load(name)
+    made = bench.inputs(cases.SMALL[name], torch.float32, CPU, 0)
+    assert checks.hard(bench, CPU) == ""
+    assert checks.agrees(bench, cases.empty(name, made)) == ""
+    assert checks.same_bits(checks.call(bench, made), checks.call(bench, made)) == ""
+    if name in cases.GRADIENTS:
+        assert checks.gradient(bench, made) == ""
+    if name in cases.HUGE:
+        few = {key: value[-2:] for key, value in checks.call(bench, made)._asdict().items()}
+        assert engine.mismatch(bench.reference(*cases.last(name, made, 2)), few, bench) == ""
+
+
+def test_a_wrong_operator_fails_its_checks():
+    bench = catalogue.load("per_sample")
+    right = bench.providers["tadperf"].build()
+    wrong = bench._replace(
+        providers={
+            "tadperf": engine.Provider("tadperf", lambda: lambda *a: (r := right(*a))._replace(loss=1.01 * r.loss))
+        }
+    )
+    made = bench.inputs((50, 7), torch.float32, CPU, 0)
+    assert checks.hard(wrong, CPU).startswith("loss: ")
+    assert checks.agrees(wrong, made).startswith("loss: ")
+    assert checks.gradient(wrong, made).startswith("relative error 1.0e-02")
+    assert checks.same_bits(right(*made), right(*made)._replace(margin=-right(*made).margin)) == "bits differ: margin"
+
+
+def test_failures_are_rows():
+    def fails() -> str:
+        raise ValueError("one\ntwo")
+
+    def skips() -> str:
+        raise checks.SkipError("not here")
+
+    rows = [checks.guarded("op", "check", function) for function in (fails, skips, str, lambda: "differs")]
+    assert [(row["status"], row["detail"]) for row in rows] == [
+        ("FAIL", "ValueError: one"), ("SKIP", "not here"), ("PASS", ""), ("FAIL", "differs"),
+    ]  # fmt: skip
+
+
+def test_bars_are_held_against_the_figures(monkeypatch):
+    bench = catalogue.load("mixture")
+    found = {"operator": "mixture", "shape": "50000x10", "error": None, "share_of_copy": 0.1}
+    for median, status in ((0.9, "PASS"), (1.1, "FAIL")):
+        monkeypatch.setattr(engine, "measure", lambda *a, m=median: [{**found, "median_ms": m}])
+        monkeypatch.setattr(checks.report, "facts", lambda *a: {})
+        rows = list(checks.measured(bench, (50_000, 10), torch.device("cuda"), True))
+        assert rows[0]["status"] == status
+    assert rows[0]["detail"] == "median_ms is 1.1, to be below 1.0"
+
+
+def test_a_process_that_hangs_or_dies_keeps_its_rows():
+    script = "import sys, time; print('{\"check\": 1}', flush=True); {}"
+    rows, ended = gpu_check.child([sys.executable, "-c", script.replace("{}", "time.sleep(60)")], 3.0)
+    assert (rows, ended) == ([{"check": 1}], "stopped after 3 s: silent")
+    rows, ended = gpu_check.child([sys.executable, "-c", script.replace("{}", "sys.exit('gone')")], 30.0)
+    assert (rows, ended) == ([{"check": 1}], "exit code 1: gone")
+    assert gpu_check.operators(["mixture"], "cpu", True, time.monotonic())[0]["detail"] == "no time was left"
+
+
+def test_one_operator_from_the_command_line(tmp_path, capsys):
+    code = gpu_check.main(["trajectory_distance", "--device", "cpu", "--quick", "--json", str(tmp_path / "r.json")])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {row["check"] for row in result["checks"]} >= {"hard values", "no samples", "torch.compile", "memcheck"}
+    assert [row["provider"] for row in result["rows"]] == ["tadperf"]
+    assert "without failure" in out.splitlines()[-1]

@@ -1,0 +1,71 @@
+"""`tadperf bench`: options, table, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    from tadperf.bench import engine, peak  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(engine, "COPIED", {"cpu": 2**20})
+    monkeypatch.setattr(peak, "ask", lambda *_: {})  # it starts a process
+
+
+def test_list(tadperf):
+    from tadperf.bench import catalogue  # pyright: ignore[reportMissingImports]
+
+    code, out, err = tadperf("bench", "--list", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")] == list(catalogue.NAMES)
+    assert "  inductor         runs here" in out
+
+
+def test_rows_table_and_pictures(tadperf, tmp_path):
+    asked = ["bench", "per_sample", "trajectory_distance", "--sizes", "50x10,20x7", "--base", "eager", "--repeats", "2"]
+    before = torch.get_num_threads()
+    code, out, err = tadperf(*asked, "--device", "cpu", "--threads", "1", "--json", tmp_path, "--plot", tmp_path)
+    assert code == 0, err
+    assert torch.get_num_threads() == before
+    assert "per_sample (" in out
+    assert "trajectory_distance 20x7" in err
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["operator"], row["shape"]) for row in rows} == {
+        (name, shape) for name in ("per_sample", "trajectory_distance") for shape in ("50x10", "20x7")
+    }
+    assert {row["family"] for row in rows} == {"tadperf", "eager"}
+    for row in rows:
+        assert row["threads"] == 1
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["command"].startswith("tadperf bench per_sample ")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        f"{file.stem}-{name}.png" for name in ("per_sample", "trajectory_distance")
+    ]
+
+
+def test_a_provider_that_is_wrong_ends_in_1(tadperf, monkeypatch):
+    from tadperf.bench import per_sample  # pyright: ignore[reportMissingImports]
+
+    def wrong(logits, labels):
+        return {"loss": logits[:, 0]}
+
+    monkeypatch.setitem(per_sample.BENCH.providers, "eager", per_sample.Provider("eager", lambda: wrong))
+    code, out, _ = tadperf("bench", "per_sample", "--sizes", "50x10", "--base", "eager", "--repeats", "1")
+    assert code == 1
+    assert "50x10 float32 eager: loss: " in out
+
+
+def test_a_missing_peer_says_how_to_get_it(monkeypatch):
+    from tadperf.bench import catalogue, engine  # pyright: ignore[reportMissingImports]
+
+    provider = catalogue.load("per_sample").providers["cleanlab"]
+    missing = provider._replace(package="no_such_package")
+    assert engine.runs_here(missing) == "not installed: pip install 'tadperf[peers]' brings no_such_package"
+    assert engine.runs_here(provider, device="cuda") == "runs on the CPU alone"
+    installed = provider._replace(package="sklearn")
+    assert engine.runs_here(installed, (2**27, 10)) == "would take minutes at this size"
