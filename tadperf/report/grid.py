@@ -34,7 +34,7 @@ def grid(distilled: DistilledSet) -> Image:
     """A picture of the set: a headline, then one row per class with its name; nearest-neighbour enlarged (tadperf)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    pixels, labels = _drawable(distilled.pixels()), distilled.hard_labels.numpy()
+    pixels, labels = drawable(distilled.pixels()), distilled.hard_labels.numpy()
     rows = [pixels[labels == label] for label in range(distilled.num_classes)]
     _, height, width = distilled.shape
     longest = max(1, *(len(row) for row in rows))
@@ -67,7 +67,7 @@ def _headline(distilled: DistilledSet, shown: int, longest: int) -> str:
     return "   ".join(part for part in parts if part)
 
 
-def _drawable(pixels: Tensor) -> np.ndarray:
+def drawable(pixels: Tensor) -> np.ndarray:
     """uint8 [M, H, W, 3], or [M, H, W] where there are not three channels: then their mean."""
     if pixels.shape[1] == 3:
         return pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,0 +1,63 @@
+"""`tadperf audit`: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+FAST = ["--device=cpu", "--quiet", *(f"--set=trust.{s}" for s in ("rounds=1", "proxies=2", "epochs=4"))]
+
+
+def test_list_picture_and_summary(tadperf, tmp_path):
+    code, out, err = tadperf("audit", "digits", *FAST, "--out", "labels.csv", "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    rows = list(csv.DictReader((tmp_path / "labels.csv").read_text().splitlines()))
+    assert len(rows) == result["samples"] == 1400
+    assert sorted(int(row["index"]) for row in rows) == list(range(1400))
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    issues = [row for row in rows if row["verdict"] in ("relabelled", "untrusted")]
+    assert len(issues) == result["issues"] > 300  # 40 % of the default job's labels were spoiled
+    first = [{"index": int(row["index"]), "given": row["given_label"]} for row in issues[:10]]
+    assert first == [{"index": worst["index"], "given": worst["given"]} for worst in result["worst"]]
+    assert sum(pair["samples"] for pair in result["pairs"]) <= result["issues"]
+    assert result["against_clean_labels"]["issue_precision"] > 0.9
+    with Image.open(tmp_path / "labels.png") as picture:
+        assert picture.width > 800
+    refused = tadperf("audit", "digits", *FAST, "--out", "labels.csv")
+    assert refused.code == 2
+    assert refused.err == "tadperf: --out: labels.csv: exists already; choose another name\n"
+    text = tadperf("audit", "digits", *FAST, "--out", "labels.parquet")  # its picture would be the first one's
+    assert text.code == 2
+
+
+def test_tables_and_parquet(tadperf, tmp_path):
+    code, out, _ = tadperf("audit", "digits", "--noise=none", *FAST, "--out", "kept.parquet")
+    assert code == 0
+    assert "labels held wrong" in out
+    assert "kept.png" in out
+    table = pq.read_table(tmp_path / "kept.parquet")
+    assert table.num_rows == 1400
+    assert table.column_names[:3] == ["index", "verdict", "score"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--out labels.txt", "--out: labels.txt: must end in .csv or .parquet"),
+        ("--out nowhere/labels.csv", "--out: nowhere/labels.csv: its folder does not exist; make it first"),
+        ("--noise loud:1", "--noise"),
+        ("--set trust.rounds=0", "trust.rounds: 0: "),
+    ],
+)
+def test_wrong_use(tadperf, tmp_path, arguments, line):
+    code, out, err = tadperf("audit", *arguments.split())
+    assert (code, out) == (2, "")
+    assert line in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
