@@ -14,11 +14,16 @@ import typer
 from tadperf import memory
 from tadperf.errors import UserError
 
-from . import common, config, distill, evaluate, experts, info, show
+from . import audit, bench, common, config, distill, evaluate, experts, info, show, sweep
+
+COMMANDS = (
+    distill.distill, sweep.sweep, audit.audit, experts.experts, evaluate.evaluate, show.show, info.info,
+    config.config, bench.bench,
+)  # fmt: skip
 
 # Plain help: rich would double the time that `--help` takes (0.21 s for 0.11 s).
 app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
-for command in (distill.distill, experts.experts, evaluate.evaluate, show.show, info.info, config.config):
+for command in COMMANDS:
     app.command()(command)
 
 

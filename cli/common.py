@@ -47,7 +47,13 @@ Noise = Annotated[
     Text, typer.Option("--noise", metavar="KIND:P", help="Add label noise: symmetric:P, asymmetric:P, instance:P.")
 ]
 Ipc = Annotated[Text, typer.Option("--ipc", metavar="N", help="Synthetic images per class.")]
-Method = Annotated[Text, typer.Option("--method", metavar="NAME", help="Distillation method: mtt.")]
+Method = Annotated[Text, typer.Option("--method", metavar="NAME", help="Distillation method: mtt, ftd or datm.")]
+Synthesis = Annotated[
+    Text, typer.Option("--synthesis", metavar="KIND", help="matching, generative (diffusion), or hybrid.")
+]
+Trust = Annotated[
+    Text, typer.Option("--trust", metavar="MODE", help="on, off, or oracle (uses the clean labels, and says so).")
+]
 Repeats = Annotated[Text, typer.Option("--repeats", metavar="N", help="Fresh students per network.")]
 Seed = Annotated[Text, typer.Option("--seed", metavar="N", help="One seed gives one result.")]
 Device = Annotated[Text, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:i.")]
@@ -73,6 +79,8 @@ FIELDS = {
     "noise": "data.noise",
     "ipc": "match.ipc",
     "method": "match.method",
+    "trust": "trust.mode",
+    "synthesis": "synthesis",
     "experts": "experts.path",
     "repeats": "evaluate.repeats",
     "networks": "evaluate.networks",
@@ -101,6 +109,11 @@ def complain(message: object) -> None:
     print("tadperf:", " ".join(str(message).split()), file=sys.stderr, flush=True)
 
 
+def note(message: str) -> None:
+    """One line on stderr that is no complaint."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def fields(**options: Any) -> dict[str, Any]:
     """Options by parameter name -> by dotted field of the config, without those that were not given."""
     return {FIELDS[name]: value for name, value in options.items() if value is not None}
@@ -119,7 +132,7 @@ def state_preset(asked: Asked) -> None:
 
     if asked.preset is None and not asked.quiet:
         preset = default_preset(asked.file, asked.sets, asked.options)
-        print(f"preset {preset} (--preset chooses another)", file=sys.stderr)
+        note(f"preset {preset} (--preset chooses another)")
 
 
 def run_config(

@@ -16,6 +16,7 @@ def config(
     ipc: common.Ipc = None,
     noise: common.Noise = None,
     labels: common.Labels = None,
+    trust: common.Trust = None,
     seed: common.Seed = None,
     device: common.Device = None,
     method: common.Method = None,
@@ -41,8 +42,8 @@ def config(
         common.print_json(Config.model_json_schema())
         return
     options = common.fields(
-        data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, repeats=repeats,
-        image_size=image_size, format=format,
+        data=data, ipc=ipc, noise=noise, labels=labels, trust=trust, seed=seed, device=device, method=method,
+        repeats=repeats, image_size=image_size, format=format,
     )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     merged = common.merged(asked)

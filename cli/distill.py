@@ -17,6 +17,8 @@ Experts = Annotated[
     typer.Option("--experts", metavar="DIR", help="Use the experts of another run instead of training some."),
 ]
 
+Compare = Annotated[bool, typer.Option("--compare", help="Also distil with trust off and with the oracle.")]
+
 
 def distill(
     data: common.Data = None,
@@ -26,6 +28,9 @@ def distill(
     seed: common.Seed = None,
     device: common.Device = None,
     method: common.Method = None,
+    synthesis: common.Synthesis = None,
+    trust: common.Trust = None,
+    compare: Compare = False,
     experts: Experts = None,
     repeats: common.Repeats = None,
     image_size: common.ImageSize = None,
@@ -41,19 +46,23 @@ def distill(
 ) -> None:
     """Distil DATA into a few synthetic images per class, and measure what they are worth."""
     options = common.fields(
-        data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, repeats=repeats,
-        image_size=image_size, format=format, experts=experts and str(experts.resolve()),
+        data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, trust=trust,
+        synthesis=synthesis,
+        repeats=repeats, image_size=image_size, format=format, experts=experts and str(experts.resolve()),
     )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)
     with common.resumable("distill", out):
         result = _run(asked, config, out, resume)
+        compared = _compare(config, out, quiet) if compare else {}
     if as_json:
-        common.print_json(result)
+        common.print_json(result | ({"compare": compared} if compared else {}))
     else:
-        from .tables import print_result
+        from .tables import print_comparison, print_result
 
         print_result(result)
+        if compared:
+            print_comparison(compared)
 
 
 def default_out(config: Config) -> Path:
@@ -75,3 +84,12 @@ def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict[s
         if not resume:
             common.state_preset(asked)
         return pipeline.distill(job, run, progress)
+
+
+def _compare(config: Config, out: Path, quiet: bool) -> dict[str, Any]:
+    from tadperf.compare import compare
+
+    from .progress import display
+
+    with display(quiet) as progress:
+        return compare(config, out, progress)

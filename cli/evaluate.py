@@ -32,12 +32,12 @@ def evaluate(
 
     options = common.fields(repeats=repeats, networks=network or None, seed=seed, device=device)
     config = merge(options=options)
-    from tadperf import pipeline
+    from tadperf import outcome
 
     from .progress import display
 
     with display(quiet) as progress:
-        result = pipeline.evaluate_file(
+        result = outcome.evaluate_file(
             common.distilled_file(file),
             data,
             networks=config.evaluate.networks if network else None,

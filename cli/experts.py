@@ -15,8 +15,10 @@ def experts(
     data: common.Data = None,
     noise: common.Noise = None,
     labels: common.Labels = None,
+    trust: common.Trust = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    method: common.Method = None,
     image_size: common.ImageSize = None,
     format: common.Format = None,
     preset: common.Preset = None,
@@ -30,8 +32,9 @@ def experts(
 ) -> None:
     """Train the experts whose trajectories `distill --experts DIR` matches."""
     options = common.fields(
-        data=data, noise=noise, labels=labels, seed=seed, device=device, image_size=image_size, format=format
-    )
+        data=data, noise=noise, labels=labels, trust=trust, seed=seed, device=device, method=method,
+        image_size=image_size, format=format,
+    )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)
     with common.resumable("experts", out):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,31 +15,137 @@ USE = """import tadperf
 ds = tadperf.load({path!r})
 net = ds.train()  # or your own loop on ds.images, ds.labels
 print(ds.accuracy(net, {data!r}))"""
-BASELINES = {"initial": "images it started from", "random_real": "random real images", "full_data": "full data"}
+PAIRS = 15  # confusions listed by name
+BASELINES = {
+    "initial": "images it started from",
+    "random_real": "random {} images, {} per class",
+    "full_trusted": "all {} images, labels as trust left them",
+    "full_data": "all images, labels as given",
+}
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The table of `tadperf distill`: accuracies, time and memory per stage, files, how to use them."""
+    """The table of `tadperf distill`: accuracies, what trust did, time and memory per stage, files, how to use them."""
     data = result["data"]
     noise = "" if data["noise"] in (None, "none") else f", noise {data['noise']}"
     print(
-        f"{data['name']}: {data['train']} images{noise}, distilled to {result['ipc']} per class by {result['method']}"
+        f"{data['name']}: {data['train']} images{noise}, distilled to {result['ipc']} per class by {made_by(result)}"
+        f"{trust_words(result['trust'])}"
     )
     accuracy = table("test accuracy", "%", "runs")
     for network, scores in result["accuracy"].items():
         accuracy.add_row(f"distilled set, {network}", *score(scores))
+    kind = {"on": "trusted", "off": "real", "oracle": "truly labelled"}[result["trust"]["mode"]]
     for name, label in BASELINES.items():
         if scores := result["baselines"].get(name):
-            accuracy.add_row(label, *score(scores))
+            accuracy.add_row(label.format(kind, result["ipc"]), *score(scores))
+    show(
+        accuracy,
+        *([rounds_table(result["trust"]["rounds"])] if result["trust"]["rounds"] else []),
+        stages_table(result),
+    )
+    for name, path in result["paths"].items():
+        print(f"{name:<10} {path}")
+    print("\n" + USE.format(path=str(result["paths"]["distilled"]), data=data["source"].get("path", data["name"])))
+
+
+def made_by(result: Mapping[str, Any]) -> str:
+    """ "mtt", "diffusion", "mtt from diffusion's images"."""
+    ways = {"matching": "{}", "generative": "diffusion", "hybrid": "{} from diffusion's images"}
+    return ways[result["synthesis"]].format(result["method"])
+
+
+def trust_words(trust: Mapping[str, Any]) -> str:
+    """How the labels were taken, for the first line of a result."""
+    if trust["mode"] == "off":
+        return ", labels as given (trust off)"
+    if trust["mode"] == "oracle":
+        return ", with the CLEAN LABELS (oracle): a yardstick, not a result"
+    return f", {100 * trust['coverage']:.0f} % of the images trusted"
+
+
+SHARES = {  # rows of the table of trust's rounds, by what `tadperf.trust.measure` calls them
+    "view_accuracy": "labels right in the view, %", "precision": "trusted: right, %",
+    "recall": "trusted, of all right labels, %", "recalled_accuracy": "recalled: right, %",
+    "relabel_accuracy": "relabelled: right now, %",
+}  # fmt: skip
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:
+    """The dual loop, a column a round; what compares with clean labels only where these are known."""
+    made = table("trust", *(f"round {record['round']}" for record in rounds))
+    for verdict in rounds[0]["sizes"]:
+        made.add_row(verdict, *(str(sum(record["sizes"][verdict])) for record in rounds))
+    for name, label in SHARES.items():
+        if name in rounds[0]:
+            made.add_row(label, *("-" if r[name] is None else f"{100 * r[name]:.1f}" for r in rounds))
+    return made
+
+
+def stages_table(result: Mapping[str, Any]) -> Table:
+    """Time and peak memory of each stage."""
     stages = table("stage", "time", "peak memory")
     for name, stage in result["stages"].items():
         cuda = f" + {stage['peak_cuda_mb']:.0f} MB CUDA" if "peak_cuda_mb" in stage else ""
         stages.add_row(name, duration(stage["seconds"]), f"{stage['peak_memory_mb']:.0f} MB{cuda}")
     stages.add_row("total", duration(result["seconds"]), f"on {result['device']}")
-    show(accuracy, stages)
+    return stages
+
+
+def print_comparison(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The same rows side by side for every trust mode."""
+    columns = {"on": "trust on", "off": "trust off", "oracle": "oracle (clean labels)"}
+    sides = table("test accuracy, %", *(columns[mode] for mode in results))
+    networks = next(iter(results.values()))["accuracy"]
+    rows = {f"distilled set, {n}": [r["accuracy"].get(n) for r in results.values()] for n in networks}
+    rows |= {
+        label.format("real", next(iter(results.values()))["ipc"]): [r["baselines"].get(n) for r in results.values()]
+        for n, label in BASELINES.items()
+    }
+    for label, cells in rows.items():
+        sides.add_row(label, *(score(cell)[0] if cell else "" for cell in cells))
+    sides.add_row("time", *(duration(r["seconds"]) for r in results.values()))
+    show(sides)
+
+
+def print_sweep(result: Mapping[str, Any]) -> None:
+    """The table of `tadperf sweep`: a row for each combination, and network where there are several."""
+    rows, fields = result["rows"], result["fields"]
+    fields = [*fields, *(["network"] if len({row["network"] for row in rows}) > 1 else [])]
+    made = table(*fields, "test accuracy, %", "random real, %", "time")
+    for row in rows:
+        deviation = f" ± {100 * row['std']:.1f}" if row["runs"] > 1 else ""
+        real = f"{100 * row['random_real']:.1f}" if "random_real" in row else "-"
+        accuracy = f"{100 * row['accuracy']:.1f}{deviation}"
+        made.add_row(*(str(row[field]) for field in fields), accuracy, real, duration(row["seconds"]))
+    show(made)
     for name, path in result["paths"].items():
         print(f"{name:<10} {path}")
-    print("\n" + USE.format(path=str(result["paths"]["distilled"]), data=data["source"].get("path", data["name"])))
+
+
+def print_audit(result: Mapping[str, Any]) -> None:
+    """The tables of `tadperf audit`."""
+    share = 100 * result["issues"] / result["samples"]
+    noise = "" if result["noise"] == "none" else f", noise {result['noise']}"
+    print(f"{result['data']}{noise}: {result['issues']} of {result['samples']} labels held wrong ({share:.1f} %)")
+    pairs = table("seems to be", "labelled", "samples")
+    for pair in result["pairs"][:PAIRS]:
+        pairs.add_row(pair["suggested"], pair["given"], str(pair["samples"]))
+    if len(result["pairs"]) > PAIRS:
+        pairs.add_row(
+            f"{len(result['pairs']) - PAIRS} other pairs", "", str(sum(p["samples"] for p in result["pairs"][PAIRS:]))
+        )
+    worst = table("worst samples", "labelled", "seems to be", "score")
+    for sample in result["worst"]:
+        worst.add_row(str(sample["index"]), sample["given"], sample["suggested"], f"{sample['score']:.3f}")
+    show(*(one for one in (pairs, worst) if one.row_count))
+    if known := result.get("against_clean_labels"):
+        told = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in known.items() if value is not None)
+        print(f"against the clean labels: {', '.join(told)}")
+    for name, path in result["paths"].items():
+        print(f"{name:<10} {path}")
+    if not result["paths"]:
+        print("--out labels.csv keeps the whole list, and a picture of the worst")
 
 
 def print_accuracy(result: Mapping[str, Any]) -> None:

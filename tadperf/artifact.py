@@ -127,7 +127,7 @@ class DistilledSet:
         network: another architecture, by name or as a NetConfig; by default the one the set was distilled with.
         """
         import tadperf.device
-        from tadperf.evaluate import train_student
+        from tadperf.evaluate import Examples, train_student
 
         if isinstance(network, str):
             try:
@@ -136,7 +136,8 @@ class DistilledSet:
                 raise UserError("network", network, "must be convnet, resnet18, alexnet or vgg11") from None
         recipe = self.recipe if epochs is None else self.recipe._replace(epochs=epochs)
         where = tadperf.device.resolve(device)
-        return train_student(self.images, self.labels, self.num_classes, network or self.net, recipe, seed, where)
+        examples = Examples(self.images, self.labels)
+        return train_student(examples, self.num_classes, network or self.net, recipe, seed, where)
 
     def accuracy(self, net: nn.Module, test: Dataset | str | tuple[Tensor, Tensor]) -> float:
         """The share of `test` that `net` classifies rightly, in [0, 1].

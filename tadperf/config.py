@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tadperf.matching.bases import BASES
+
+Backend = Literal["auto", "eager", "inductor", "cudagraphs", "tensorrt"]  # of tadperf.accelerate.compile
 
 
 class Section(BaseModel):
@@ -35,6 +39,30 @@ class DataConfig(Section):
     )
 
 
+class TrustConfig(Section):
+    """Which labels to believe: the dual loop of trust."""
+
+    mode: Literal["on", "off", "oracle"] = Field(
+        "on",
+        description="find the labels to trust; take them as given; or oracle: use the clean labels, as a yardstick",
+    )
+    rounds: int = Field(3, ge=1, description="rounds of outer and inner loop, at most")
+    proxies: int = Field(4, ge=1, description="networks trained in each round")
+    epochs: int = Field(12, ge=1, description="epochs of a proxy: few, so that patterns are learned and errors not yet")
+    batch: int = Field(64, ge=1, description="batch size of the proxies")
+    lr: float = Field(0.1, gt=0, description="learning rate of the proxies' SGD")
+    mixup: bool = Field(True, description="train proxies on mixed pairs of images")
+    consistency: float = Field(0.0, ge=0, description="weight of KL between two augmented views, over all samples")
+    class_wise: bool = Field(True, description="split the losses class by class; False: all classes together")
+    dynamic_threshold: bool = Field(True, description="each class's own threshold, by round; False: posterior 0.5")
+    recall: bool = Field(True, description="let untrusted samples return under their given label")
+    relabel: bool = Field(True, description="let untrusted samples return under another label")
+    graph: bool = Field(True, description="use labels spread over the neighbours in feature space")
+    transition: bool = Field(True, description="use the estimated confusion of labels when reading the neighbours")
+    held_out: bool = Field(True, description="judge a sample by the proxy that was not trained on it")
+    memory: bool = Field(True, description="score suspicion by the mean loss of all rounds so far")
+
+
 class NetConfig(Section):
     """The network of experts, matching and students."""
 
@@ -55,6 +83,8 @@ class ExpertConfig(Section):
     lr: float = Field(0.01, gt=0, description="learning rate of SGD")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of SGD")
+    rho: float = Field(0.0, ge=0, description="GSAM's radius, a share of each weight; 0 is plain SGD")
+    alpha: float = Field(0.0, ge=0, description="GSAM's weight of closing the gap to the loss at that radius")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the stored snapshots")
     path: str | None = Field(None, description="folder of another run, whose experts are used instead of training some")
     workers: int | None = Field(None, ge=1, description="processes on CPU; by default one per core")
@@ -63,12 +93,19 @@ class ExpertConfig(Section):
 class MatchConfig(Section):
     """Trajectory matching: the synthetic images and how they are learned."""
 
-    method: Literal["mtt"] = Field("mtt", description="distillation method")
+    method: Literal["mtt", "ftd", "datm"] = Field(
+        "mtt", description="distillation method; ftd and datm bring their own values for fields that are not set"
+    )
     ipc: int = Field(10, ge=1, description="synthetic images per class")
     iterations: int = Field(5000, ge=1, description="outer steps")
     steps: int = Field(30, ge=1, description="T: inner steps on synthetic images per outer step")
     expert_epochs: int = Field(2, ge=1, description="expert epochs that T inner steps have to match")
+    min_start: int = Field(0, ge=0, description="earliest expert epoch to start from")
     max_start: int = Field(20, ge=0, description="latest expert epoch to start from")
+    easy: float = Field(
+        1.0, ge=0, le=1, description="share of the starts, the early and easy ones, that is open at first"
+    )
+    widen: float = Field(0.0, ge=0, le=1, description="share of the iterations after which all starts are open")
     batch: int | None = Field(None, ge=1, description="synthetic images per inner step; by default all")
     lr_img: float = Field(100.0, gt=0, description="learning rate of the images")
     lr_lr: float = Field(0.05, ge=0, description="learning rate of the logarithm of the student's learning rate")
@@ -76,13 +113,79 @@ class MatchConfig(Section):
     momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images' SGD")
     soft_labels: bool = Field(False, description="learn the labels as logits")
     lr_label: float = Field(1.0, gt=0, description="learning rate of the label logits")
+    momentum_label: float | None = Field(
+        None, ge=0, lt=1, description="momentum of the label logits' SGD; by default that of the images"
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the images' moving average, which is what is kept; 0 keeps the last ones"
+    )
     init: Literal["real", "kmeans", "noise"] = Field(
         "real", description="what the images start from: random real ones, those nearest to k-means centres, noise"
     )
+    init_correct: bool = Field(False, description="start only from samples that an expert classifies rightly")
     gradient: Literal["adjoint", "unroll", "tesla"] = Field(
         "adjoint", description="exact at constant memory; exact by full unroll; TESLA's approximation"
     )
     check_every: int = Field(500, ge=1, description="outer steps between checks on held-out training samples")
+
+
+class DetectorConfig(NetConfig):
+    """The network that judges generated images, and how it is trained."""
+
+    path: str | None = Field(
+        None, description="its weights as safetensors, named as the network's own state, instead of training it"
+    )
+    epochs: int = Field(50, ge=1, description="epochs on the trusted samples")
+    batch: int = Field(64, ge=1, description="batch size")
+    lr: float = Field(0.05, gt=0, description="learning rate of SGD, x 0.1 after half of the epochs")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay of SGD")
+
+
+class DiffusionConfig(Section):
+    """The class-conditional diffusion model that is trained where refine.source is train."""
+
+    width: int = Field(32, ge=8, multiple_of=8, description="channels of the UNet's first level; the others have twice")
+    layers: int = Field(1, ge=1, description="residual blocks per level")
+    iterations: int = Field(2000, ge=1, description="optimiser steps")
+    batch: int = Field(128, ge=1, description="images per step")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW; warmed up, then a half cosine down to 0")
+    ema: float = Field(0.995, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept")
+    drop: float = Field(0.1, ge=0, lt=1, description="share of labels left out, for classifier-free guidance")
+
+
+class RefineConfig(Section):
+    """Images made by a diffusion model from prototypes, judged by the detector and made again where it objects."""
+
+    source: str = Field(
+        "train", description="the diffusion model: train, or a local folder or hub name of diffusers' format"
+    )
+    prompt: str = Field("a photo of a {name}", description="a class as text, for Stable Diffusion; {name} is its name")
+    classes: tuple[int, ...] | None = Field(
+        None, description="the model's class for each class of the data, where it knows others; by default the same"
+    )
+    prototypes: Literal["latents", "pixels"] = Field(
+        "latents",
+        description="k-means centres per class in the model's space; or the samples nearest to such centres of pixels",
+    )
+    outliers: float = Field(
+        0.0, ge=0, lt=0.5, description="share of each class left out before k-means, by local outlier factor"
+    )
+    strength: float = Field(0.7, gt=0, le=1, description="how far a prototype is noised: 1 is all the way")
+    reach: float = Field(
+        1.0, gt=0, le=1, description="strength of the last round's candidates, which grows to it by equal parts"
+    )
+    steps: int = Field(25, ge=1, description="denoising steps of the whole way (DDIM)")
+    guidance: float = Field(2.0, ge=1, description="classifier-free guidance; 1 is none")
+    beta: float = Field(0.7, ge=0, le=1, description="an image of the right label is anomalous below this confidence")
+    candidates: int = Field(8, ge=1, description="N: candidates for each anomalous image")
+    top_k: int = Field(3, ge=1, description="candidates of highest confidence that the least similar is taken from")
+    weight: float | None = Field(
+        None, ge=0, description="lambda: take the largest confidence + lambda * dissimilarity instead"
+    )
+    rounds: int = Field(5, ge=0, description="most rounds of refinement; 0 keeps the images as first generated")
+    soft_labels: bool = Field(False, description="label the images with the detector's logits")
+    batch: int = Field(100, ge=1, description="images generated at a time; bounds the memory")
 
 
 class EvalConfig(Section):
@@ -103,12 +206,33 @@ class EvalConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run. Fields that are not set take the method's values, and then the defaults."""
 
     seed: int = Field(0, ge=0, description="one seed gives one result")
+    synthesis: Literal["matching", "generative", "hybrid"] = Field(
+        "matching",
+        description="how images are made: matching, diffusion and refinement, or matching that starts from these",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
     data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
     net: NetConfig = NetConfig()  # pyright: ignore[reportCallIssue]
+    trust: TrustConfig = TrustConfig()  # pyright: ignore[reportCallIssue]
     experts: ExpertConfig = ExpertConfig()  # pyright: ignore[reportCallIssue]
     match: MatchConfig = MatchConfig()  # pyright: ignore[reportCallIssue]
+    detector: DetectorConfig = DetectorConfig()  # pyright: ignore[reportCallIssue]
+    diffusion: DiffusionConfig = DiffusionConfig()  # pyright: ignore[reportCallIssue]
+    refine: RefineConfig = RefineConfig()  # pyright: ignore[reportCallIssue]
     evaluate: EvalConfig = EvalConfig()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {name: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for name, v in values.items()}
+        match = given.get("match")
+        method = match.get("method") if isinstance(match, dict) else None
+        for section, own in BASES.get(method, {}).items() if isinstance(method, str) else ():
+            if isinstance(under := given.get(section, {}), dict):
+                given[section] = own | under
+        return given

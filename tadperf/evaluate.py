@@ -13,16 +13,25 @@ from tadperf import nets, parallel, seeds, training
 from tadperf.config import NetConfig
 from tadperf.training import Images, Recipe, accuracy
 
-__all__ = ["Recipe", "Student", "accuracy", "evaluate", "summary", "train_student"]
+__all__ = ["Examples", "Recipe", "Student", "accuracy", "evaluate", "summary", "train_student"]
+
+
+class Examples(NamedTuple):
+    """What a network learns from: normalised images [M, C, H, W], labels [M] or label logits [M, K], weights [M]."""
+
+    images: Images
+    labels: Tensor
+    weights: Tensor | None = None
 
 
 def train_student(
-    images: Images, labels: Tensor, num_classes: int, net: NetConfig, recipe: Recipe, seed: int, device: torch.device
+    examples: Examples, num_classes: int, net: NetConfig, recipe: Recipe, seed: int, device: torch.device
 ) -> nn.Module:
-    """A fresh network of `net` trained on normalised images [M, C, H, W] with labels [M] or label logits [M, K]."""
+    """A fresh network of `net` trained on the examples."""
+    images, labels, weights = examples
     channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
     module = nets.build(net, (channels, height, width), num_classes, seeds.derive(seed, "student")).to(device)
-    return training.fit(module, images, labels, recipe, seeds.derive(seed, "student"))
+    return training.fit(module, images, labels, recipe, seeds.derive(seed, "student"), weights=weights)
 
 
 class Student(NamedTuple):
@@ -32,7 +41,7 @@ class Student(NamedTuple):
     repeat: int
     net: NetConfig
     recipe: Recipe
-    data: Callable[[], tuple[Images, Tensor]]  # made where the student is trained: nothing crosses between processes
+    data: Callable[[], Examples]  # made where the student is trained: nothing crosses between processes
 
 
 def evaluate(
@@ -45,9 +54,8 @@ def evaluate(
     """
 
     def score(student: Student) -> float:
-        images, labels = student.data()
         where = seeds.derive(seed, student.row, student.repeat)
-        module = train_student(images, labels, num_classes, student.net, student.recipe, where, device)
+        module = train_student(student.data(), num_classes, student.net, student.recipe, where, device)
         return accuracy(module, test_images, test_labels)
 
     for position, result in parallel.run(score, students, None if device.type == "cpu" else 1):

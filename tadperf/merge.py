@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from tadperf.config import Config
 from tadperf.errors import UserError
-from tadperf.presets import PRESETS
+from tadperf.presets import METHODS, PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +30,8 @@ OPTIONS = {
     "data.noise": "--noise",
     "match.ipc": "--ipc",
     "match.method": "--method",
+    "trust.mode": "--trust",
+    "synthesis": "--synthesis",
     "evaluate.repeats": "--repeats",
     "evaluate.networks": "--network",
     "seed": "--seed",
@@ -44,17 +46,17 @@ def merge(
     options: Mapping[str, Any] | None = None,
     base: Config | None = None,
 ) -> Config:
-    """base < preset < TOML file < `--set section.key=value` < named options, as one Config (tadperf).
+    """base < preset < what the method changes in it < TOML file < `--set section.key=value` < named options (tadperf).
 
     sets: "section.key=value" each. options: dotted field to value or None. base: what a resumed run was started with.
-    With neither preset nor base, the preset is `default_preset`. Raises UserError, naming the field, on an unknown
-    preset, file, key or value.
+    With neither preset nor base, the preset is `default_preset`. What nothing of these sets the method does, and then
+    the defaults. Raises UserError, naming the field, on an unknown preset, file, key or value.
     """
     layers = _layers(toml_path, sets, options)
     if preset is None and base is None:
         preset = _default_preset(layers)
     merged: dict[str, Any] = base.model_dump() if base else {}
-    for layer in (_preset(preset), *layers):
+    for layer in (_preset(preset), _method(preset, layers), *layers):
         merged = _over(merged, layer)
     try:
         return Config.model_validate(merged)
@@ -110,6 +112,11 @@ def _preset(name: str | None) -> Mapping[str, Any]:
         close = get_close_matches(name, PRESETS, 1)
         raise UserError("--preset", name, f"did you mean {close[0]}?" if close else f"known are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def _method(preset: str | None, layers: Iterable[dict]) -> Mapping[str, Any]:
+    named = [layer["match"]["method"] for layer in layers if "method" in layer.get("match", {})]
+    return METHODS.get(preset or "", {}).get(str(named[-1]), {}) if named else {}
 
 
 def _read_toml(path: Path | str | None) -> dict[str, Any]:

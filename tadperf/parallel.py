@@ -54,7 +54,8 @@ def _call(position: int) -> Any:
 def run(task: Callable[[Any], T], items: Sequence[Any], workers: int | None = None) -> Iterator[tuple[int, T]]:
     """Yields (position, task(item)) as tasks finish, in forked processes, by default one per core.
 
-    A forked worker sees the caller's tensors without a copy and a result is pickled back, so return small values.
+    A forked worker sees the caller's tensors without a copy and a result is pickled back, so return small values, and
+    no tensors: PyTorch sends those through files in /tmp, which a killed worker leaves behind.
     Every task has one thread, however many there are: OpenMP hangs with more after a fork, and the bits of a sum change
     with their number, so that a run resumed with its last expert to train would end in other bytes.
     """

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from tadperf.config import Config, DataConfig, MatchConfig
 from tadperf.errors import UserError
+from tadperf.matching.bases import start_range
 from tadperf.merge import default_preset, merge, to_toml
-from tadperf.presets import PRESETS
+from tadperf.presets import METHODS, PRESETS
 
 
 def test_each_layer_wins_over_the_one_before(tmp_path):
@@ -54,6 +55,80 @@ def test_published_values(name, values):
     assert config.experts.count == 100
     assert config.net.width == 128
     assert config.data.normalise == ("meanstd" if name.startswith("tiny") else "zca")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [  # FTD's table 7: alpha, EMA decay, learning rate of the teacher
+        ("cifar10-ipc1", (0.3, 0.9999, 0.01)),
+        ("cifar10-ipc10", (0.3, 0.9995, 0.001)),
+        ("cifar10-ipc50", (1, 0.999, 0.01)),
+        ("cifar100-ipc1", (1, 0.9995, 0.01)),
+        ("cifar100-ipc10", (1, 0.9995, 0.01)),
+        ("cifar100-ipc50", (1, 0.999, 0.01)),
+        ("tiny-ipc1", (1, 0.999, 0.01)),
+        ("tiny-ipc10", (1, 0.999, 0.01)),
+    ],
+)
+def test_published_values_of_ftd(name, values):
+    config, plain = merge(name, options={"match.method": "ftd"}), merge(name)
+    assert (config.experts.alpha, config.match.ema, config.match.lr_init) == values
+    assert config.experts.rho == 0.01
+    assert (plain.experts.rho, plain.match.ema) == (0, 0)
+    same = ("ipc", "iterations", "steps", "expert_epochs", "max_start", "batch", "lr_img", "soft_labels")
+    assert [getattr(config.match, field) for field in same] == [getattr(plain.match, field) for field in same]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [  # DATM's configs: ipc, steps, expert_epochs, min_start, current_max_start, max_start, expansion_end, lr_img, lr_y
+        ("cifar10-ipc1", (1, 80, 2, 0, 4, 4, 0, 100, 5)),
+        ("cifar10-ipc10", (10, 80, 2, 0, 10, 20, 1000, 100, 2)),
+        ("cifar10-ipc50", (50, 80, 2, 0, 20, 40, 2000, 1000, 2)),
+        ("cifar100-ipc1", (1, 40, 3, 0, 10, 20, 1000, 1000, 10)),
+        ("cifar100-ipc10", (10, 80, 2, 0, 30, 50, 2000, 1000, 10)),
+        ("cifar100-ipc50", (50, 80, 2, 20, 70, 70, 0, 1000, 10)),
+        ("tiny-ipc1", (1, 40, 2, 0, 15, 20, 2000, 10000, 10)),
+        ("tiny-ipc10", (10, 40, 2, 10, 50, 50, 0, 100, 10)),
+    ],
+)
+def test_published_values_of_datm(name, values):
+    config = merge(name, sets=["match.method=datm"])
+    m = config.match
+    ends = (start_range(m, 0)[1], m.max_start, m.widen * m.iterations)
+    assert (m.ipc, m.steps, m.expert_epochs, m.min_start, *ends, m.lr_img, m.lr_label) == values
+    assert (m.iterations, m.momentum_label, m.soft_labels, m.init_correct) == (
+        10000,
+        0.9,
+        True,
+        name != "cifar100-ipc50",
+    )
+    assert (config.experts.rho, config.experts.alpha, config.experts.epochs) == (0.01, 0.3, 100)
+    assert config.data.normalise == "zca"
+
+
+def test_a_method_changes_its_preset_and_is_itself_overruled(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('match.method = "ftd"\nmatch.ema = 0.5\n')
+    assert merge("cifar10-ipc50", file).match.ema == 0.5
+    assert merge("cifar10-ipc50", file).experts.alpha == 1.0
+    assert merge("cifar10-ipc50", file, ["match.method=datm"]).match.steps == 80  # the last one named
+    assert merge("cifar10-ipc50", file, options={"match.method": "mtt"}).experts.rho == 0
+    assert merge(None, file, ["data.path=x"]).match.max_start == PRESETS["quick"]["match"]["max_start"]
+    base = merge("digits")
+    resumed = merge(base=base, options={"match.method": "ftd"})
+    assert resumed == base.model_copy(update={"match": base.match.model_copy(update={"method": "ftd"})})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("method", ["mtt", "ftd", "datm"])
+def test_every_preset_takes_every_method(name, method):
+    config = merge(name, options={"match.method": method})
+    assert config.match.method == method
+    assert (config.experts.rho > 0) == (method != "mtt")
+    assert set(METHODS) <= set(PRESETS)
+    if name in ("quick", "digits", "digits-ipc1"):  # a longer average would hardly leave the start
+        assert config.match.ema**config.match.iterations < 0.01 or config.match.ema == 0
 
 
 def test_default_preset_follows_the_data(tmp_path):
@@ -138,7 +213,7 @@ def test_the_nearest_toml_key_is_suggested(tmp_path):
 def test_toml_brings_back_the_same_config(tmp_path_factory, path, noise, seed, lr):
     data = DataConfig(path=path, noise=noise, image_size=32)  # pyright: ignore[reportCallIssue]
     match = MatchConfig(lr_img=lr, batch=5)  # pyright: ignore[reportCallIssue]
-    config = Config(seed=seed, device="cuda:1", data=data, match=match)
+    config = Config(seed=seed, device="cuda:1", data=data, match=match)  # pyright: ignore[reportCallIssue]
     file = tmp_path_factory.mktemp("toml") / "c.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert merge(toml_path=file, base=Config()) == config  # pyright: ignore[reportCallIssue]

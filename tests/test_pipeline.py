@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tadperf import artifact, pipeline
+from tadperf import artifact, nets, outcome, pipeline
+from tadperf import job as jobs
 from tadperf.bench import kill_resume  # pyright: ignore[reportMissingImports]
 from tadperf.config import Config
 from tadperf.errors import UserError
+from tadperf.experts.store import Experts
+from tadperf.matching import distil as matching
 from tadperf.merge import merge
 from tadperf.runs import Run
 
@@ -21,7 +26,7 @@ TINY: dict[str, Any] = {
     "data.path": "digits", "device": "cpu", "net.width": 4, "net.depth": 1, "experts.count": 2, "experts.epochs": 2,
     "match.ipc": 1, "match.iterations": 6, "match.check_every": 3, "match.steps": 2, "match.max_start": 1,
     "match.expert_epochs": 1, "match.init": "real", "evaluate.epochs": 2, "evaluate.repeats": 1,
-    "evaluate.full_epochs": 1, "evaluate.full_repeats": 1,
+    "evaluate.full_epochs": 1, "evaluate.full_repeats": 1, "trust.rounds": 2, "trust.proxies": 2, "trust.epochs": 2,
 }  # fmt: skip
 
 
@@ -61,6 +66,7 @@ def save(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8), test: bool =
         ({"match__ipc": 200}, "--ipc", ["class '", "samples to start from"]),
         ({"net__norm": "batch"}, "net.norm", ["running statistics"]),
         ({"experts__epochs": 1}, "experts.epochs", ["= 2"]),
+        ({"match__min_start": 2}, "match.min_start", ["2", "match.max_start = 1"]),
         ({"data__augment": "crop_zoom"}, "data.augment", ["'zoom'", "rotate"]),
         ({"data__noise": "symmetric:1.5"}, "--noise", ["1.5", "below 1"]),
         ({"data__path": "nowhere.npz"}, "data", ["no such file"]),
@@ -86,8 +92,14 @@ def test_data_that_are_refused(tmp_path):
     assert refused(data__path=save(tmp_path / "c.npz"), data__holdout=0.01).startswith("data.holdout: 0.01: ")
     labels = np.array([0] * 30 + [1] * 27 + [2] * 3)
     rare = save(tmp_path / "d.npz", y_train=labels, class_names=np.array(["ant", "bee", "cat"]))
-    assert refused(data__path=rare, match__ipc=5).startswith("--ipc: 5: class 'cat' has only 3 samples")
-    assert pipeline.prepare(config(data__path=rare, match__ipc=3)).kept.tolist()[-3:] == [57, 58, 59]
+    assert refused(data__path=rare, data__noise="none", match__ipc=5).startswith(
+        "--ipc: 5: class 'cat' has only 3 samples"
+    )
+    assert pipeline.prepare(config(data__path=rare, data__noise="none", match__ipc=3)).train.labels.tolist()[-3:] == [
+        2,
+        2,
+        2,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +112,24 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 def test_what_a_run_leaves(whole):
     place, result = whole
     assert set(result) == {
-        "data", "ipc", "seed", "method", "accuracy", "baselines", "lr", "stages", "seconds", "device", "paths",
+        "data", "ipc", "seed", "synthesis", "method", "trust",
+        "accuracy", "baselines", "lr", "stages", "seconds", "device", "paths",
     }  # fmt: skip
     assert json.loads((place / "result.json").read_text()) == result
     assert (result["data"]["train"], result["data"]["test"], result["data"]["shape"]) == (1400, 397, [1, 8, 8])
     assert set(result["accuracy"]) == {"convnet"}
-    assert set(result["baselines"]) == {"initial", "random_real", "full_data"}
-    assert set(result["stages"]) == {"data", "experts", "matching", "evaluate"}
+    assert set(result["baselines"]) == {"initial", "random_real", "full_data", "full_trusted"}
+    assert set(result["stages"]) == {"data", "trust", "experts", "matching", "evaluate"}
     assert result["seconds"] == pytest.approx(sum(stage["seconds"] for stage in result["stages"].values()))
     for path in result["paths"].values():
         assert Path(path).exists()
     written = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file() and file.name != ".lock"}
     assert max(written.values()) == written[place / "DONE"]
     stages = [json.loads(line)["stage"] for line in (place / "metrics.jsonl").read_text().splitlines()]
-    assert (stages.count("matching"), stages.count("evaluate")) == (6 + 2, 4)
+    assert (stages.count("trust"), stages.count("matching"), stages.count("evaluate")) == (2, 6 + 2, 5)
     made = artifact.load(place / "distilled.safetensors")
     assert (made.ipc, made.num_classes, made.shape) == (1, 10, (1, 8, 8))
-    again = pipeline.evaluate_file(place / "distilled.safetensors", device="cpu")
+    again = outcome.evaluate_file(place / "distilled.safetensors", device="cpu")
     assert again["accuracy"] == result["accuracy"]  # nothing but the file was needed
 
 
@@ -148,6 +161,24 @@ def test_clean_labels_and_test_data_decide_nothing(tmp_path):
     assert third["baselines"]["full_data"] != first["baselines"]["full_data"]  # the change did reach the test
 
 
+@pytest.mark.parametrize("kind", ["generative", "hybrid"])
+def test_images_of_a_diffusion_model(tmp_path, kind):
+    """As they are, or as what matching starts from; a run told to continue does not make them again."""
+    values = {
+        "synthesis": kind, "data__noise": "none", "detector__depth": 1, "detector__width": 8, "detector__epochs": 2,
+        "diffusion__width": 8, "diffusion__iterations": 3, "diffusion__batch": 8, "refine__steps": 4,
+        "refine__rounds": 1, "refine__candidates": 2, "refine__top_k": 1,
+    }  # fmt: skip
+    result = run(tmp_path / "run", **values)
+    assert result["synthesis"] == kind
+    made, initial = (artifact.load(tmp_path / "run" / name) for name in ("distilled.safetensors", outcome.INITIAL))
+    assert torch.equal(made.images, initial.images) == (kind == "generative")
+    assert made.labels.is_floating_point() == (kind == "hybrid")  # the digits preset learns labels when it matches
+    assert ("matching" in result["stages"], "refine" in result["stages"]) == (kind == "hybrid", True)
+    record = json.loads((tmp_path / "run" / "refined.json").read_text())
+    assert {"source", "detector", "rounds"} <= set(record)
+
+
 def test_experts_alone_serve_a_run(whole, tmp_path):
     job = pipeline.prepare(config())
     with Run.create(tmp_path / "experts", job.config) as opened:
@@ -156,6 +187,40 @@ def test_experts_alone_serve_a_run(whole, tmp_path):
     run(tmp_path / "run", experts__path=str(tmp_path / "experts"))
     assert distilled(tmp_path / "run") == distilled(whole[0])
     assert not (tmp_path / "run" / "experts").exists()
+
+
+@pytest.mark.parametrize("method", ["ftd", "datm"])
+def test_the_bases_run_whole_and_share_no_experts_with_mtt(whole, tmp_path, method):
+    values = {"match__method": method, "match__ema": 0.5}
+    result = run(tmp_path / "run", **values)
+    assert result["method"] == method
+    made, plain = (artifact.load(place / "distilled.safetensors") for place in (tmp_path / "run", whole[0]))
+    assert not (made.images == plain.images).all()
+    state = matching._load(tmp_path / "run" / "checkpoints" / "matching.safetensors", torch.device("cpu"))[2]
+    assert torch.equal(made.images, state.average)  # what is kept is the average, not the last images
+    assert not torch.equal(state.average, state.images)
+    with pytest.raises(UserError, match=r"its experts have rho = 0\.0, this run needs 0\.01"):
+        pipeline.prepare(config(experts__path=str(whole[0]), **values))
+    other = pipeline.prepare(config(experts__path=str(tmp_path / "run"), **values, match__steps=3))
+    assert other.config.experts.rho == 0.01
+
+
+def test_datm_starts_from_samples_that_an_expert_has_right(whole, tmp_path, monkeypatch):
+    """Told that every other sample is learned, both ways to choose take those alone."""
+    job = pipeline.prepare(config(match__method="datm"))
+    samples = jobs.samples_of(job, torch.arange(len(job.train)), job.train.labels)
+    seen = jobs.view(jobs.arrays(job), samples)
+    mask = torch.arange(len(seen.labels)) % 2 == 0
+    monkeypatch.setattr(pipeline.bases, "learned", lambda *_: mask)
+    net = nets.FlatNet(nets.build(job.config.net, job.train.shape, 10, 0))
+    experts = Experts.open(whole[0] / "experts", 2)
+    for init in ("real", "kmeans"):
+        chosen = job.config.match.model_copy(update={"init": init, "ipc": 3})
+        one = replace(job, config=job.config.model_copy(update={"match": chosen}))
+        images = pipeline.first_state(one, seen, net, experts).images
+        places = (seen.images[torch.arange(len(mask))][:, None] == images[None]).flatten(2).all(2).nonzero()[:, 0]
+        assert len(places) >= 30
+        assert mask[places].all()
 
 
 def test_killed_runs_end_in_the_same_bytes(tmp_path):

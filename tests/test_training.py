@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tadperf import nets, training
+from tadperf import nets, seeds, training
 from tadperf.config import NetConfig
 from tadperf.training import Recipe, accuracy, fit
 
@@ -98,6 +99,93 @@ def test_sure_soft_labels_are_hard_labels():
     torch.testing.assert_close(weights(soft), weights(hard), rtol=1e-5, atol=1e-6)
     unsure = fit(fresh(), images, 0.1 * F.one_hot(labels, 3), PLAIN, 0)
     assert (weights(unsure) - weights(hard)).norm() > 1e-3
+
+
+def test_equal_weights_are_no_weights_and_none_leaves_out():
+    images, labels = data()
+    recipe = PLAIN._replace(epochs=3, batch=5)
+    plain = weights(fit(fresh(), images, labels, recipe, 0))
+    for equal in (torch.ones(12), torch.full((12,), 7.5, dtype=torch.float64)):
+        weighted = weights(fit(fresh(), images, labels, recipe, 0, weights=equal))
+        torch.testing.assert_close(weighted, plain, rtol=1e-5, atol=1e-6)
+    chosen = torch.arange(12) % 2
+    one = weights(fit(fresh(), images, labels, PLAIN, 0, weights=chosen.float()))
+    other = weights(fit(fresh(), images[chosen > 0], labels[chosen > 0], PLAIN, 0))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert (other - weights(fit(fresh(), images, labels, PLAIN, 0))).norm() > 1e-3
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_weighted_steps_are_those_computed_by_hand(soft):
+    """Softmax regression in float64: a sample counts w over the mean of all w, whatever its batch is."""
+    images, labels = data()
+    counts = torch.rand(12, generator=torch.Generator().manual_seed(3)) + 0.1
+    logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(4))
+    x, y = images.flatten(1).double(), logits.double().softmax(1) if soft else F.one_hot(labels, 3).double()
+    share, weight = (counts.double() / counts.double().mean())[:, None], torch.zeros(3, 64, dtype=torch.float64)
+    for index in torch.randperm(12, generator=seeds.generator(0, "epoch", 0)).split(5):
+        gap = share[index] * ((x[index] @ weight.t()).softmax(1) - y[index])
+        weight = weight - 0.1 * gap.t() @ x[index] / len(index)
+    module = fit(Linear(), images, logits if soft else labels, PLAIN._replace(batch=5), 0, weights=counts)
+    torch.testing.assert_close(weights(module).view(3, 64).double(), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(11), "weights: torch.float32 [11]: expected floats [12], one per image"),
+        (torch.ones(12, 1), "weights: torch.float32 [12, 1]: expected floats [12], one per image"),
+        (torch.ones(12, dtype=torch.int64), "weights: torch.int64 [12]: expected floats [12], one per image"),
+        (-torch.ones(12), "weights: expected finite values from 0 up, not all of them 0"),
+        (torch.zeros(12), "weights: expected finite values from 0 up, not all of them 0"),
+        (torch.full((12,), math.nan), "weights: expected finite values from 0 up, not all of them 0"),
+    ],
+)
+def test_wrong_weights_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(fresh(), *data(), PLAIN, 0, weights=wrong)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
+def test_flat_gradient_is_gsam(alpha):
+    """Against the definition, in float64 with the parameters as one vector."""
+    images, labels = (value[:6] for value in data())
+    module = fresh().double()
+    parameters = tuple(module.parameters())
+    before = [p.detach().clone() for p in parameters]
+    ours = training.flat_gradient(lambda: F.cross_entropy(module(images.double()), labels), parameters, 0.5, alpha)
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    net = nets.FlatNet(module)
+    theta = net.flatten()
+
+    def gradient(at: torch.Tensor) -> torch.Tensor:
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(net(at, images.double()), labels), at)[0]
+
+    here = gradient(theta)
+    above = gradient(theta + 0.5 * theta**2 * here / (theta * here).norm())
+    along = above / above.norm()
+    truth = above - alpha * (here - (here @ along) * along)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in ours]), truth, rtol=1e-9, atol=1e-12)
+    assert (truth - here).norm() > 1e-3 * here.norm()
+
+
+def test_a_radius_makes_the_minimum_flatter():
+    """Mean rise of the loss within a ball around the weights, after training to a low loss with and without GSAM."""
+    images, labels = data(60)
+    images = images + 2 * torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))[labels]
+    rises = {}
+    for rho in (0.0, 1.0):
+        recipe = Recipe(30, 20, 0.1, 0.0, 0.0, "none", decay=False, rho=rho)
+        module = fit(fresh(), images, labels, recipe, 0)
+        net, generator = nets.FlatNet(module), torch.Generator().manual_seed(6)
+        theta = net.flatten()
+        with torch.no_grad():
+            low = F.cross_entropy(net(theta, images), labels)
+            noise = 0.1 * torch.randn(20, len(theta), generator=generator) * theta.abs()
+            rises[rho] = float(sum(F.cross_entropy(net(theta + n, images), labels) - low for n in noise))
+        assert low < 0.1
+    assert rises[1.0] < 0.8 * rises[0.0]
 
 
 def test_one_seed_gives_the_same_bits_whatever_ran_before():

@@ -59,8 +59,8 @@ class Dataset:
         """A short hash of the images, labels and class names: tells whether two runs saw the same data."""
         digest = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), 65536):  # by chunks: a memory-mapped set is never whole in memory
-            digest.update(self.images[start : start + 65536].contiguous().numpy())
-        digest.update(self.labels.numpy())
+            digest.update(self.images[start : start + 65536].contiguous().numpy().data)
+        digest.update(self.labels.numpy().data)
         digest.update("\0".join(self.class_names).encode())
         return digest.hexdigest()
 

@@ -43,13 +43,14 @@ def pick_central(images: Images, labels: Tensor, ipc: int, seed: int) -> Tensor:
         for label in range(int(labels.max()) + 1):
             own = (labels == label).nonzero()[:, 0]
             points = images[own].flatten(1).cpu().numpy()
-            centres = KMeans(ipc, n_init=3, random_state=seed % 2**32).fit(points).cluster_centers_
+            clusters = KMeans(ipc, n_init=3, random_state=seed % 2**32)  # pyright: ignore[reportArgumentType]
+            centres = clusters.fit(points).cluster_centers_
             distance = torch.cdist(torch.from_numpy(centres), torch.from_numpy(points))
-            picked.append(own[_distinct(distance)])
+            picked.append(own[distinct(distance)])
     return torch.cat(picked)
 
 
-def _distinct(distance: Tensor) -> Tensor:
+def distinct(distance: Tensor) -> Tensor:
     """For each centre its nearest sample that no earlier centre took; distance [K, N]."""
     distance, chosen = distance.clone(), []
     for row in range(len(distance)):

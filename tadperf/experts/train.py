@@ -24,26 +24,35 @@ def train_expert(
     recipe: Recipe,
     seed: int,
     device: torch.device,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """One trajectory: snapshots float32 [epochs + 1, P] from before training on, and the final training accuracy."""
+    """One trajectory: snapshots float32 [epochs + 1, P] from before training on, and the final training accuracy.
+
+    labels: int64 [N], or label logits [N, C], whose largest then counts as right; weights: as for `training.fit`.
+    """
     module = nets.build(net, shape, num_classes, seed).to(device)
     flat = nets.FlatNet(module)
     snapshots = [flat.flatten().cpu()]
-    training.fit(module, images, labels, recipe, seed, after_epoch=lambda _: snapshots.append(flat.flatten().cpu()))
-    return torch.stack(snapshots), training.accuracy(module, images, labels)
+    training.fit(module, images, labels, recipe, seed, lambda _: snapshots.append(flat.flatten().cpu()), weights)
+    right = labels.argmax(1) if labels.is_floating_point() else labels
+    return torch.stack(snapshots), training.accuracy(module, images, right)
 
 
 def train_experts(
     folder: Path, images: Images, labels: Tensor, net: NetConfig, shape: nets.Shape, num_classes: int,
     config: ExpertConfig, epochs: int, augment: str, seed: int, device: torch.device, identity: dict[str, Any],
-    progress: Progress = silent,
+    progress: Progress = silent, weights: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Trains the experts that `folder` lacks, one file each; on a CPU several at once, one core each.
+
+    identity: all that the trajectories depend on; whoever passes weights has to name them in it.
 
     Measured on 2 cores: the 8 digits experts take 23 and 28 s in one process, 14 and 12 s in two.
     """
     store.claim(folder, identity)
-    recipe = Recipe(epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment, decay=False)
+    recipe = Recipe(
+        epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment, False, config.rho, config.alpha
+    )
     size = nets.FlatNet(nets.build(net, shape, num_classes, 0)).num_parameters
     missing = [index for index in range(config.count) if not store.complete(folder, index, (epochs + 1, size))]
     done = config.count - len(missing)
@@ -51,7 +60,7 @@ def train_experts(
 
     def train(index: int) -> float:
         snapshots, accuracy = train_expert(
-            images, labels, net, shape, num_classes, recipe, seeds.derive(seed, "expert", index), device
+            images, labels, net, shape, num_classes, recipe, seeds.derive(seed, "expert", index), device, weights
         )
         store.save(folder, index, snapshots.to(getattr(torch, config.dtype)), train_accuracy=accuracy)
         return accuracy

@@ -15,6 +15,7 @@ from tadperf import runs, seeds
 from tadperf.config import MatchConfig
 from tadperf.data import augment
 from tadperf.experts.store import Experts
+from tadperf.matching import bases
 from tadperf.matching.gradient import GRADIENTS, Gradient, Step
 from tadperf.nets import FlatNet
 from tadperf.progress import Progress, silent
@@ -37,6 +38,7 @@ class State:
     image_velocity: Tensor
     label_velocity: Tensor
     lr_velocity: Tensor
+    average: Tensor  # moving average of the images, which is checked and kept; without one the images themselves
     lr_img: float  # halved by the divergence guard
 
     def tensors(self) -> dict[str, Tensor]:
@@ -56,8 +58,9 @@ def begin(images: Tensor, labels: Tensor, config: MatchConfig) -> State:
     label_velocity = torch.zeros_like(labels, dtype=images.dtype) if labels.is_floating_point() else labels.new_zeros(0)
     log_lr = torch.tensor(math.log(config.lr_init), dtype=images.dtype, device=images.device)
     return State(
-        0, images, labels, log_lr, torch.zeros_like(images), label_velocity, torch.zeros_like(log_lr), config.lr_img
-    )
+        0, images, labels, log_lr, torch.zeros_like(images), label_velocity, torch.zeros_like(log_lr), images,
+        config.lr_img,
+    )  # fmt: skip
 
 
 def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, generator: torch.Generator) -> list[Step]:
@@ -70,19 +73,21 @@ def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, genera
 
 
 def update(state: State, gradient: Gradient, config: MatchConfig) -> State:
-    """One step of SGD with momentum on images, labels and log lr."""
+    """One step of SGD with momentum on images, labels and log lr, and of the images' average (FTD)."""
     image_velocity = config.momentum * state.image_velocity + gradient.images
+    images = state.images - state.lr_img * image_velocity
     labels, label_velocity = state.labels, state.label_velocity
     if gradient.labels is not None:
-        label_velocity = config.momentum * label_velocity + gradient.labels
+        momentum = config.momentum if config.momentum_label is None else config.momentum_label
+        label_velocity = momentum * label_velocity + gradient.labels
         labels = labels - config.lr_label * label_velocity
     # d/d log lr = lr d/d lr; clamped, since one bad trajectory would otherwise move the rate by orders of magnitude.
     slope = (gradient.lr * state.log_lr.exp()).clamp(-1, 1)
     lr_velocity = config.momentum * state.lr_velocity + slope
     return replace(
-        state, iteration=state.iteration + 1, images=state.images - state.lr_img * image_velocity, labels=labels,
+        state, iteration=state.iteration + 1, images=images, labels=labels,
         log_lr=state.log_lr - config.lr_lr * lr_velocity, image_velocity=image_velocity, label_velocity=label_velocity,
-        lr_velocity=lr_velocity,
+        lr_velocity=lr_velocity, average=images.lerp(state.average, config.ema) if config.ema else images,
     )  # fmt: skip
 
 
@@ -108,7 +113,8 @@ def matching_gradient(
     """Draws an expert, a start and the inner steps of this iteration, and differentiates the matching loss."""
     generator = seeds.generator(seed, "match", state.iteration)
     expert = int(torch.randint(len(experts), (), generator=generator))
-    start = int(torch.randint(config.max_start + 1, (), generator=generator))
+    first, last = bases.start_range(config, state.iteration)
+    start = int(torch.randint(first, last + 1, (), generator=generator))
     device = state.images.device
     drawn = draw_steps(config, len(state.images), state.images.shape[-1], strategy, generator)
     steps = [step._replace(index=step.index.to(device)) for step in drawn]
@@ -145,7 +151,7 @@ def distil(
         losses = [*losses[-19:], loss]
         progress("matching", state.iteration, config.iterations, loss=sum(losses) / len(losses))
         if state.iteration % config.check_every == 0 or state.iteration == config.iterations:
-            accuracy = check(state.images, state.labels, float(state.log_lr.exp()), state.iteration)
+            accuracy = check(state.average, state.labels, float(state.log_lr.exp()), state.iteration)
             run.log("matching", state.iteration, held_out=accuracy)
             if accuracy >= score:
                 best, score = state, accuracy
@@ -173,7 +179,16 @@ def _load(path: Path, device: torch.device) -> tuple[State, State | None, State,
     return states["state"], states.get("previous"), states["best"], float(metadata["score"])
 
 
-def soft_labels(net: FlatNet, experts: Experts, images: Tensor, epoch: int) -> Tensor:
-    """Label logits [M, K] to start from: the experts' logits after `epoch` epochs (DATM), their mean (tadperf)."""
+def soft_labels(net: FlatNet, experts: Experts, images: Tensor, epoch: int, right: Tensor | None = None) -> Tensor:
+    """Label logits [M, K] to start from: the mean of the experts' logits after `epoch` epochs (tadperf).
+
+    right: the images' classes, int64 [M]; with them only experts that classify an image rightly have a say in it, where
+    there is one (DATM).
+    """
     with torch.no_grad():
-        return torch.stack([net(experts.snapshot(e, epoch).to(images), images) for e in range(len(experts))]).mean(0)
+        logits = torch.stack([net(experts.snapshot(e, epoch).to(images), images) for e in range(len(experts))])
+    if right is None:
+        return logits.mean(0)
+    says = logits.argmax(2) == right.to(logits.device)
+    says |= ~says.any(0)
+    return (logits * says[:, :, None]).sum(0) / says.sum(0)[:, None]

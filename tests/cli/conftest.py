@@ -15,7 +15,7 @@ TINY = [
     *(f"--set={s}" for s in (
         "net.width=8", "net.depth=1", "experts.count=2", "match.iterations=6", "match.check_every=3", "match.steps=2",
         "match.max_start=1", "match.expert_epochs=1", "evaluate.epochs=3", "evaluate.full_epochs=1",
-        "evaluate.full_repeats=1",
+        "evaluate.full_repeats=1", "trust.rounds=1", "trust.proxies=2", "trust.epochs=2",
     )),
 ]  # fmt: skip
 

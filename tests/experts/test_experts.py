@@ -65,6 +65,30 @@ def test_a_trajectory_begins_at_the_initial_weights_and_ends_at_the_trained_ones
     assert torch.equal(short, snapshots[:2])  # an epoch does not depend on how many follow
 
 
+def test_weights_soft_labels_and_a_radius_reach_the_trajectory():
+    images, labels = data()
+    recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
+
+    def expert(labels: torch.Tensor = labels, recipe: Recipe = recipe, weights: torch.Tensor | None = None):
+        return train_expert(images, labels, NET, SHAPE, CLASSES, recipe, 11, CPU, weights)
+
+    plain, score = expert()
+    sure, soft_score = expert(100.0 * torch.nn.functional.one_hot(labels, CLASSES))
+    torch.testing.assert_close(sure, plain, rtol=1e-4, atol=1e-5)
+    assert soft_score == score
+    for other in (expert(weights=torch.arange(60.0)), expert(recipe=recipe._replace(rho=0.5))):
+        assert torch.equal(other[0][0], plain[0])
+        assert ((other[0] - plain)[1:].norm(dim=1) > 1e-3).all()
+
+
+def test_the_config_makes_flat_experts(folder, tmp_path):
+    train(tmp_path, count=1, rho=0.5, alpha=0.3)
+    recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", False, 0.5, 0.3)
+    flat, _ = train_expert(*data(), NET, SHAPE, CLASSES, recipe, seeds.derive(7, "expert", 0), CPU)
+    torch.testing.assert_close(load_file(store.file(tmp_path, 0))["snapshots"], flat)
+    assert not torch.equal(flat, load_file(store.file(folder, 0))["snapshots"])
+
+
 def test_what_is_read_is_what_was_trained(folder):
     images, labels = data()
     experts = Experts.open(folder, 3)

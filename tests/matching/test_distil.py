@@ -60,6 +60,9 @@ def constant(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: i
     return 0.5
 
 
+DATM = {"easy": 0.3, "widen": 0.5, "min_start": 1, "momentum_label": 0.9, "ema": 0.8}
+
+
 def learn(
     place: Path, experts: Experts, config: MatchConfig, soft: bool = False, resume: bool = False,
     check: matching.Check = constant, progress: Callable[..., None] = lambda *_, **__: None,
@@ -180,10 +183,11 @@ class KilledError(Exception):
     """Stands for a kill."""
 
 
+@pytest.mark.parametrize("base", [{}, DATM], ids=["mtt", "datm with an average"])
 @pytest.mark.parametrize("save_every", [0.0, math.inf], ids=["saved always", "saved at checks"])
-def test_an_interrupted_loop_ends_in_the_same_bytes(tmp_path, experts, monkeypatch, save_every):
+def test_an_interrupted_loop_ends_in_the_same_bytes(tmp_path, experts, monkeypatch, save_every, base):
     monkeypatch.setattr(matching, "SAVE_EVERY", save_every)
-    config = match(lr_img=1e6)  # so that the guard is at work, too
+    config = match(lr_img=1e6, **base)  # so that the guard is at work, too
     best, records = learn(tmp_path / "whole", experts, config, soft=True)
     for moment in (3, 8, 14, 20):
 
@@ -213,6 +217,35 @@ def test_the_best_by_held_out_accuracy_and_of_equals_the_later(tmp_path, experts
     assert [record["held_out"] for record in records if "held_out" in record] == [0.2, 0.9, 0.9, 0.3]
 
 
+def test_the_average_is_checked_and_kept(tmp_path, experts):
+    seen: dict[int, torch.Tensor] = {}
+
+    def check(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
+        seen[iteration] = images.clone()
+        return 0.5
+
+    plain, _ = learn(tmp_path / "plain", experts, match(iterations=5, check_every=1), check=check)
+    assert torch.equal(plain.average, plain.images)
+    path = [first(match()).images, *(seen[i] for i in range(1, 6))]
+    average = path[0]
+    for images in path[1:]:
+        average = 0.8 * average + 0.2 * images
+    best, _ = learn(tmp_path / "ema", experts, match(iterations=5, check_every=1, ema=0.8), check=check)
+    assert torch.equal(best.images, plain.images)  # it does not act on the learning
+    torch.testing.assert_close(best.average, average, rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen[5], best.average)
+
+
+def test_label_momentum_is_its_own():
+    config = match(momentum=0.5, momentum_label=0.9, lr_label=1.0)
+    state, nothing = first(config, soft=True), torch.tensor(0.0)
+    for _ in range(2):
+        ones = torch.ones_like(state.images), torch.ones_like(state.labels)
+        state = update(state, Gradient(nothing, *ones, nothing, nothing), config)
+    torch.testing.assert_close(first(config, soft=True).labels - state.labels, torch.full((6, 3), 1.0 + 1.9))
+    torch.testing.assert_close(state.image_velocity, torch.full((6, *SHAPE), 1.5))
+
+
 def test_soft_labels_are_the_mean_logits_of_the_experts(experts):
     net, images = FlatNet(nets.build(NET, SHAPE, CLASSES, 0)), torch.randn(4, *SHAPE)
     logits = []
@@ -220,3 +253,14 @@ def test_soft_labels_are_the_mean_logits_of_the_experts(experts):
         torch.nn.utils.vector_to_parameters(experts.snapshot(expert, 6), net.module.parameters())
         logits.append(net.module(images))
     torch.testing.assert_close(soft_labels(net, experts, images, 6), (logits[0] + logits[1]) / 2)
+
+
+def test_soft_labels_of_the_experts_that_are_right(experts):
+    net, images = FlatNet(nets.build(NET, SHAPE, CLASSES, 0)), torch.randn(200, *SHAPE)
+    logits = torch.stack([net(experts.snapshot(expert, 0), images) for expert in range(2)]).detach()
+    labels = torch.arange(200) % CLASSES
+    ours, says = soft_labels(net, experts, images, 0, labels), logits.argmax(2) == labels
+    assert {tuple(column) for column in says.t().tolist()} == {(a, b) for a in (True, False) for b in (True, False)}
+    for i, (one, two) in enumerate(says.t().tolist()):
+        truth = logits[:, i].mean(0) if one == two else logits[0 if one else 1, i]
+        torch.testing.assert_close(ours[i], truth)

@@ -1,0 +1,114 @@
+"""`tadperf sweep`: the whole job for every combination of values of some config fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from . import common
+
+if TYPE_CHECKING:
+    from tadperf.sweep import Cell
+
+Axes = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="FIELD=LIST", help="Any config field and its values: match.ipc=1,10.", show_default=False),
+]
+Data = Annotated[common.Text, typer.Option("--data", metavar="DATA", help=common.DATA_HELP)]
+Out = Annotated[
+    common.Folder, typer.Option("--out", metavar="DIR", help="Holds the runs; by default runs/<data>-sweep-....")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in the folder: what is finished there is only read.")]
+
+
+def sweep(
+    axes: Axes = None,
+    data: Data = None,
+    noise: common.Noise = None,
+    labels: common.Labels = None,
+    trust: common.Trust = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    image_size: common.ImageSize = None,
+    format: common.Format = None,
+    preset: common.Preset = None,
+    config_file: common.ConfigFile = None,
+    sets: common.Sets = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Distil with every combination of the values named, each as `tadperf distill` would; compare what comes out."""
+    options = common.fields(
+        data=data, noise=noise, labels=labels, trust=trust, seed=seed, device=device, image_size=image_size,
+        format=format,
+    )  # fmt: skip
+    asked = common.Asked(preset, config_file, sets or (), options, quiet)
+    cells, out, presets = _asked(axes or [], asked, out, resume)
+    with common.resumable("sweep", out):
+        result = _run(cells, out, presets, quiet)
+    if as_json:
+        common.print_json(result)
+    else:
+        from .tables import print_sweep
+
+        print_sweep(result)
+
+
+def _asked(axes: list[str], asked: common.Asked, out: Path | None, resume: bool) -> tuple[list[Cell], Path, list[str]]:
+    """The cells, their folder and their presets; cells of the folder where a sweep goes on and no field is named."""
+    from tadperf import runs
+    from tadperf.sweep import cells, parse, stored
+
+    if resume and out and not axes:
+        return stored(out), out, []
+    fields = parse(axes)
+    _refuse_twice(fields, asked)
+    presets: list[str] = []
+    made = cells(fields, lambda sets: _config(asked, sets, presets))
+    name = "-".join(field.rpartition(".")[2] for field in fields)
+    out = out or Path("runs") / f"{common.data_name(made[0].config.data.path)}-sweep-{name}"
+    if resume:
+        stored(out)
+    else:
+        runs.check(out, resume)
+    return made, out, presets
+
+
+def _refuse_twice(fields: dict[str, list[str]], asked: common.Asked) -> None:
+    """A named option would win over the field of a sweep without a word."""
+    from tadperf.errors import UserError
+    from tadperf.merge import OPTIONS
+
+    for field, values in fields.items():
+        if field in asked.options:
+            option = "--data" if field == "data.path" else OPTIONS[field]
+            raise UserError(field, ",".join(values), f"is given by {option} too; leave one of them out")
+
+
+def _config(asked: common.Asked, sets: list[str], presets: list[str]) -> Any:
+    """The config of one combination; notes the preset it starts from where none was named."""
+    from dataclasses import replace
+
+    from tadperf.merge import default_preset
+
+    asked = replace(asked, sets=[*asked.sets, *sets])
+    if asked.preset is None:
+        presets.append(default_preset(asked.file, asked.sets, asked.options))
+    return common.merged(asked)
+
+
+def _run(cells: list[Cell], out: Path, presets: list[str], quiet: bool) -> dict[str, Any]:
+    from tadperf.sweep import check, sweep
+
+    from .progress import display
+
+    check(cells, out)
+    if presets and not quiet:
+        common.note(f"preset {', '.join(dict.fromkeys(presets))} (--preset chooses one for all)")
+    with display(quiet) as progress:
+        return sweep(cells, out, progress)
