@@ -47,8 +47,8 @@ def distill(
     """Distil DATA into a few synthetic images per class, and measure what they are worth."""
     options = common.fields(
         data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, trust=trust,
-        synthesis=synthesis,
-        repeats=repeats, image_size=image_size, format=format, experts=experts and str(experts.resolve()),
+        synthesis=synthesis, repeats=repeats, image_size=image_size, format=format,
+        experts=experts and str(experts.resolve()),
     )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)

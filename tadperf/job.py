@@ -74,7 +74,7 @@ def _refuse_config(config: Config) -> torch.device:
         remedy = f"must be at least match.max_start + match.expert_epochs = {needed}"
         raise UserError("experts.epochs", epochs, remedy)
     if config.synthesis != "matching":
-        from tadperf.refine import refuse  # only then: diffusers takes seconds to import
+        from tadperf.refine import refuse  # here: that room builds on this module
 
         refuse(config)
     return devices.resolve(config.device)
@@ -169,7 +169,6 @@ class View:
 
 def view(data: Arrays, samples: Samples) -> View:
     """Normalised images, labels and weights of the kept and of the held-out samples."""
-
     kept, held_out = samples.kept, samples.held_out
     weights = None if samples.weights is None else samples.weights[kept]
     return View(
