@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,17 +51,30 @@ def partition(
     losses, labels, classes = _check(losses, labels, num_classes)
     if not 0 <= budget < 1:
         raise ValueError(f"budget: {budget}: expected a share in [0, 1)")
-    posterior, apart = _split(losses, torch.zeros_like(labels), 1, least)
-    posterior, separated = torch.where(apart | losses.isinf(), posterior, 1.0), apart.expand(classes)
     if class_wise:
-        large = labels.bincount(minlength=classes) >= FEW
-        own, apart = _split(losses, torch.where(large[labels], labels, -1), classes, least)
-        posterior, separated = torch.where(apart[labels], own, posterior), apart | (~large & separated)
+        posterior, separated = _split_classes(losses, labels, classes, least)
+    else:
+        posterior, separated = _split_together(losses, labels, classes, least)
     threshold = torch.full((classes,), 0.5)
     if dynamic_threshold:
         groups = labels if class_wise else torch.zeros_like(labels)
         threshold = _threshold(posterior, groups, classes if class_wise else 1, budget).expand(classes).clone()
     return Partition(posterior, threshold, posterior >= threshold[labels], separated)
+
+
+def _split_classes(losses: Tensor, labels: Tensor, classes: int, least: float) -> tuple[Tensor, Tensor]:
+    """Posterior [N] and whether it is of a real split [C]: of each class alone, or of all where that shows none."""
+    large = labels.bincount(minlength=classes) >= FEW
+    own, apart = _split(losses, labels if large.all() else torch.where(large[labels], labels, -1), classes, least)
+    if apart.all():
+        return own, apart
+    posterior, separated = _split_together(losses, labels, classes, least)
+    return torch.where(apart[labels], own, posterior), apart | (~large & separated)
+
+
+def _split_together(losses: Tensor, labels: Tensor, classes: int, least: float) -> tuple[Tensor, Tensor]:
+    posterior, apart = _split(losses, torch.zeros_like(labels), 1, least)
+    return torch.where(apart | losses.isinf(), posterior, 1.0), apart.expand(classes)
 
 
 def _check(losses: Tensor, labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor, int]:
@@ -93,10 +107,11 @@ def _apart(fit: Mixture, losses: Tensor, groups: Tensor) -> Tensor:
     """Groups whose two modes are real: BIC prefers them to one Gaussian (3 parameters more), and Ashman's D > 2."""
     count = len(fit.weight)
     used = (groups >= 0) & losses.isfinite()
-    x, g = losses[used].double(), groups[used]
+    x, g = (losses, groups) if used.all() else (losses[used], groups[used])
+    x = x.double()
     n = g.bincount(minlength=count).double()
-    mean = torch.zeros_like(n).index_add_(0, g, x) / n
-    variance = torch.zeros_like(n).index_add_(0, g, (x - mean[g]) ** 2) / n
+    mean = g.bincount(x, count) / n
+    variance = g.bincount((x - mean[g]) ** 2, count) / n
     one = -0.5 * n * ((2 * math.pi * variance).log() + 1)
     gain = 2 * (fit.log_likelihood - one) - 3 * n.log()
     distance = (fit.mean[:, 1] - fit.mean[:, 0]) / (fit.variance.sum(1) / 2).sqrt()
@@ -108,8 +123,12 @@ def _threshold(posterior: Tensor, groups: Tensor, count: int, budget: float) -> 
 
     A group keeps the best tenth of its posteriors >= 0.5 whatever the budget, so that every class has an anchor.
     """
-    order = (groups + (1 - posterior.double()) / 2).argsort(stable=True)  # by group, then from the highest posterior
-    p, g = posterior[order].double(), groups[order]
+    # By group, then from the highest posterior. NumPy's sort has AVX2 and AVX-512: 0.25 ms for 50 000 keys, and 3 with
+    # PyTorch's; the keys hold all there is to know.
+    keys = groups + (1 - posterior.double()) / 2
+    keys = torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else keys.sort().values
+    g = keys.long()
+    p = (1 - 2 * (keys - g)).to(posterior.dtype).double()
     start = g.bincount(minlength=count).cumsum(0) - g.bincount(minlength=count)
     rank = torch.arange(1, len(g) + 1, device=g.device) - start[g]
     wrong = (1 - p).cumsum(0)
