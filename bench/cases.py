@@ -14,7 +14,7 @@ INF, NAN = float("inf"), float("nan")
 GRADIENTS = {"per_sample": "loss", "per_sample_linear": "loss", "trajectory_distance": "ratio"}  # of the first input
 SMALL: dict[str, Size] = {
     "per_sample": (507, 7), "per_sample_linear": (65, 24, 129), "mixture": (3000, 3), "trajectory_distance": (3, 5003),
-    "reliability": (129, 31, 5), "diverse_pick": (21, 5, 33, 3),
+    "reliability": (129, 31, 5), "diverse_pick": (21, 5, 33, 3), "norm_relu_pool": (5, 7, 9, 6),
 }  # fmt: skip
 # Rows are independent there: the last ones are compared. Elsewhere that many would take minutes.
 HUGE: dict[str, Size] = {
@@ -94,6 +94,17 @@ def _diverse_pick() -> list[tuple[Any, ...]]:
     return [(candidates, scores, qualified, torch.arange(9) % 3, torch.tensor([0, 0, 1, 1, 7]))]
 
 
+def _norm_relu_pool() -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = torch.randn(3, 5, 7, 6, generator=generator), *torch.randn(2, 5, generator=generator)
+    x[0, 1], x[1, 2, 6, 5], x[2, 0, 3, 3] = 0, NAN, INF
+    weight[3] = 0
+    grad_y = torch.randn(3, 5, 3, 3, generator=generator)
+    sides = x, grad_y, x[:, :, :2, :3], grad_y[:, :, :1, :1]
+    last = [t.contiguous(memory_format=torch.channels_last) for t in sides]
+    return [(of_x, weight, bias, of_y) for of_x, of_y in (sides[:2], sides[2:], last[:2], last[2:])]
+
+
 HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "per_sample": _per_sample,
     "per_sample_linear": _per_sample_linear,
@@ -101,6 +112,7 @@ HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "trajectory_distance": _trajectory_distance,
     "reliability": _reliability,
     "diverse_pick": _diverse_pick,
+    "norm_relu_pool": _norm_relu_pool,
 }
 
 
@@ -109,6 +121,8 @@ def empty(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     samples = {"per_sample": 2, "mixture": 2, "trajectory_distance": 3, "reliability": 1}
     if name == "per_sample_linear":
         return inputs[0][:0], inputs[1], inputs[2][:0]
+    if name == "norm_relu_pool":
+        return inputs[0][:0], *inputs[1:3], inputs[3][:0]
     if name == "diverse_pick":
         return inputs[0][:0], inputs[1][:0], inputs[2], inputs[3][:0], inputs[4]
     return tuple(x[:0] if place < samples[name] else x for place, x in enumerate(inputs))

@@ -10,7 +10,10 @@ import torch
 from tadperf.bench.engine import FAMILIES, Bench, Size  # pyright: ignore[reportMissingImports]
 from tadperf.errors import UserError
 
-NAMES = ("per_sample", "per_sample_linear", "mixture", "trajectory_distance", "reliability", "diverse_pick")
+NAMES = (
+    "per_sample", "per_sample_linear", "mixture", "trajectory_distance", "reliability", "diverse_pick",
+    "norm_relu_pool",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

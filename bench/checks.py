@@ -50,7 +50,7 @@ def guarded(operator: str, check: str, function: Callable[[], str]) -> dict[str,
 def agrees(bench: engine.Bench, inputs: Inputs, truth_on: torch.device | None = None) -> str:
     """Results against the reference's, which may run on another device."""
     truth = bench.reference(*(inputs if truth_on is None else cases.on(truth_on, inputs)))
-    return engine.mismatch(truth, call(bench, inputs), bench)
+    return engine.mismatch(truth, call(bench, inputs), bench, bench.providers["tadperf"])
 
 
 def call(bench: engine.Bench, inputs: Inputs) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tadperf.kernels import gpu, native
 from tadperf.kernels.diverse_pick import DiversePick, diverse_pick, diverse_pick_reference
 from tadperf.kernels.mixture import Mixture, mixture, mixture_reference
+from tadperf.kernels.norm_relu_pool import norm_relu_pool, norm_relu_pool_reference
 from tadperf.kernels.per_sample import PerSample, per_sample, per_sample_reference
 from tadperf.kernels.per_sample_linear import per_sample_linear, per_sample_linear_reference
 from tadperf.kernels.reliability import Reliability, reliability, reliability_reference
@@ -21,6 +22,8 @@ __all__ = [
     "implementations",
     "mixture",
     "mixture_reference",
+    "norm_relu_pool",
+    "norm_relu_pool_reference",
     "per_sample",
     "per_sample_linear",
     "per_sample_linear_reference",
@@ -38,6 +41,7 @@ def implementations() -> dict[str, dict[str, str]]:
     return {
         "diverse_pick": {"cpu": cpu, "cuda": triton},
         "mixture": {"cpu": cpu, "cuda": triton},
+        "norm_relu_pool": {"cpu": cpu, "cuda": triton},
         "per_sample_linear": {"cpu": cpu, "cuda": triton},
         "per_sample": {"cpu": cpu, "cuda": triton},
         "reliability": {"cpu": cpu, "cuda": triton},

@@ -32,6 +32,8 @@ inline Kind kind_of(nb::dlpack::dtype type) {
 
 void bind_diverse_pick(nb::module_ &);
 void bind_mixture(nb::module_ &);
+void bind_norm_relu_pool(nb::module_ &);
+void bind_norm_relu_pool_dual(nb::module_ &);
 void bind_per_sample(nb::module_ &);
 void bind_reliability(nb::module_ &);
 void bind_trajectory_distance(nb::module_ &);

@@ -34,6 +34,8 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets that this machine runs, the best one last.");
   bind_diverse_pick(m);
   bind_mixture(m);
+  bind_norm_relu_pool(m);
+  bind_norm_relu_pool_dual(m);
   bind_per_sample(m);
   bind_reliability(m);
   bind_trajectory_distance(m);
