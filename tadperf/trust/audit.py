@@ -53,12 +53,12 @@ def find_label_issues(
 
     labels: integers [N] in 0..C-1. pred_probs: [N, C], best from a model that was not trained on the sample. features:
     [N, D] of the same samples where there are some: then neighbours and anchors speak too (one round of the dual loop
-    on what is given); else the odds against the given label decide alone (`contradicted`). Returns a bool mask [N], or with
-    `return_indices_ranked_by` (any of cleanlab's three) the indices of the issues, the most suspicious first: by our
-    score, where cleanlab would sort by the named one. frac_noise: the share of the issues that is returned, the worst
-    ones. min_examples_per_class: so many samples of each class are left. The other arguments choose among cleanlab's
-    own ways and change nothing here. Raises ValueError for shapes that do not fit, NaN, labels out of range, and
-    multi_label.
+    on what is given); else the odds against the given label decide alone (`contradicted`). Returns a bool mask [N], or
+    with `return_indices_ranked_by` (any of cleanlab's three) the indices of the issues, the most suspicious first: by
+    our score, where cleanlab would sort by the named one. frac_noise: the share of the issues that is returned, the
+    worst ones. min_examples_per_class: so many samples of each class are left. The other arguments choose among
+    cleanlab's own ways and change nothing here. Raises ValueError for shapes that do not fit, NaN, labels out of range,
+    and multi_label.
     """
     given, probabilities, z = _check(labels, pred_probs, features, return_indices_ranked_by, frac_noise, multi_label)
     if z is None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf import seeds
+from tadperf import ranks, seeds
 from tadperf.config import NetConfig, TrustConfig
 from tadperf.progress import Progress, silent
 from tadperf.training import Images
@@ -55,9 +55,8 @@ def dual_loop(
     state = as_given(labels, class_names)
     for number in range(1, config.rounds + 1):
         file = None if folder is None else folder / f"round-{number}.safetensors"
-        if file is not None and file.exists():
-            new = TrustState.load(file)
-        else:
+        new = ranks.once(lambda file=file: TrustState.load(file) if file is not None and file.exists() else None)
+        if new is None:
             new = one_round(
                 images, state, number, net, config, augment, seeds.derive(seed, "trust", number), device, progress
             )
@@ -81,7 +80,7 @@ def one_round(
     """Proxies on the view, the outer division, the inner recalibration."""
     view, classes = state.view(), len(state.class_names)
     seen = look(images, state.given, view, classes, net, config, augment, seed, device, progress)
-    return judge(seen, state, number, config, seed)
+    return ranks.once(lambda: judge(seen, state, number, config, seed))
 
 
 def judge(seen: Seen, before: TrustState, number: int, config: TrustConfig, seed: int) -> TrustState:

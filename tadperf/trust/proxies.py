@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from tadperf.config import NetConfig, TrustConfig
 from tadperf.data import augment as augmentation
 from tadperf.kernels import per_sample
 from tadperf.progress import Progress
-from tadperf.training import Images, sgd
+from tadperf.training import Images, batches, gradient, sgd
 from tadperf.trust.state import View
 
 LAST = 4  # epochs whose losses are averaged
@@ -78,11 +78,12 @@ def train_proxy(
     target = F.one_hot(view.labels, num_classes) * view.weights.unsqueeze(1)
     losses, probabilities = torch.zeros(len(images)), torch.zeros(len(images), num_classes)
     counted = min(LAST, config.epochs)
+    target, predict = target.to(device), nets.first_order(module)
     for epoch in range(config.epochs):
         module.train()
         generator = seeds.generator(seed, "epoch", epoch)
-        for loss in steps(module, images, view.index, target.to(device), config, augment, generator):
-            sgd(parameters, velocity, torch.autograd.grad(loss, parameters), config.lr, 0.0, 0.0)
+        for loss in steps(predict, images, view.index, target, config, augment, generator):
+            sgd(parameters, velocity, gradient([loss], parameters), config.lr, 0.0, 0.0)
         if epoch >= config.epochs - counted:
             logits = run(module, images, device).cpu()
             losses += per_sample(logits, labels).loss / counted
@@ -92,19 +93,21 @@ def train_proxy(
 
 
 def steps(
-    module: nn.Module, images: Images, index: Tensor, target: Tensor, config: TrustConfig, augment: str,
-    generator: torch.Generator,
+    module: Callable[[Tensor], Tensor], images: Images, index: Tensor, target: Tensor, config: TrustConfig,
+    augment: str, generator: torch.Generator,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The losses of one epoch over the samples at `index`, with target [M, C] the one-hot label times the weight."""
-    count, every, size = len(index), len(images), images[torch.zeros(1, dtype=torch.int64)].shape[-1]
+    count, every, first = len(index), len(images), images[torch.zeros(1, dtype=torch.int64)]
+    size = first.shape[-1]
     order = torch.randperm(count, generator=generator)
     drawn = augmentation.draw(augment, count, size, generator)
     others = torch.randint(every, (count if config.consistency else 0,), generator=generator)
     twice = [augmentation.draw(augment, len(others), size, generator) for _ in range(2)]
-    for start in range(0, count, config.batch):
-        rows = order[start : start + config.batch]
-        stop = start + len(rows)
-        x, y = augmentation.apply(images[index[rows]].to(target.device), drawn.rows(start, stop)), target[rows]
+    start = 0
+    for _, x in batches(images, index[order], drawn, config.batch, first.numel(), target.device):
+        stop = start + len(x)
+        rows = order[start:stop]
+        y = target[rows]
         if config.mixup:  # Zhang et al. (2018), Beta(1, 1): a network that mixes is slower to fit single wrong labels
             share = float(torch.rand((), generator=generator))
             pair = torch.randperm(len(rows), generator=generator)
@@ -117,15 +120,16 @@ def steps(
                 first = module(views[0]).log_softmax(1)
             second = module(views[1]).log_softmax(1)
             loss = loss + config.consistency * F.kl_div(second, first, reduction="batchmean", log_target=True)
+        start = stop
         yield loss
 
 
 @torch.no_grad()
 def run(module: nn.Module, images: Images, device: torch.device) -> Tensor:
     """What `module` makes of all images, in batches and eval mode."""
-    module.eval()
+    predict = nets.first_order(module.eval())
     index = torch.arange(len(images))
-    return torch.cat([module(images[part].to(device)) for part in index.split(BATCH)])
+    return torch.cat([predict(images[part].to(device)) for part in index.split(BATCH)])
 
 
 def compact(features: Tensor, width: int, seed: int) -> Tensor:

@@ -8,6 +8,7 @@ if not. (TAD, arXiv 2502.05027, names the two measures; the margins and the reli
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tadperf.kernels import reliability as nearest_anchors
 
+BLOCK = 2**22  # numbers at a time; 16 MB in float32
 PRECISION = 0.98  # share of trusted samples above a margin whose nearest anchor must be that of their label
 
 
@@ -39,7 +41,8 @@ def recalibrate(
 ) -> Recalibration:
     """Candidates for all samples, and the reliability of trusted ones (TAD's inner loop; this module's first lines).
 
-    features: float [N, D], finite. labels: int64 [N]. trusted: bool [N]. posterior: float [N], that the label is right.
+    features: float [N, D] of any type, finite; never copied as a whole. labels: int64 [N]. trusted: bool [N].
+    posterior: float [N], that the label is right.
     strength is the share of trusted samples with at least so small margins that agree with their label. Reliability is
     the posterior where both measures find the given class, and falls with the distance rank in the class where not.
     """
@@ -70,26 +73,42 @@ def fit_anchors(features: Tensor, labels: Tensor, weight: Tensor, num_classes: i
     weight = torch.where(total[labels] > 0, weight, 1.0)
     total = torch.zeros_like(total).index_add_(0, labels, weight)
     classes = (total > 0).nonzero().squeeze(1)
-    sums = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features * weight.unsqueeze(1))
+    sums = torch.zeros(num_classes, features.shape[1])
+    for rows in blocks(len(labels), features.shape[1]):
+        sums.index_add_(0, labels[rows], features[rows].float() * weight[rows].unsqueeze(1))
     means = sums / total.clamp(min=1e-12).unsqueeze(1)
-    used = weight > 0
-    residuals = (features[used] - means[labels[used]]) * weight[used].sqrt().unsqueeze(1)
-    return Anchors(classes, means[classes], cholesky_shrunk(residuals))
+    used = (weight > 0).nonzero().squeeze(1)
+
+    def residuals(rows: slice) -> Tensor:
+        own = used[rows]
+        return (features[own].float() - means[labels[own]]) * weight[own].sqrt().unsqueeze(1)
+
+    return Anchors(classes, means[classes], cholesky_shrunk(residuals, len(used), features.shape[1]))
 
 
-def cholesky_shrunk(residuals: Tensor) -> Tensor:
-    """Lower Cholesky factor [D, D] of the Ledoit-Wolf covariance of residuals [N, D] about zero.
+def blocks(count: int, width: int) -> Iterator[slice]:
+    """Slices of `count` rows of this width, BLOCK numbers each: nothing as large as the features is made of them."""
+    step = max(1, BLOCK // width)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
-    The coefficient is that of sklearn.covariance.ledoit_wolf_shrinkage, in two matrix products.
+
+def cholesky_shrunk(residuals: Callable[[slice], Tensor], count: int, size: int) -> Tensor:
+    """Lower Cholesky factor [D, D] of the Ledoit-Wolf covariance about zero of residuals [N, D], asked for by rows.
+
+    The coefficient is that of sklearn.covariance.ledoit_wolf_shrinkage, in one pass. Products are in float32, sums over
+    the blocks in float64.
     """
-    count, size = residuals.shape
-    covariance = residuals.T @ residuals / count
+    covariance, fourth = torch.zeros(size, size, dtype=torch.float64), 0.0
+    for rows in blocks(count, size):
+        z = residuals(rows)
+        covariance += z.T @ z
+        fourth += float(z.square().sum(1).square().sum(dtype=torch.float64))
+    covariance /= count
     mean = float(covariance.trace()) / size
     delta = float(covariance.square().sum()) - size * mean**2
-    squares = residuals.square()
-    beta = (float(squares.sum(1).square().sum()) / count - float(covariance.square().sum())) / count
+    beta = (fourth / count - float(covariance.square().sum())) / count
     shrinkage = min(max(beta, 0.0) / delta, 1.0) if delta > 0 else 1.0
-    shrunk = (1 - shrinkage) * covariance.double()
+    shrunk = (1 - shrinkage) * covariance
     shrunk.diagonal().add_(shrinkage * mean + 1e-6 * mean + 1e-12)
     return torch.linalg.cholesky(shrunk).float()
 

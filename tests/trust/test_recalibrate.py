@@ -24,7 +24,7 @@ def clouds(classes: int = 3, each: int = 60, spread: float = 0.5) -> tuple[Tenso
 def test_covariance_is_that_of_sklearn(count, size):
     z = torch.randn(count, size, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
     z = z @ torch.diag(torch.linspace(0.1, 3, size, dtype=torch.float64))
-    factor = cholesky_shrunk(z.float()).double()
+    factor = cholesky_shrunk(z.float().__getitem__, count, size).double()
     shrinkage = ledoit_wolf_shrinkage(z.numpy(), assume_centered=True)
     sample = (z.T @ z / count).numpy()
     expected = (1 - shrinkage) * sample + shrinkage * np.trace(sample) / size * np.eye(size)
@@ -32,7 +32,7 @@ def test_covariance_is_that_of_sklearn(count, size):
 
 
 def test_covariance_of_nothing_is_usable():
-    factor = cholesky_shrunk(torch.zeros(5, 4))
+    factor = cholesky_shrunk(torch.zeros(5, 4).__getitem__, 5, 4)
     assert (factor.diagonal() > 0).all()
 
 
@@ -104,3 +104,26 @@ def test_one_class_only():
     z, _ = clouds(1)
     found = recalibrate(z, torch.zeros(60, dtype=torch.int64), torch.ones(60, dtype=torch.bool), torch.ones(60), 2)
     assert (found.candidate == 0).all()
+
+
+def test_blocks_change_nothing(monkeypatch):
+    z, clean = clouds(each=70)
+    weight = torch.rand(len(z), generator=torch.Generator().manual_seed(1)).where(clean != 1, 0.0)
+    whole = fit_anchors(z, clean, weight, 3)
+    monkeypatch.setattr("tadperf.trust.recalibrate.BLOCK", 13 * z.shape[1])
+    parts = fit_anchors(z, clean, weight, 3)
+    torch.testing.assert_close(parts.means, whole.means, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.cholesky, whole.cholesky, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_features_are_read_where_they_lie(dtype):
+    z, clean = clouds(spread=0.3)
+    labels = clean.clone()
+    labels[:12] = (clean[:12] + 1) % 3
+    trusted = torch.ones(len(z), dtype=torch.bool)
+    trusted[:12] = False
+    half = recalibrate(z.to(dtype), labels, trusted, torch.ones(len(z)), 3)
+    exact = recalibrate(z.to(dtype).float(), labels, trusted, torch.ones(len(z)), 3)
+    assert torch.equal(half.candidate, exact.candidate)
+    torch.testing.assert_close(half.reliability, exact.reliability, rtol=0, atol=0.05)

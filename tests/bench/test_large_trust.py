@@ -1,0 +1,18 @@
+"""The bench of ImageNet's size, in small: it finds the labels it made wrong, on every type of features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tadperf.bench import large_trust  # pyright: ignore[reportMissingImports]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_small(dtype, monkeypatch):
+    monkeypatch.setattr(large_trust, "CHUNK", 700)
+    found = large_trust.measure(2000, 20, 33, dtype)
+    assert found["view_accuracy"] > 0.99
+    assert found["coverage"] > 0.95
