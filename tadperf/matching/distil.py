@@ -6,17 +6,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tadperf import runs, seeds
+from tadperf import accelerate, ranks, runs, seeds
 from tadperf.config import MatchConfig
 from tadperf.data import augment
 from tadperf.experts.store import Experts
-from tadperf.matching import bases
+from tadperf.matching import bases, ways
 from tadperf.matching.gradient import GRADIENTS, Gradient, Step
+from tadperf.matching.ways import Way
 from tadperf.nets import FlatNet
 from tadperf.progress import Progress, silent
 from tadperf.runs import Run
@@ -108,10 +110,11 @@ def undo(state: State, previous: State | None) -> State:
 
 
 def matching_gradient(
-    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int
-) -> Gradient:
-    """Draws an expert, a start and the inner steps of this iteration, and differentiates the matching loss."""
-    generator = seeds.generator(seed, "match", state.iteration)
+    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int,
+    way: Way | None = None, k: int = 0,
+) -> Gradient:  # fmt: skip
+    """Draws the k-th expert, start and inner steps of this iteration, and differentiates the matching loss."""
+    generator = seeds.generator(seed, "match", state.iteration, *([k] if k else []))
     expert = int(torch.randint(len(experts), (), generator=generator))
     first, last = bases.start_range(config, state.iteration)
     start = int(torch.randint(first, last + 1, (), generator=generator))
@@ -119,7 +122,37 @@ def matching_gradient(
     drawn = draw_steps(config, len(state.images), state.images.shape[-1], strategy, generator)
     steps = [step._replace(index=step.index.to(device)) for step in drawn]
     ends = (experts.snapshot(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
-    return GRADIENTS[config.gradient](net, *ends, state.images, state.labels, state.log_lr.exp(), steps)
+    return GRADIENTS[config.gradient](net, *ends, state.images, state.labels, state.log_lr.exp(), steps, way=way)
+
+
+def choose_way(state: State, net: FlatNet, config: MatchConfig) -> Way:
+    """How this run computes an inner step (`ways.choose`)."""
+    batch = min(config.batch or len(state.images), len(state.images))
+    shape = (batch, *state.images.shape[1:])
+    return ways.choose(config, net, shape, state.images.device, config.iterations - state.iteration)
+
+
+def mean_gradient(
+    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int,
+    way: Way | None = None,
+) -> Gradient:  # fmt: skip
+    """The mean over this iteration's trajectories, which the ranks divide among them (tadperf).
+
+    A rank without a trajectory, where there are fewer of them than ranks, adds zeros. `end` is that of an own one.
+    """
+    own = range(ranks.rank(), config.trajectories, ranks.world())
+    parts = [matching_gradient(state, net, experts, config, strategy, seed, way, k) for k in own] or [_nothing(state)]
+    if config.trajectories == ranks.world() == 1:
+        return parts[0]
+    names = [name for name in ("loss", "images", "labels", "lr") if getattr(parts[0], name) is not None]
+    sums = [reduce(torch.add, [getattr(part, name) for part in parts]) for name in names]
+    return parts[0]._replace(**dict(zip(names, ranks.mean(sums, config.trajectories), strict=True)))
+
+
+def _nothing(state: State) -> Gradient:
+    zero = torch.zeros_like(state.log_lr)
+    labels = torch.zeros_like(state.labels) if state.labels.is_floating_point() else None
+    return Gradient(zero, torch.zeros_like(state.images), labels, zero, zero)
 
 
 def distil(
@@ -134,12 +167,15 @@ def distil(
     """
     previous, best, score, losses = None, state, -1.0, []
     saved = run.path / "checkpoints" / "matching.safetensors"
-    if saved.exists():
-        state, previous, best, score = _load(saved, state.images.device)
+    if kept := ranks.once(lambda: _load(saved, state.images.device) if saved.exists() else None):
+        state, previous, best, score = kept
     run.rewind("matching", state.iteration)
     last_save = time.monotonic()
+    way = choose_way(state, net, config)
     while state.iteration < config.iterations:
-        gradient = matching_gradient(state, net, experts, config, strategy, seed)
+        gradient = mean_gradient(state, net, experts, config, strategy, seed, way)
+        if way.cache:  # all of it has been compiled: the next process starts warm
+            way = _kept(way)
         loss = float(gradient.loss)
         following = update(state, gradient, config)
         if diverged(gradient, following):
@@ -161,6 +197,12 @@ def distil(
             _save(saved, state, previous, best, score)
             last_save = time.monotonic()
     return best
+
+
+def _kept(way: Way) -> Way:
+    assert way.cache
+    accelerate.save_caches(way.cache)
+    return way._replace(cache=None)
 
 
 def _save(path: Path, state: State, previous: State | None, best: State, score: float) -> None:

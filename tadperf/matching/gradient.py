@@ -12,8 +12,9 @@ lambda_T = dL / d theta_T, for i = T-1 ... 0, and h_i = lambda_{i+1} . g_i (tadp
 `unroll` differentiates through all T steps at once, the published way: the reference in tests, memory linear in T.
 `tesla` keeps lambda_i = lambda_T, which drops the Hessian factor (Cui et al., 2023): for comparison only.
 
-No custom operator and no autograd.Function may enter the inner step: under torch.compile their second derivatives are
-silently wrong. Only the network is differentiated twice; the augmentation, applied before it, only once.
+How one step and its products are computed is a `ways.Way`. Where autograd differentiates it twice, no custom operator
+and no autograd.Function may enter: under torch.compile their second derivatives are silently wrong. Only the network is
+differentiated twice; the augmentation, applied before it, only once.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.data import augment
+from tadperf.matching import ways
+from tadperf.matching.ways import Products, Way
 from tadperf.nets import FlatNet
 
 KEPT = (
@@ -50,95 +52,86 @@ class Gradient(NamedTuple):
     end: Tensor  # [P], the student after T steps
 
 
-def student_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy with hard labels (int64 [B]) or with the softmax of label logits (float [B, C])."""
-    return F.cross_entropy(logits, labels.softmax(1) if labels.is_floating_point() else labels)
-
-
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """Squared distance to the expert's later weights, as a share of the way that the expert went (MTT, eq. 3)."""
     return (end - target).square().sum() / (start - target).square().sum()
 
 
-def _step_gradient(net: FlatNet, theta: Tensor, x: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
-    (g,) = torch.autograd.grad(student_loss(net(theta, x), y), theta, create_graph=create_graph)
-    return g
-
-
-def _after(net: FlatNet, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
+def step(way: Way, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
     """theta after one inner step, without a graph."""
-    theta = theta.detach().requires_grad_()
-    g = _step_gradient(net, theta, augment.apply(x[step.index], step.drawn), y[step.index])
-    return theta.detach() - lr * g
+    with torch.no_grad():
+        batch = augment.apply(x[step.index], step.drawn)
+    return theta - lr * way.gradient(theta, batch, y[step.index])
 
 
-def _products(
-    net: FlatNet, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """h = lam . g of one step, and its derivatives by the batch x, by y where that is soft, and by theta if `exact`."""
-    theta, x = theta.detach().requires_grad_(), x.requires_grad_()
-    y = y.requires_grad_(y.is_floating_point())
-    g = _step_gradient(net, theta, augment.apply(x, drawn), y, create_graph=True)
-    h = lam @ g
-    inputs = [x] + ([y] if y.requires_grad else []) + ([theta] if exact else [])
-    return h.detach(), list(torch.autograd.grad(h, inputs))
+def products(way: Way, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool) -> Products:
+    """`Products` of one step by its batch x before the augmentation."""
+    x = x.detach().requires_grad_()
+    batch = augment.apply(x, drawn)
+    found = way.products(theta, lam, batch.detach(), y, exact)
+    (of_x,) = torch.autograd.grad(batch, x, found.x)
+    return found._replace(x=of_x)
 
 
 def adjoint(
     net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step],
-    exact: bool = True,
+    exact: bool = True, way: Way | None = None,
 ) -> Gradient:  # fmt: skip
     """The exact gradient at constant memory in T; with `exact=False` TESLA's approximation of it.
 
-    start, target: [P]; images: [M, C, H, W]; labels: int64 [M] or logits [M, C]; lr: scalar tensor.
+    start, target: [P]; images: [M, C, H, W]; labels: int64 [M] or logits [M, C]; lr: scalar tensor. way: how one step
+    is computed; by default the fastest that needs no compiler.
     """
+    way = way or ways.eager(net)
     x, y, lr = images.detach(), labels.detach(), lr.detach()
     soft = y.is_floating_point()
     stride = -(-len(steps) // KEPT)
     # one block: many vectors would tear holes into a heap
     marks = start.new_empty(-(-len(steps) // stride), len(start))
     theta = start.detach()
-    for i, step in enumerate(steps):
+    for i, drawn in enumerate(steps):
         if i % stride == 0:
             marks[i // stride] = theta
-        theta = _after(net, theta, x, y, lr, step)
-    end, way = theta, (start - target).square().sum()
-    lam = 2 * (end - target) / way
+        theta = step(way, theta, x, y, lr, drawn)
+    end, distance = theta, (start - target).square().sum()
+    lam = 2 * (end - target) / distance
     grad_x, grad_y, grad_lr = torch.zeros_like(x), torch.zeros_like(y) if soft else None, torch.zeros_like(lr)
     for first in reversed(range(0, len(steps), stride)):
         part = steps[first : first + stride]
         path = [marks[first // stride]]
-        for step in part[:-1]:
-            path.append(_after(net, path[-1], x, y, lr, step))
+        for drawn in part[:-1]:
+            path.append(step(way, path[-1], x, y, lr, drawn))
         for index, drawn in reversed(part):
-            h, products = _products(net, path.pop(), lam, x[index], y[index], drawn, exact)
-            grad_lr -= h
-            if exact:
-                lam = lam - lr * products.pop()
-            if grad_y is not None:
-                grad_y.index_add_(0, index, products.pop(), alpha=-1)
-            grad_x.index_add_(0, index, products.pop(), alpha=-1)
+            found = products(way, path.pop(), lam, x[index], y[index], drawn, exact)
+            grad_lr -= found.h
+            if found.theta is not None:
+                lam = lam - lr * found.theta
+            if grad_y is not None and found.labels is not None:
+                grad_y.index_add_(0, index, found.labels, alpha=-1)
+            grad_x.index_add_(0, index, found.x, alpha=-1)
     return Gradient(
-        (end - target).square().sum() / way, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end
+        (end - target).square().sum() / distance, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end
     )
 
 
 def tesla(
-    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step]
-) -> Gradient:
+    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step],
+    way: Way | None = None,
+) -> Gradient:  # fmt: skip
     """TESLA's constant-memory gradient: inexact (its error grows with T and lr); for comparison only."""
-    return adjoint(net, start, target, images, labels, lr, steps, exact=False)
+    return adjoint(net, start, target, images, labels, lr, steps, exact=False, way=way)
 
 
 def unroll(
-    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step]
-) -> Gradient:
-    """The same gradient by differentiating through all T steps at once: memory grows with T."""
+    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step],
+    way: Way | None = None,
+) -> Gradient:  # fmt: skip
+    """The same gradient by differentiating through all T steps at once, by autograd whatever the way: memory grows."""
     x, lr = images.detach().requires_grad_(), lr.detach().requires_grad_()
     y = labels.detach().requires_grad_(labels.is_floating_point())
     theta = start.detach().requires_grad_()
     for index, drawn in steps:
-        theta = theta - lr * _step_gradient(net, theta, augment.apply(x[index], drawn), y[index], create_graph=True)
+        theta = theta - lr * ways.step_gradient(net, theta, augment.apply(x[index], drawn), y[index], create_graph=True)
     loss = matching_loss(theta, start, target)
     grads = torch.autograd.grad(loss, [x, lr] + ([y] if y.requires_grad else []))
     return Gradient(loss.detach(), grads[0], grads[2] if y.requires_grad else None, grads[1], theta.detach())

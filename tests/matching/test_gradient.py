@@ -5,58 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tadperf import nets
-from tadperf.config import MatchConfig, NetConfig
+from tadperf.config import NetConfig
 from tadperf.data import augment
 from tadperf.matching import gradient
-from tadperf.matching.distil import draw_steps
-from tadperf.matching.gradient import GRADIENTS, KEPT, Step, adjoint, tesla, unroll
-from tadperf.nets import FlatNet
+from tadperf.matching.gradient import GRADIENTS, KEPT, adjoint, tesla, unroll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FULL = "color_crop_cutout_flip_scale_rotate"
-CLASSES = 4
 
 
-class Problem(NamedTuple):
-    net: FlatNet
-    start: Tensor
-    target: Tensor
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
-    steps: Sequence[Step]
-
-
-def problem(
-    soft: bool = False, lr: float = 0.1, steps: int = 10, size: int = 8, channels: int = 3, count: int = 8,
-    batch: int = 5, config: NetConfig | None = None, strategy: str = FULL,
-) -> Problem:  # fmt: skip
-    """A small matching problem in float64; 10 steps of 5 out of 8 images are more than six shuffled passes."""
-    generator = torch.Generator().manual_seed(7)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    config = config or NetConfig(depth=2, width=6)  # pyright: ignore[reportCallIssue]
-    net = FlatNet(nets.build(config, (channels, size, size), CLASSES, 3).double())
-    start = net.flatten()
-    target = start + 0.02 * normal(*start.shape)
-    labels = normal(count, CLASSES) if soft else torch.arange(count) % CLASSES
-    match = MatchConfig(steps=steps, batch=batch)  # pyright: ignore[reportCallIssue]
-    drawn = draw_steps(match, count, size, strategy, generator)
-    return Problem(net, start, target, normal(count, channels, size, size), labels, torch.tensor(lr).double(), drawn)
-
-
-def trained_loss(p: Problem) -> float:
+def trained_loss(p: Any) -> float:
     """The matching loss by an ordinary training run: the module, backward and torch.optim.SGD."""
     module, net = p.net.module, p.net
     torch.nn.utils.vector_to_parameters(p.start.clone(), module.parameters())
@@ -77,7 +41,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_the_adjoint_is_the_unrolled_gradient(soft):
+def test_the_adjoint_is_the_unrolled_gradient(problem, soft):
     p = problem(soft)
     assert torch.cat([step.index for step in p.steps]).bincount().min() >= 6  # every image is used repeatedly
     assert any(len(step.index.unique()) < len(step.index) for step in p.steps)  # some batch holds an image twice
@@ -97,7 +61,7 @@ def test_the_adjoint_is_the_unrolled_gradient(soft):
 
 
 @pytest.mark.parametrize("method", ["adjoint", "unroll"])
-def test_the_gradient_agrees_with_finite_differences_of_a_training_run(method):
+def test_the_gradient_agrees_with_finite_differences_of_a_training_run(problem, method):
     p = problem(soft=True, steps=5)
     gradient = GRADIENTS[method](*p)
     assert gradient.labels is not None
@@ -120,7 +84,7 @@ def test_the_gradient_agrees_with_finite_differences_of_a_training_run(method):
     assert slope("lr", ()) == pytest.approx(float(gradient.lr), rel=1e-4)
 
 
-def test_tesla_is_exact_for_one_step_only():
+def test_tesla_is_exact_for_one_step_only(problem):
     one = problem(soft=True, steps=1)
     for ours, reference in zip(tesla(*one), adjoint(*one), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=0)
@@ -129,7 +93,7 @@ def test_tesla_is_exact_for_one_step_only():
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
-def test_the_adjoint_holds_for_every_network(name):
+def test_the_adjoint_holds_for_every_network(problem, name):
     config = NetConfig(name=name, width=8)  # pyright: ignore[reportCallIssue]
     p = problem(config=config, steps=2, count=2, batch=1)
     ours, reference = adjoint(*p), unroll(*p)
@@ -139,12 +103,12 @@ def test_the_adjoint_holds_for_every_network(name):
 
 
 @pytest.mark.parametrize("norm", ["group", "layer", "none"])
-def test_the_adjoint_holds_for_every_norm(norm):
+def test_the_adjoint_holds_for_every_norm(problem, norm):
     p = problem(config=NetConfig(depth=2, width=6, norm=norm), steps=3)  # pyright: ignore[reportCallIssue]
     assert error(adjoint(*p).images, unroll(*p).images) < 1e-8
 
 
-def test_no_argument_is_changed_and_no_graph_is_left():
+def test_no_argument_is_changed_and_no_graph_is_left(problem):
     p = problem(soft=True, steps=2)
     before = [value.clone() for value in (p.start, p.target, p.images, p.labels, p.lr)]
     for method in GRADIENTS.values():
@@ -156,7 +120,7 @@ def test_no_argument_is_changed_and_no_graph_is_left():
 
 
 @pytest.mark.parametrize("kept", [1, 3, 4, 9])
-def test_vectors_computed_again_are_the_same_bits(monkeypatch, kept):
+def test_vectors_computed_again_are_the_same_bits(problem, monkeypatch, kept):
     p = problem(soft=True, steps=10)
     whole = adjoint(*p)
     monkeypatch.setattr(gradient, "KEPT", kept)

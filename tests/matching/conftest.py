@@ -1,0 +1,54 @@
+"""A small matching problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tadperf import nets
+from tadperf.config import MatchConfig, NetConfig
+from tadperf.matching.distil import draw_steps
+from tadperf.matching.gradient import Step
+from tadperf.nets import FlatNet
+
+FULL = "color_crop_cutout_flip_scale_rotate"
+CLASSES = 4
+
+
+class Problem(NamedTuple):
+    net: FlatNet
+    start: Tensor
+    target: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    steps: Sequence[Step]
+
+
+def problem(
+    soft: bool = False, lr: float = 0.1, steps: int = 10, size: int = 8, channels: int = 3, count: int = 8,
+    batch: int = 5, config: NetConfig | None = None, strategy: str = FULL,
+) -> Problem:  # fmt: skip
+    """A small matching problem in float64; 10 steps of 5 out of 8 images are more than six shuffled passes."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    config = config or NetConfig(depth=2, width=6)  # pyright: ignore[reportCallIssue]
+    net = FlatNet(nets.build(config, (channels, size, size), CLASSES, 3).double())
+    start = net.flatten()
+    target = start + 0.02 * normal(*start.shape)
+    labels = normal(count, CLASSES) if soft else torch.arange(count) % CLASSES
+    match = MatchConfig(steps=steps, batch=batch)  # pyright: ignore[reportCallIssue]
+    drawn = draw_steps(match, count, size, strategy, generator)
+    return Problem(net, start, target, normal(count, channels, size, size), labels, torch.tensor(lr).double(), drawn)
+
+
+@pytest.fixture(name="problem")
+def _problem() -> Callable[..., Problem]:
+    return problem
