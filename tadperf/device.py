@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tadperf import ranks
 from tadperf.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def resolve(device: str) -> torch.device:
     """The device named "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:i".
 
-    Raises UserError where that device is not there.
+    Of several ranks on a machine each has its own CUDA device. Raises UserError where that device is not there.
     """
     import torch
 
@@ -30,7 +31,14 @@ def resolve(device: str) -> torch.device:
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
         raise UserError("--device", device, f"there are {count} CUDA devices: use cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", int(index or 0))
+    if ranks.world() == 1:
+        return torch.device("cuda", int(index or 0))
+    if index:
+        raise UserError("--device", device, f"is one device for {ranks.world()} ranks; use cuda or auto")
+    if ranks.local_world() > count:
+        raise UserError("--devices", ranks.local_world(), f"there are {count} CUDA devices; take at most so many")
+    torch.cuda.set_device(ranks.local_rank())
+    return torch.device("cuda", ranks.local_rank())
 
 
 def describe(device: torch.device) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tadperf import ranks
 from tadperf.config import Config
 from tadperf.errors import UserError
 from tadperf.measure import Stage
@@ -34,8 +35,11 @@ SAVE_STAGES_EVERY = 10.0  # seconds; a kill loses at most this much of a stage's
 def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
     """Writes a file that is either wholly there or not at all, and stays there when the power fails.
 
-    A temporary file in the same folder, fsync, rename, fsync of the folder; the mode follows the umask.
+    A temporary file in the same folder, fsync, rename, fsync of the folder; the mode follows the umask. Of several
+    ranks that make the same file, rank 0 writes it (`ranks.writes`).
     """
+    if not ranks.writes():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -210,10 +214,13 @@ class Run:
     def create(cls, path: Path | str, config: Config, resume: bool = False) -> Run:
         """Makes the folder of a new run, or with `resume` opens that of a killed one.
 
-        Raises UserError where a new run's folder exists, cannot be written or is in use by another process, and where a
-        resumed run was started with another config.
+        Of several ranks, rank 0 opens it and the others only look on. Raises UserError where a new run's folder exists,
+        cannot be written or is in use by another process, and where a resumed run was started with another config.
         """
         path = Path(path)
+        if not ranks.writes():
+            ranks.barrier()
+            return Onlooker(path, config, -1)
         check(path, resume)
         stored = stored_config(path) if resume else None
         if stored is not None:
@@ -227,7 +234,9 @@ class Run:
             if stored is None:  # first of all, so that a run killed at once can be resumed
                 write_json(path / "config.json", config.model_dump(mode="json"))
             _write_environment(path / "env.json", env)
-            return cls(path, config, lock)
+            run = cls(path, config, lock)
+            ranks.barrier()
+            return run
         except OSError as error:
             raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another with --out") from None
 
@@ -285,6 +294,17 @@ class Run:
         if self._lock in _held_locks:
             _held_locks.remove(self._lock)
             os.close(self._lock)
+
+
+class Onlooker(Run):
+    """The run folder as ranks other than 0 have it: they read what is there and write nothing."""
+
+    def __post_init__(self) -> None:
+        self._metrics = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self._stages = {}
+
+    def rewind(self, stage: str, step: int) -> None:
+        pass
 
 
 def _open_metrics(path: Path) -> TextIO:

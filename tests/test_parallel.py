@@ -198,3 +198,51 @@ def test_an_ended_parent_leaves_no_orphan(tmp_path, number):
     finally:
         parent.kill()
         parent.wait()
+
+
+@linux
+def test_tasks_beside_other_work(tmp_path):
+    """They run while the caller does not wait; those not begun can be taken back; leaving the block ends the rest."""
+    before = children()
+
+    def task(item: int) -> int:
+        while item and not (tmp_path / str(item)).exists():
+            time.sleep(0.01)
+        return item * item
+
+    found: list[tuple[int, int]] = []
+    with parallel.Beside() as pool:
+        assert list(pool.ready()) == []
+        pool.start(task, [0, 1, 2, 3, 4, 5], 1)
+        assert wait_for(lambda: found.extend(pool.ready()) or bool(found))
+        pool.cancel()  # the worker has the next in hand and up to two more in its queue
+        waited = pool.waited_for()
+        assert waited[0] == 1
+        assert len(waited) <= 3
+        for position in waited:
+            (tmp_path / str(position)).touch()
+        found += pool.rest()
+        assert found == [(position, position**2) for position in (0, *waited)]
+        assert not pool.waited_for()
+    assert wait_for(lambda: children() <= before)
+
+    def interrupted() -> None:
+        with parallel.Beside() as pool:
+            pool.start(task, [7, 8, 9], 2)
+            assert wait_for(lambda: children() > before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert wait_for(lambda: children() <= before)
+
+
+@linux
+def test_a_failure_beside_other_work_is_raised_when_it_is_asked_for():
+    def task(item: int) -> int:
+        raise ValueError("label 12 is not there")
+
+    with parallel.Beside() as pool:
+        pool.start(task, [1], 1)
+        with pytest.raises(ValueError, match="label 12 is not there"):
+            list(pool.rest())

@@ -7,15 +7,22 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from tadperf.data import mapped
 from tadperf.data.layout import Content, Layout, as_numpy, index_labels
-from tadperf.data.pixels import from_array
+from tadperf.data.pixels import from_array, stacked
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
+
+CHUNK = 1024  # images of a larger array in memory at a time
+Rows = tuple[int, Iterator[np.ndarray | Tensor]]  # how many images, and they in parts
 
 # Keys of images and labels, as people name them.
 KEYS = {
@@ -24,7 +31,7 @@ KEYS = {
 }
 
 
-def read_npz(path: Path, image_size: int | None) -> Layout:
+def read_npz(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """An .npz file: images/x and labels/y, or x_train, y_train, x_test, y_test, or train_images, train_labels, ...
 
     Also clean_labels (of the train split) and class_names (text). Pickled objects are refused: they could run code.
@@ -44,10 +51,16 @@ def read_npz(path: Path, image_size: int | None) -> Layout:
             raise UserError("data", f"{path}: {key}", f"cannot be read ({error}); {remedy}") from None
 
     names = tuple(map(str, get("class_names").tolist())) if "class_names" in file.files else None
-    return _layout(get, file.files, names, path)
+
+    def rows(key: str) -> Rows | None:
+        assert file.zip is not None
+        size = file.zip.getinfo(f"{key}.npy").file_size
+        return _member_rows(path, f"{key}.npy") if mapped.large((size,)) else None
+
+    return _layout(get, file.files, names, path, rows, progress)
 
 
-def read_safetensors(path: Path, image_size: int | None) -> Layout:
+def read_safetensors(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """A .safetensors file with the keys of `read_npz`; class_names as a JSON list in the metadata.
 
     uint8 images [N, C, H, W] stay memory-mapped.
@@ -65,10 +78,42 @@ def read_safetensors(path: Path, image_size: int | None) -> Layout:
         names = None if text is None else tuple(map(str, json.loads(text)))
     except (ValueError, TypeError):
         raise UserError("data", f"{path}: class_names", "must be a JSON list of names") from None
-    return _layout(tensors.__getitem__, keys, names, path)
+
+    def rows(key: str) -> Rows | None:
+        tensor = tensors[key]  # mapped; as it is where it has our type and form
+        if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] in (1, 3):
+            return None
+        return (len(tensor), iter(tensor.split(CHUNK))) if mapped.large(tensor.shape) else None
+
+    return _layout(tensors.__getitem__, keys, names, path, rows, progress)
 
 
-def _layout(get: Callable[[str], Any], keys: Collection[str], names: tuple[str, ...] | None, path: Path) -> Layout:
+def _member_rows(path: Path, member: str) -> Rows | None:
+    """Number and parts of an array in an .npz file, read one after the other; None where it is not in C order."""
+
+    def parts() -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            shape, _, dtype = _npy_header(file)
+            size = math.prod(shape[1:]) * dtype.itemsize
+            for start in range(0, shape[0], CHUNK):
+                data = bytearray(file.read(min(CHUNK, shape[0] - start) * size))
+                yield np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+
+    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        shape, fortran, dtype = _npy_header(file)
+    return None if fortran or dtype.hasobject or not shape else (shape[0], parts())
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _layout(
+    get: Callable[[str], Any], keys: Collection[str], names: tuple[str, ...] | None, path: Path,
+    rows: Callable[[str], Rows | None], progress: Progress,
+) -> Layout:  # fmt: skip
     found = {}
     for split, (image_keys, label_keys) in KEYS.items():
         image, label = (next((key for key in wanted if key in keys), None) for wanted in (image_keys, label_keys))
@@ -81,7 +126,8 @@ def _layout(get: Callable[[str], Any], keys: Collection[str], names: tuple[str, 
 
     def read(split: str) -> Content:
         key = found[split][0]
-        images = from_array(get(key), f"{path}: {key}")
+        parts, name = rows(key), f"{path}: {key}"  # parts only of what is too large to be read as a whole
+        images = stacked(parts[1], parts[0], name, path, progress) if parts else from_array(get(key), name)
         clean = None
         if split == "train" and "clean_labels" in keys:
             clean = index_labels({split: as_numpy(get("clean_labels"))}, names, f"{path}: clean_labels")[1][split]
@@ -98,7 +144,7 @@ def holds_idx(path: Path) -> bool:
     return any(_idx_file(path, prefix, 3) for prefix in ("train", "t10k", "test"))
 
 
-def read_idx(path: Path, image_size: int | None) -> Layout:
+def read_idx(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """A folder with MNIST's train-images-idx3-ubyte.gz and the like: '-' or '.' before idx, .gz or not, t10k, test."""
     files = {"train": ("train",), "test": ("t10k", "test")}
     pairs = {split: _idx_pair(path, prefixes) for split, prefixes in files.items()}
@@ -108,7 +154,7 @@ def read_idx(path: Path, image_size: int | None) -> Layout:
     names, labels = index_labels({split: _read_idx(pair[1], 1) for split, pair in found.items()}, None, str(path))
 
     def read(split: str) -> Content:
-        images = from_array(_read_idx(found[split][0], 3), str(found[split][0]))
+        images = _read_idx_images(found[split][0], progress)
         if len(images) != len(labels[split]):
             raise UserError("data", found[split][0], f"{len(images)} images but {len(labels[split])} labels")
         return Content(images, labels[split])
@@ -130,6 +176,17 @@ def _idx_file(path: Path, prefix: str, ndim: int) -> Path | None:
     what = {3: "images", 1: "labels"}[ndim]
     names = (f"{prefix}-{what}{dot}idx{ndim}-ubyte{packed}" for dot in "-." for packed in ("", ".gz"))
     return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _read_idx_images(file: Path, progress: Progress) -> Tensor:
+    """The images of an idx3 file; in parts where they are too large to be read as a whole."""
+    if not mapped.large((16 * file.stat().st_size,)):  # zipped images are hardly smaller than a sixteenth
+        return from_array(_read_idx(file, 3), str(file))
+    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+        _, count, height, width = (int(value) for value in np.frombuffer(stream.read(16), ">u4"))
+        sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+        parts = (np.frombuffer(bytearray(stream.read(n * height * width)), np.uint8) for n in sizes)
+        return stacked((part.reshape(-1, height, width) for part in parts), count, str(file), file, progress)
 
 
 def _read_idx(file: Path, ndim: int) -> np.ndarray:

@@ -50,17 +50,20 @@ def parse(strategy: str) -> tuple[str, ...]:
     return kinds
 
 
-def draw(strategy: str, count: int, size: int, generator: torch.Generator) -> Draw:
+def draw(strategy: str, count: int, size: int, *generators: torch.Generator) -> Draw:
     """Draws one augmentation per image: each image gets one of the strategy's kinds, at a random strength (DSA).
 
     DSA's code draws one kind for a whole batch; one kind per image has the same marginal distribution, mixes kinds
     within a batch, and makes the transform one static function of tensors (tadperf). `size` is the side in pixels.
+    With several generators, `count` images from each in turn: one call for many short epochs.
     """
     kinds = parse(strategy)
     if not kinds:
         return Draw(None, None, None)
-    pick = torch.randint(len(kinds), (count,), generator=generator)
-    u = torch.rand(count, 4, generator=generator)  # every strength, whether used or not: the stream's length is fixed
+    # Every strength, whether used or not: the stream's length is fixed.
+    drawn = [(torch.randint(len(kinds), (count,), generator=g), torch.rand(count, 4, generator=g)) for g in generators]
+    pick, u = (torch.cat(part) for part in zip(*drawn, strict=True))
+    count = len(pick)
 
     def chosen(kind: str) -> Tensor:
         return pick == kinds.index(kind) if kind in kinds else torch.zeros(count, dtype=torch.bool)

@@ -17,6 +17,7 @@ import torch
 
 from tadperf.data.layout import Content, Layout, index_labels
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
 
 CIFAR10 = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
 CIFAR100 = {"train": ("train",), "test": ("test",)}
@@ -27,7 +28,7 @@ def holds_cifar(path: Path) -> bool:
     return any((path / name).is_file() for name in ("data_batch_1", "test_batch", "batches.meta", "meta"))
 
 
-def read_cifar(path: Path, image_size: int | None) -> Layout:
+def read_cifar(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """A folder, or a .tar.gz, with data_batch_1..5, test_batch, batches.meta, or with train, test, meta (fine labels).
 
     Without the meta file classes are named "0".."C-1". Raises UserError on a missing or damaged file, and on a pickle

@@ -10,11 +10,12 @@ import torch
 from tadperf.data.layout import SPLITS, Content, Layout, choose_splits
 from tadperf.data.pixels import decode
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 
 
-def read_folder(path: Path, image_size: int | None) -> Layout:
+def read_folder(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """A folder per class, under train/ and test/ (validation/, valid/, val/), or right in `path` (then no test split).
 
     Classes are numbered in the order of their names; what starts with a dot is passed over. Raises UserError where
@@ -42,7 +43,9 @@ def read_folder(path: Path, image_size: int | None) -> Layout:
 
     def read(split: str) -> Content:
         encoded = ((str(file), file) for file, _ in files[split])
-        return Content(decode(encoded, len(files[split]), image_size), torch.tensor([c for _, c in files[split]]))
+        found = [file for file, _ in files[split]]
+        images = decode(encoded, len(found), image_size, found, progress)
+        return Content(images, torch.tensor([c for _, c in files[split]]))
 
     return Layout(names, {split: lambda split=split: read(split) for split in files})
 

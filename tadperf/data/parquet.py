@@ -13,6 +13,7 @@ import numpy as np
 from tadperf.data.layout import Content, Layout, choose_splits, index_labels, split_of
 from tadperf.data.pixels import decode
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,7 +22,7 @@ LABELS = ("label", "labels", "fine_label", "fine_labels", "target", "class", "y"
 BATCH = 1024  # rows read at a time
 
 
-def read_parquet(path: Path, image_size: int | None) -> Layout:
+def read_parquet(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """A parquet file, or a folder of them: images as struct {bytes, path} or bytes, labels as integers or names.
 
     Columns and class names come from the hub's metadata in the schema, else from the Arrow types. Splits come from the
@@ -39,8 +40,9 @@ def read_parquet(path: Path, image_size: int | None) -> Layout:
     names, labels = index_labels({split: columns[name] for split, name in chosen.items()}, class_names, str(path))
 
     def read(split: str) -> Content:
-        encoded = _encoded(files[chosen[split]], image)
-        return Content(decode(encoded, len(labels[split]), image_size), labels[split])
+        shards = files[chosen[split]]
+        images = decode(_encoded(shards, image), len(labels[split]), image_size, shards, progress)
+        return Content(images, labels[split])
 
     return Layout(names, {split: lambda split=split: read(split) for split in chosen})
 

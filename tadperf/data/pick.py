@@ -8,6 +8,8 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.training import Images
 
+POINTS = 2**28  # numbers clustered at a time, 1 GiB
+
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices (kept, held out), drawn within each class; a class keeps at least one sample. Sorted."""
@@ -41,13 +43,21 @@ def pick_central(images: Images, labels: Tensor, ipc: int, seed: int) -> Tensor:
     picked = []
     with threadpool_limits(1):
         for label in range(int(labels.max()) + 1):
-            own = (labels == label).nonzero()[:, 0]
+            own = some((labels == label).nonzero()[:, 0], images, seeds.derive(seed, "some", label))
             points = images[own].flatten(1).cpu().numpy()
             clusters = KMeans(ipc, n_init=3, random_state=seed % 2**32)  # pyright: ignore[reportArgumentType]
             centres = clusters.fit(points).cluster_centers_
             distance = torch.cdist(torch.from_numpy(centres), torch.from_numpy(points))
             picked.append(own[distinct(distance)])
     return torch.cat(picked)
+
+
+def some(index: Tensor, images: Images, seed: int) -> Tensor:
+    """The samples at `index`, or as many random ones of them as make POINTS numbers."""
+    most = max(1, POINTS // images[index[:1]].numel()) if len(index) else 0
+    if len(index) <= most:
+        return index
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:most].sort().values]
 
 
 def distinct(distance: Tensor) -> Tensor:

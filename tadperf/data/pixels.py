@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -14,52 +14,104 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tadperf.data import mapped
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
 
 CHUNK = 1024  # encoded images in memory at a time
 BLOCK = 32  # of them decoded by one thread in one go: on images of 32 x 32 a third faster than one by one
 
 
-def decode(encoded: Iterator[tuple[str, bytes | Path]], count: int, image_size: int | None) -> Tensor:
+def decode(
+    encoded: Iterator[tuple[str, bytes | Path]], count: int, image_size: int | None, files: Sequence[Path],
+    progress: Progress = silent,
+) -> Tensor:  # fmt: skip
     """Decodes `count` images (a name for messages, and bytes or a file) to uint8 [N, C, H, W].
 
-    C is 1 where all are greyscale, else 3. `image_size` resizes each one: shorter side, centre crop. Raises UserError
-    on one that cannot be decoded, and on a second size where none was asked for.
+    C is 1 where all are greyscale, else 3. `image_size` resizes each one: shorter side, centre crop. files: where the
+    images come from; a set larger than memory is decoded once into a mapped file, found again by them (`mapped`).
+    Raises UserError on one that cannot be decoded, and on a second size where none was asked for.
     """
+    name = mapped.name_of(files, "decoded", image_size, count)
+    if (kept := mapped.kept(name)) is not None:
+        return kept
+    arrays = _decoded(encoded, image_size)
+    first, sample = next(arrays)
+    size = sample.shape[-2:]
+
+    def fill(pixels: np.ndarray) -> int:
+        colour = False
+        for done, (image, array) in enumerate(chain([(first, sample)], arrays)):
+            if array.shape[-2:] != size:
+                sizes = f"{_size(sample)} ({first}) and {_size(array)}"
+                raise UserError("data", image, f"images of two sizes, {sizes}; give --image-size to resize them")
+            pixels[done] = array  # greyscale fills all three channels
+            colour |= len(array) == 3
+            if done % CHUNK == 0 or done + 1 == count:
+                progress("decode", done + 1, count)
+
+        return 3 if colour else 1
+
+    return mapped.filled((count, 3, *size), name, fill)
+
+
+def _decoded(encoded: Iterator[tuple[str, bytes | Path]], image_size: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and images [1 or 3, H, W] in order, decoded by as many threads as there are processors."""
 
     def decode_block(block: list[tuple[str, bytes | Path]]) -> list[np.ndarray]:
         return [_decode_one(name, data, image_size) for name, data in block]
 
-    pixels, colour, first = np.empty(0, np.uint8), False, ""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = 0
         while chunk := list(islice(encoded, CHUNK)):
             blocks = [chunk[k : k + BLOCK] for k in range(0, len(chunk), BLOCK)]
             arrays = chain.from_iterable(pool.map(decode_block, blocks))
             for (name, _), array in zip(chunk, arrays, strict=True):
-                if not done:
-                    pixels, first = np.empty((count, 3, *array.shape[-2:]), np.uint8), name
-                if array.shape[-2:] != pixels.shape[-2:]:
-                    sizes = f"{_size(pixels)} ({first}) and {_size(array)}"
-                    raise UserError("data", name, f"images of two sizes, {sizes}; give --image-size to resize them")
-                pixels[done] = array  # greyscale fills all three channels
-                colour |= len(array) == 3
-                done += 1
-    assert done == count
-    return torch.from_numpy(pixels if colour else pixels[:, :1].copy())
+                yield name, array
 
 
-def resize(images: Tensor, image_size: int | None) -> Tensor:
-    """uint8 [N, C, H, W] to [N, C, S, S] as `decode` does it; the same tensor where the size fits already."""
+def resize(images: Tensor, image_size: int | None, files: Sequence[Path], progress: Progress = silent) -> Tensor:
+    """uint8 [N, C, H, W] to [N, C, S, S] as `decode` does it; the same tensor where the size fits already.
+
+    files: where the images come from, as for `decode`.
+    """
     if image_size is None or images.shape[-2:] == (image_size, image_size):
         return images
     from PIL import Image
 
-    out = torch.empty(*images.shape[:2], image_size, image_size, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        array = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
-        out[i] = torch.from_numpy(_channels_first(_square(Image.fromarray(array), image_size)).copy())
-    return out
+    def fill(pixels: np.ndarray) -> int:
+        for i, image in enumerate(images):
+            array = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
+            pixels[i] = _channels_first(_square(Image.fromarray(array), image_size))
+            if i % CHUNK == 0 or i + 1 == len(images):
+                progress("resize", i + 1, len(images))
+        return pixels.shape[1]
+
+    shape = (*images.shape[:2], image_size, image_size)
+    return mapped.filled(shape, mapped.name_of(files, "resized", *images.shape, image_size), fill)
+
+
+def stacked(
+    rows: Iterator[np.ndarray | Tensor], count: int, name: str, file: Path, progress: Progress = silent
+) -> Tensor:
+    """uint8 [N, C, H, W] from parts of an array of N images, one after the other, each as for `from_array`.
+
+    A set larger than memory goes into a mapped file, found again by `name` and `file`.
+    """
+    key = mapped.name_of([file], "stacked", name)
+    if (kept := mapped.kept(key)) is not None:
+        return kept
+    first = from_array(next(rows), name)
+
+    def fill(pixels: np.ndarray) -> int:
+        done = 0
+        for part in chain([first], (from_array(row, name) for row in rows)):
+            pixels[done : done + len(part)] = part.numpy()
+            done += len(part)
+            progress("decode", done, count)
+        assert done == count
+        return pixels.shape[1]
+
+    return mapped.filled((count, *first.shape[1:]), key, fill)
 
 
 def from_array(array: np.ndarray | Tensor, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from tadperf.data.layout import Content, Layout
 from tadperf.data.parquet import read_parquet
 from tadperf.data.pixels import resize
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
 
 DIGITS_TRAIN = 1400  # of scikit-learn's 1797 digits; the other 397 are the test split
 
@@ -42,16 +43,16 @@ class TestOnly(NamedTuple):
 @overload
 def open_data(
     path: str | Path = "digits", *, format: str | None = None, image_size: int | None = None, labels: str | None = None,
-    need_train: Literal[True] = True,
+    need_train: Literal[True] = True, progress: Progress = silent,
 ) -> Splits: ...  # fmt: skip
 @overload
 def open_data(
     path: str | Path = "digits", *, format: str | None = None, image_size: int | None = None, labels: str | None = None,
-    need_train: bool,
+    need_train: bool, progress: Progress = silent,
 ) -> Splits | TestOnly: ...  # fmt: skip
 def open_data(
     path: str | Path = "digits", *, format: str | None = None, image_size: int | None = None, labels: str | None = None,
-    need_train: bool = True,
+    need_train: bool = True, progress: Progress = silent,
 ) -> Splits | TestOnly:  # fmt: skip
     """Opens `digits` (built in), parquet, an image folder, CIFAR pickles, .npz, .safetensors or MNIST's idx.gz.
 
@@ -59,6 +60,8 @@ def open_data(
     image_size: resizes every image to a square of this side (shorter side, centre crop).
     labels: a file of labels for the train split, see `replace_labels`.
     need_train: where False the train split is not read, and `train` is None.
+    Images that take more than a quarter of the machine's memory are memory-mapped, from a file in the user's cache
+    folder that is made once (`mapped`) where their own is no such thing.
     Raises UserError, before any work is lost, on whatever is wrong with the path or its content.
     """
     if image_size is not None and image_size < 1:
@@ -69,7 +72,7 @@ def open_data(
     kind = format or ("digits" if str(path) == "digits" else _detect(place))
     if kind != "digits":
         place = _existing(place)
-    layout = READERS[kind](place, image_size)
+    layout = READERS[kind](place, image_size, progress)
     origin = {"path": "digits" if kind == "digits" else str(place), "format": kind, "image_size": image_size}
 
     def read(split: str) -> Dataset | None:
@@ -77,7 +80,9 @@ def open_data(
             return None
         images, given, clean = layout.splits[split]()
         source = {**origin, "split": split, "labels": None}
-        return Dataset(resize(images, image_size), given, layout.class_names, place.stem or place.name, clean, source)
+        if image_size is not None:
+            images = resize(images, image_size, [place] if place.exists() else [], progress)
+        return Dataset(images, given, layout.class_names, place.stem or place.name, clean, source)
 
     if not need_train:
         return TestOnly(None, read("test"))
@@ -126,7 +131,7 @@ def _detect(path: Path) -> str:
     return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
 
 
-def read_digits(path: Path, image_size: int | None) -> Layout:
+def read_digits(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
     """scikit-learn's digits, built in: 1400 train and 397 test images of 8 x 8, the values 0..16 scaled to 0..255.
 
     The split is stratified by class, and fixed: it does not follow the user's seed.
@@ -146,7 +151,7 @@ def read_digits(path: Path, image_size: int | None) -> Layout:
     return Layout(tuple(map(str, range(len(take)))), splits)
 
 
-READERS: dict[str, Callable[[Path, int | None], Layout]] = {
+READERS: dict[str, Callable[[Path, int | None, Progress], Layout]] = {
     "digits": read_digits,
     "parquet": read_parquet,
     "folder": read_folder,

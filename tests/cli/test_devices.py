@@ -1,0 +1,164 @@
+"""`--devices 2` and torchrun: the same results as of one process, and one clear end when a rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks end with their launcher on Linux only"),
+]
+MORE = ["--set=match.trajectories=2", "--set=experts.count=3", "--json"]
+ENV = {"OMP_NUM_THREADS": "1"}
+
+
+def command(tiny: list[str], *more: str) -> list[str]:
+    return [sys.executable, "-m", "tadperf", "distill", *tiny, *MORE, *more]
+
+
+def start(place: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, cwd=place, preexec_fn=hear, env=os.environ | ENV, **pipes)
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline and not condition():
+        time.sleep(0.01)
+    assert condition(), process.poll()
+
+
+def environment(pid: int) -> dict[str, str]:
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def team(launcher: int) -> dict[int, int]:
+    """Process ids -> rank, of all that this launcher has started, their workers too."""
+    pids = [int(place.name) for place in Path("/proc").glob("[0-9]*")]
+    found = {pid: environment(pid) for pid in pids}
+    return {pid: int(e["RANK"]) for pid, e in found.items() if e.get("TADPERF_LAUNCHER") == str(launcher)}
+
+
+def gone(launcher: int, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while team(launcher) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not team(launcher)
+
+
+def rank_1(launcher: int) -> int:
+    """The rank itself, not its workers."""
+    return min(pid for pid, rank in team(launcher).items() if rank == 1)
+
+
+def same(one: Path, two: Path) -> None:
+    """Trajectories and distilled set alike, up to the order of a sum."""
+    files = sorted((one / "experts").glob("*.safetensors"))
+    assert len(files) == 3
+    for file in [*files, one / "distilled.safetensors"]:
+        a, b = load_file(file), load_file(two / file.relative_to(one))
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+    results = [json.loads((place / "result.json").read_text()) for place in (one, two)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0]["trust"] == results[1]["trust"]
+    assert not list(two.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> Path:
+    """The job as one process does it."""
+    from .conftest import TINY
+
+    place = tmp_path_factory.mktemp("one")
+    done = start(place, command(TINY, "--out=one", "--quiet"))
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    assert json.loads(out)["ipc"] == 1
+    return place / "one"
+
+
+def test_two_ranks_make_what_one_makes(one_rank, tiny, tmp_path):
+    process = start(tmp_path, command(tiny, "--devices=2", "--out=two"))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["paths"]["run"] == "two"
+    assert sum(line.startswith("trust 1/1") for line in err.splitlines()) == 1  # rank 0 alone tells
+    assert "tadperf:" not in err
+    assert gone(process.pid)
+    same(one_rank, tmp_path / "two")
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on(one_rank, tiny, tmp_path):
+    process = start(tmp_path, command(tiny, "--devices=2", "--out=my run"))
+    wait_for((tmp_path / "my run" / "trust" / "round-1.safetensors").exists, process)
+    os.kill(rank_1(process.pid), signal.SIGKILL)
+    begun = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 20
+    assert (process.returncode, out) == (1, "")
+    hint = "continue with: tadperf distill --devices 2 --resume --out 'my run'"
+    assert [line for line in err.splitlines() if "tadperf" in line] == [
+        f"tadperf: rank 1 of 2 was killed by SIGKILL; {hint}"
+    ]
+    assert gone(process.pid)
+    again = [sys.executable, "-m", "tadperf", "distill", "--resume", "--out", "my run", "--quiet"]  # in one process
+    assert start(tmp_path, again).wait() == 0
+    same(one_rank, tmp_path / "my run")
+
+
+def test_ctrl_c_ends_all_with_the_usual_line_and_a_killed_launcher_leaves_none(tiny, tmp_path):
+    process = start(tmp_path, command(tiny, "--devices=2", "--out=run", "--set=match.iterations=1000000"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and "matching" in metrics.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in err.splitlines() if "tadperf" in line] == [
+        "tadperf: interrupted; continue with: tadperf distill --devices 2 --resume --out run"
+    ]
+    assert gone(process.pid)
+    process = start(tmp_path, command([], "--devices=2", "--out=run", "--resume"))
+    wait_for(lambda: len(team(process.pid)) >= 2, process)
+    process.kill()
+    process.communicate()
+    assert gone(process.pid)
+
+
+def test_torchrun(one_rank, tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tadperf"]
+    file = str(one_rank / "distilled.safetensors")
+    process = start(tmp_path, [*run, "evaluate", file, "--repeats=2", "--json"])
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    alone = json.loads((one_rank / "result.json").read_text())
+    assert json.loads(out)["accuracy"] == alone["accuracy"]
+
+
+def test_what_both_ranks_find_wrong_is_said_once(tiny, tmp_path, tadperf):
+    wrong = start(tmp_path, command(tiny[1:], "--devices=2", "--ipc=2000"))
+    _, err = wrong.communicate(timeout=60)
+    assert wrong.returncode == 2
+    assert len([line for line in err.splitlines() if line.startswith("tadperf: --ipc: 2000: ")]) == 1
+    assert len([line for line in err.splitlines() if "tadperf" in line]) == 1
+    refused = tadperf("distill", *tiny, "--devices", "0")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == "tadperf: --devices: 0: must be a whole number from 1 up\n"
