@@ -2,6 +2,7 @@
 
 Each operator is checked, then measured, in a process of its own with a time limit, so that a hang or a broken CUDA
 context costs that operator alone; what fails is a row. `--device cpu` walks the same steps on small inputs.
+`--phase experts|matching|job --out DIR` are the stages' own phases (gpu_stages), resumed by the same call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tadperf.bench import catalogue, checks, report  # pyright: ignore[reportMissingImports]
+from tadperf.bench import catalogue, checks, gpu_stages, report  # pyright: ignore[reportMissingImports]
 
 SECONDS = 450.0  # for all of it
 BOX = 120.0  # for one operator, or one tool of the sanitizer
@@ -79,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tadperf alone, without its baselines")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--phase", choices=("operators", *gpu_stages.PHASES), default="operators")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="where the other phases keep their results")
+    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds of one call of another phase")
+    parser.add_argument("--data", help="of the job; by default cifar10, on a CPU digits")
+    parser.add_argument("--labels", help="label file of the job, such as CIFAR-10_human.pt:worse_label")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -88,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: PyTorch finds no CUDA device; --device cpu walks the steps on small inputs", file=sys.stderr)
         return 2
+    if options.phase != "operators":
+        data = options.data or ("digits" if options.device == "cpu" else "cifar10")
+        return gpu_stages.main(options.phase, options.device, options.out, options.limit, data, options.labels)
     names, end = [one.name for one in catalogue.chosen(options.operators)], time.monotonic() + SECONDS
     rows = operators(names, options.device, options.quick, end) + sanitizer(options.device, end)
     facts = checks.facts(device)

@@ -44,6 +44,19 @@ class Student(NamedTuple):
     data: Callable[[], Examples]  # made where the student is trained: nothing crosses between processes
 
 
+def scorer(
+    test_images: Images, test_labels: Tensor, num_classes: int, seed: int, device: torch.device
+) -> Callable[[Student], float]:
+    """Trains and tests one student: its accuracy, share in [0, 1], which depends on the seed and the student alone."""
+
+    def score(student: Student) -> float:
+        where = seeds.derive(seed, student.row, student.repeat)
+        module = train_student(student.data(), num_classes, student.net, student.recipe, where, device)
+        return accuracy(module, test_images, test_labels)
+
+    return score
+
+
 def evaluate(
     students: Sequence[Student], test_images: Images, test_labels: Tensor, num_classes: int, seed: int,
     device: torch.device, done: Callable[[Student, float], None],
@@ -52,12 +65,7 @@ def evaluate(
 
     On a CPU as many at once as there are cores, one thread each.
     """
-
-    def score(student: Student) -> float:
-        where = seeds.derive(seed, student.row, student.repeat)
-        module = train_student(student.data(), num_classes, student.net, student.recipe, where, device)
-        return accuracy(module, test_images, test_labels)
-
+    score = scorer(test_images, test_labels, num_classes, seed, device)
     for position, result in parallel.run(score, students, None if device.type == "cpu" else 1):
         done(students[position], result)
 

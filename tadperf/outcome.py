@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tadperf import artifact, evaluate, runs, seeds
+from tadperf import artifact, evaluate, parallel, ranks, runs, seeds
 from tadperf import device as devices
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config
@@ -27,9 +27,11 @@ from tadperf.trust.measure import growth
 
 # The set before the first iteration, in the form of a distilled one.
 INITIAL = Path("checkpoints", "initial.safetensors")
+REFINED = "refined.json"  # what refinement says of itself
+REFINE_FILES = {"refined": "refined.png", "gradcam": "gradcam.png"}
 TRUST_FILES = {"labels": "labels.csv", "trust": "trust.png"}
 BASELINES = ("initial", "random_real", "full_data", "full_trusted")
-PLACES = {"experts": {"path", "workers"}}  # of the config: they change no result, so they are not in the file
+PLACES = {"experts": {"path", "workers"}, "refine": {"start"}}  # of the config: of this machine, so not in the file
 
 
 def student_recipe(config: Config, lr: float) -> Recipe:
@@ -59,13 +61,11 @@ def distilled_students(
     ]
 
 
-def students(
-    job: Job, data: Arrays, samples: Samples, seen: View, distilled: DistilledSet, initial: DistilledSet
-) -> list[Student]:
-    """Who is trained for the report: on the distilled set, what it started from, random real and all real images.
+def baselines(job: Job, data: Arrays, samples: Samples, seen: View, initial: DistilledSet) -> list[Student]:
+    """Who is trained to compare with: on what the set started from, on random real and on all real images.
 
     Random ones come from the samples that trust is sure of. All images are taken with the labels as given and, where
-    trust changed something, as it left them.
+    trust changed something, as it left them. None needs the distilled set.
     """
     config, e = job.config, job.config.evaluate
     real = student_recipe(config, e.real_lr)._replace(lr=e.real_lr)
@@ -79,8 +79,7 @@ def students(
     def trusted() -> Examples:
         return Examples(Chosen(data.train, samples.index), samples.labels, samples.weights)
 
-    rows = distilled_students(distilled, e.networks, e.repeats, job.device)
-    rows += [s._replace(row="initial") for s in distilled_students(initial, [config.net.name], e.repeats, job.device)]
+    rows = [s._replace(row="initial") for s in distilled_students(initial, [config.net.name], e.repeats, job.device)]
     rows += [Student("random_real", r, config.net, real, partial(random_real, r)) for r in range(e.repeats)]
     given = partial(Examples, data.train, data.labels)
     rows += [Student("full_data", r, config.net, full, given) for r in range(e.full_repeats)]
@@ -89,32 +88,74 @@ def students(
     return rows
 
 
-def worth(
-    job: Job, data: Arrays, everyone: Sequence[Student], run: Run, progress: Progress,
-    given: Mapping[str, Sequence[float]],
-) -> dict[str, list[float]]:  # fmt: skip
-    """Test accuracies by row of the report; a student that a killed run had finished is not trained again.
+class Scores:
+    """Test accuracies of a run's students, kept as they come: what a killed run had measured is not measured again."""
 
-    given: accuracies of whole rows, in the order of their repeats, that are known already.
-    """
-    note = run.path / "checkpoints" / "evaluate.json"
-    known: dict[str, dict[str, float]] = json.loads(note.read_text()) if note.exists() else {}
-    known |= {row: {str(repeat): score for repeat, score in enumerate(scores)} for row, scores in given.items()}
-    missing = [s for s in everyone if str(s.repeat) not in known.get(s.row, {})]
-    finished = len(everyone) - len(missing)
+    def __init__(self, run: Run, given: Mapping[str, Sequence[float]]) -> None:
+        """given: accuracies of whole rows, in the order of their repeats, that are known already."""
+        self.run, self.note = run, run.path / "checkpoints" / "evaluate.json"
+        self.known: dict[str, dict[str, float]] = ranks.once(
+            lambda: json.loads(self.note.read_text()) if self.note.exists() else {}
+        )
+        self.known |= {
+            row: {str(repeat): score for repeat, score in enumerate(scores)} for row, scores in given.items()
+        }
+
+    def missing(self, students: Sequence[Student]) -> list[Student]:
+        """Those whose accuracy is not known."""
+        return [s for s in students if str(s.repeat) not in self.known.get(s.row, {})]
+
+    def add(self, student: Student, score: float) -> None:
+        self.known.setdefault(student.row, {})[str(student.repeat)] = score
+        runs.write_json(self.note, self.known)
+        self.run.log(
+            "evaluate", sum(map(len, self.known.values())), row=student.row, repeat=student.repeat, accuracy=score
+        )
+
+
+class Early:
+    """Students that are trained beside another stage, on cores that it leaves idle; `pool` ends them."""
+
+    def __init__(self, pool: parallel.Beside, scores: Scores) -> None:
+        self.pool, self.scores, self.students = pool, scores, []
+
+    def start(self, job: Job, data: Arrays, students: Sequence[Student], workers: int) -> None:
+        """Begins those whose accuracy is not known, `workers` at a time."""
+        self.students = self.scores.missing(students)
+        if self.students and workers > 0:
+            score = evaluate.scorer(data.test, data.test_labels, job.train.num_classes, job.config.seed, job.device)
+            self.pool.start(score, self.students, min(workers, len(self.students)))
+
+    def collect(self) -> None:
+        """Keeps the accuracies that have come so far."""
+        for position, score in self.pool.ready():
+            self.scores.add(self.students[position], score)
+
+    def stop(self) -> list[Student]:
+        """Begins no further one; those that are being trained still."""
+        self.pool.cancel()
+        self.collect()
+        return [self.students[position] for position in self.pool.waited_for()]
+
+
+def worth(
+    job: Job, data: Arrays, everyone: Sequence[Student], early: Early, progress: Progress
+) -> dict[str, list[float]]:
+    """Test accuracies by row of the report, of the students that are not known and not under way already."""
+    scores, under_way = early.scores, {(s.row, s.repeat) for s in early.stop()}
 
     def done(student: Student, score: float) -> None:
-        nonlocal finished
-        known.setdefault(student.row, {})[str(student.repeat)] = score
-        finished += 1
-        runs.write_json(note, known)
-        run.log("evaluate", finished, row=student.row, repeat=student.repeat, accuracy=score)
-        progress("evaluate", finished, len(everyone), **{student.row: score})
+        scores.add(student, score)
+        progress("evaluate", len(everyone) - len(scores.missing(everyone)), len(everyone), **{student.row: score})
 
-    progress("evaluate", finished, len(everyone))
+    missing = scores.missing(everyone)
+    progress("evaluate", len(everyone) - len(missing), len(everyone))
+    missing = [s for s in missing if (s.row, s.repeat) not in under_way]
     evaluate.evaluate(missing, data.test, data.test_labels, job.train.num_classes, job.config.seed, job.device, done)
+    for position, score in early.pool.rest():
+        done(early.students[position], score)
     rows = dict.fromkeys(s.row for s in everyone)
-    return {row: [known[row][str(repeat)] for repeat in range(len(known[row]))] for row in rows}
+    return {row: [scores.known[row][str(repeat)] for repeat in range(len(scores.known[row]))] for row in rows}
 
 
 def trust_report(job: Job, samples: Samples, rounds: Sequence[TrustState]) -> dict[str, Any]:
@@ -134,6 +175,7 @@ def report(
     """What a run says at its end: result.json, and the JSON of the command line."""
     config, stages = job.config, run.stages()
     baselines = {row: evaluate.summary(scores[row]) for row in BASELINES if row in scores}
+    made = json.loads((run.path / REFINED).read_bytes()) if config.synthesis != "matching" else None
     return {
         "data": {
             **distilled.data, "train": len(job.train), "test": len(job.test), "classes": job.train.num_classes,
@@ -144,6 +186,7 @@ def report(
         "synthesis": config.synthesis,
         "method": config.match.method,
         "trust": trust,
+        **({"refine": made} if made else {}),
         "accuracy": {row: evaluate.summary(runs_) for row, runs_ in scores.items() if row not in baselines},
         "baselines": baselines,
         "lr": distilled.lr,
@@ -154,6 +197,7 @@ def report(
             "run": str(run.path), "distilled": str(run.path / "distilled.safetensors"),
             "grid": str(run.path / "grid.png"), "metrics": str(run.path / "metrics.jsonl"),
             **{name: str(run.path / file) for name, file in TRUST_FILES.items() if trust["rounds"]},
+            **{name: str(run.path / file) for name, file in REFINE_FILES.items() if config.synthesis != "matching"},
         },
     }  # fmt: skip
 

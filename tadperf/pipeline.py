@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tadperf import artifact, evaluate, nets, outcome, parallel, runs, seeds
+from tadperf import artifact, evaluate, nets, outcome, parallel, ranks, runs, seeds
 from tadperf import experts as experts_room
 from tadperf.artifact import DistilledSet
 from tadperf.data.pick import pick_central, pick_real
@@ -19,9 +21,10 @@ from tadperf.job import Arrays, Job, Samples, View, arrays, identity, other_expe
 from tadperf.matching import bases
 from tadperf.matching import distil as matching
 from tadperf.nets import FlatNet
-from tadperf.outcome import INITIAL, package, student_recipe
+from tadperf.outcome import INITIAL, REFINED, Early, Scores, package, student_recipe
 from tadperf.progress import Progress, silent
 from tadperf.refine import Refined, refine
+from tadperf.refine import start as starts
 from tadperf.runs import Run
 from tadperf.trust import TrustState, dual_loop
 from tadperf.trust.measure import growth
@@ -55,10 +58,14 @@ def find_trusted(job: Job, data: Arrays, run: Run, progress: Progress) -> list[T
 
     config, train = job.config, job.train
     with run.stage("trust"):
-        state, rounds = dual_loop(
-            data.train, train.labels, train.class_names, config.net, config.trust, config.data.augment, config.seed,
-            job.device, run.path / "trust", progress,
-        )  # fmt: skip
+        if config.refine.start and config.synthesis != "matching":
+            state = starts.trusted(Path(config.refine.start), train)
+            rounds = [state]
+        else:
+            state, rounds = dual_loop(
+                data.train, train.labels, train.class_names, config.net, config.trust, config.data.augment, config.seed,
+                job.device, run.path / "trust", progress,
+            )  # fmt: skip
         state.save(run.path / "trust.safetensors")
         state.export(run.path / "labels.csv")
         save_growth(run.path / "trust.png", rounds)
@@ -123,14 +130,19 @@ def first_state(job: Job, seen: View, net: FlatNet, experts: Experts, made: Refi
 
 
 def match(
-    job: Job, data: Arrays, seen: View, experts: Experts, run: Run, progress: Progress, made: Refined | None = None
-) -> matching.State:
-    """Learns the synthetic set, from refined images where there are some; held-out samples choose the checkpoint."""
+    job: Job, data: Arrays, seen: View, experts: Experts, run: Run, progress: Progress, made: Refined | None = None,
+    beside: Callable[[int], Callable[[], None]] | None = None,
+) -> matching.State:  # fmt: skip
+    """Learns the synthetic set, from refined images where there are some; held-out samples choose the checkpoint.
+
+    beside: begins other work on so many idle cores, as soon as the first state is there; what it gives is called often.
+    """
     config, train = job.config, job.train
     net = FlatNet(nets.build(config.net, train.shape, train.num_classes, 0).to(job.device))
     count = config.match.ipc * train.num_classes
     batch = min(config.match.batch or count, count)
-    torch.set_num_threads(parallel.threads_for(batch * config.net.width * train.shape[1] * train.shape[2]))
+    threads = parallel.threads_for(batch * config.net.width * train.shape[1] * train.shape[2])
+    torch.set_num_threads(threads)
 
     def check(images: Tensor, labels: Tensor, lr: float, iteration: int) -> float:
         recipe, seed = student_recipe(config, lr), seeds.derive(config.seed, "check", iteration)
@@ -141,9 +153,16 @@ def match(
         evaluate.evaluate(pupils, *held, train.num_classes, seed, job.device, lambda _, score: scores.append(score))
         return sum(sorted(scores)) / len(scores)
 
-    state = first_state(job, seen, net, experts, made)
+    state = ranks.once(lambda: first_state(job, seen, net, experts, made))
     package(job, data, state, config.evaluate.real_lr).save(run.path / INITIAL)
-    return matching.distil(state, net, experts, config.match, config.data.augment, config.seed, check, run, progress)
+    collect = beside(parallel.cores() - threads) if beside else None
+
+    def watched(stage: str, done: int, total: int, **values: object) -> None:
+        if collect:
+            collect()
+        progress(stage, done, total, **values)
+
+    return matching.distil(state, net, experts, config.match, config.data.augment, config.seed, check, run, watched)
 
 
 def load(job: Job, run: Run, progress: Progress) -> Arrays:
@@ -155,44 +174,64 @@ def load(job: Job, run: Run, progress: Progress) -> Arrays:
     return data
 
 
-def synthesise(job: Job, data: Arrays, seen: View, run: Run, progress: Progress) -> DistilledSet:
+def synthesise(
+    job: Job, data: Arrays, seen: View, run: Run, progress: Progress,
+    beside: Callable[[int], Callable[[], None]] | None = None,
+) -> DistilledSet:  # fmt: skip
     """The synthetic set: by matching, by the diffusion model, or by matching from the diffusion model's images."""
     config, made = job.config, None
     if config.synthesis != "matching":
         made = refine(job, data, seen, run, progress)
-        runs.write_json(run.path / "refined.json", made.report)
+        runs.write_json(run.path / REFINED, made.report)
     if made is not None and config.synthesis == "generative":
-        finished = package(job, data, matching.begin(made.images, made.labels, config.match), config.evaluate.real_lr)
-        finished.save(run.path / INITIAL)
-        return finished
+        lr = made.lr or config.evaluate.real_lr
+        first, final = (matching.begin(*pair, config.match) for pair in (made.first, (made.images, made.labels)))
+        package(job, data, first, lr).save(run.path / INITIAL)
+        return package(job, data, final, lr)
     with run.stage("experts"):
         trained = get_experts(job, seen, run, progress)
     with run.stage("matching"):
-        return package(job, data, match(job, data, seen, trained, run, progress, made))
+        return package(job, data, match(job, data, seen, trained, run, progress, made, beside))
 
 
 def distill(
     job: Job, run: Run, progress: Progress = silent, data: Arrays | None = None,
-    known: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    known: Mapping[str, Sequence[float]] = MappingProxyType({}), tested: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole job in a run folder; returns what result.json holds. A resumed run skips what is done.
 
     data: the arrays of `job`, where they are there already; known: accuracies of rows that need no new students.
+    tested: whether students tell what the set is worth.
     """
     from tadperf.report.grid import save_grid
 
+    config = job.config
     (run.path / "checkpoints").mkdir(exist_ok=True)
     file = run.path / "distilled.safetensors"
     data = data or load(job, run, progress)
     samples, trust = trusted_samples(job, data, run, progress)
     seen = view(data, samples)
-    if not file.exists():
-        synthesise(job, data, seen, run, progress).save(file)
-    distilled, initial = artifact.load(file), artifact.load(run.path / INITIAL)
-    save_grid(run.path / "grid.png", distilled)
-    with run.stage("evaluate"):
-        everyone = outcome.students(job, data, samples, seen, distilled, initial)
-        scores = outcome.worth(job, data, everyone, run, progress, known)
+    with parallel.Beside() as pool:
+        early = Early(pool, Scores(run, known))
+
+        def beside(idle: int) -> Callable[[], None]:
+            others = outcome.baselines(job, data, samples, seen, artifact.load(run.path / INITIAL))
+            early.start(job, data, others, idle)
+            return early.collect
+
+        if not ranks.once(file.exists):
+            alone = job.device.type == "cpu" and ranks.world() == 1 and sys.platform.startswith("linux")
+            synthesise(job, data, seen, run, progress, beside if alone else None).save(file)
+            ranks.barrier()
+        distilled, initial = artifact.load(file), artifact.load(run.path / INITIAL)
+        save_grid(run.path / "grid.png", distilled)
+        scores: dict[str, list[float]] = {}
+        if tested:
+            with run.stage("evaluate"):
+                e = config.evaluate
+                everyone = outcome.distilled_students(distilled, e.networks, e.repeats, job.device)
+                everyone += outcome.baselines(job, data, samples, seen, initial)
+                scores = outcome.worth(job, data, everyone, early, progress)
     result = outcome.report(job, distilled, scores, run, trust)
     run.finish(result)
     return result

@@ -107,3 +107,45 @@ def test_the_flat_network_is_the_module_bit_for_bit(name):
 def test_running_statistics_are_refused():
     with pytest.raises(AssertionError, match="running statistics"):
         FlatNet(build(config(norm="batch"), (3, 8, 8), 4, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "norm", "size"),
+    [("convnet", "instance", 8), ("convnet", "instance", 28), ("convnet", "instance", 6), ("convnet", "batch", 8),
+     ("convnet", "group", 8), ("convnet", "none", 8), ("vgg11", "instance", 8), ("resnet18", "instance", 8),
+     ("alexnet", "instance", 8)],
+)  # fmt: skip
+def test_the_first_order_form_is_the_network(name, norm, size, channels):
+    """Logits and gradients against the network itself in float64; no worse than its own in float32."""
+    net = config(name, width=7, norm=norm, **({"depth": 2} if name == "convnet" else {}))
+    x = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(5)
+
+    def gradients(module: torch.nn.Module, predict, x: torch.Tensor) -> list[torch.Tensor]:
+        logits = predict(x)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
+        return [logits, *found]
+
+    module = build(net, (channels, size, size), 5, 0)
+    for parameter in module.parameters():  # scales, shifts and biases that do something
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    ours = gradients(module, nets.first_order(module), x)
+    plain = gradients(module, module, x)
+    module = module.double()
+    truths = gradients(module, module, x.double())
+    for value, own, truth in zip(*([v.detach() for v in values] for values in (ours, plain, truths)), strict=True):
+        scale = float(truth.abs().max()) + 1e-3
+        assert float((value - truth).abs().max()) <= 2 * float((own - truth).abs().max()) + 2e-5 * scale
+
+
+def test_the_first_order_form_refuses_a_second_derivative():
+    from tadperf.kernels import native
+
+    if not native.available():
+        pytest.skip("the network itself runs")
+    module = build(config(depth=1, width=4), (1, 8, 8), 3, 0)
+    loss = nets.first_order(module)(torch.randn(2, 1, 8, 8)).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, list(module.parameters()), create_graph=True, allow_unused=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from tadperf import nets, seeds, training
 from tadperf.config import NetConfig
+from tadperf.data import augment
 from tadperf.training import Recipe, accuracy, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,7 +154,12 @@ def test_flat_gradient_is_gsam(alpha):
     module = fresh().double()
     parameters = tuple(module.parameters())
     before = [p.detach().clone() for p in parameters]
-    ours = training.flat_gradient(lambda: F.cross_entropy(module(images.double()), labels), parameters, 0.5, alpha)
+    ours = training.flat_gradient(
+        lambda: torch.autograd.grad(F.cross_entropy(module(images.double()), labels), parameters),
+        parameters,
+        0.5,
+        alpha,
+    )
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
     net = nets.FlatNet(module)
     theta = net.flatten()
@@ -223,6 +229,55 @@ def test_every_image_is_seen_once_in_an_epoch():
     first, second = watched.seen[1:13], watched.seen[13:]  # the very first look only tells the size
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
+
+
+@pytest.mark.parametrize("count", [7, 100])
+def test_epochs_are_those_drawn_and_augmented_batch_by_batch(count, monkeypatch):
+    """The same images as from one draw an epoch and one call a batch, whatever is joined into one call."""
+    images, _ = data(count)
+    recipe = Recipe(5, 6, 0.1, 0.0, 0.0, "color_crop_cutout_flip_scale_rotate")
+    made = {}
+    for at_once in (1, 3000, 1 << 19):
+        monkeypatch.setattr(training, "AT_ONCE", at_once)
+        passes = training.epochs(images, recipe, 3, torch.device("cpu"))
+        made[at_once] = [[(index.clone(), x.clone()) for index, x in parts] for parts in passes]
+    for epoch in range(5):
+        generator = seeds.generator(3, "epoch", epoch)
+        order = torch.randperm(count, generator=generator)
+        drawn = augment.draw(recipe.augment, count, 8, generator)
+        for b, start in enumerate(range(0, count, 6)):
+            index = order[start : start + 6]
+            x = augment.apply(images[index], drawn.rows(start, start + 6))
+            for parts in made.values():
+                assert torch.equal(parts[epoch][b][0], index)
+                torch.testing.assert_close(parts[epoch][b][1], x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parts_of_a_batch_are_the_batch(rho, weighted, monkeypatch):
+    """Momentum, soft labels and weights, parts of three images against the whole batch of eight."""
+    images, _ = data(20)
+    labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(8))
+    counts = torch.arange(20.0) if weighted else None
+    recipe = Recipe(3, 8, 0.1, 0.9, 5e-4, "color_crop_flip", rho=rho)
+    whole = weights(fit(fresh(), images, labels, recipe, 0, weights=counts))
+    monkeypatch.setattr(training, "IN_CACHE", 3 * 4 * 64)
+    assert training.in_cache(fresh(), 64) == 3
+    torch.testing.assert_close(weights(fit(fresh(), images, labels, recipe, 0, weights=counts)), whole)
+    running = nets.build(NetConfig.model_validate({"depth": 1, "width": 4, "norm": "batch"}), (1, 8, 8), 3, 0)
+    assert training.in_cache(running, 64) > 1000  # its statistics are those of a whole batch
+
+
+def test_an_epoch_does_not_depend_on_how_many_follow():
+    """Bit for bit, also where draws of many epochs are made in one call."""
+    images, labels = data(13)
+    long = Recipe(9, 4, 0.05, 0.9, 5e-4, "color_crop_cutout_flip_scale_rotate", decay=False)
+    seen: list[torch.Tensor] = []
+    module = fresh()
+    fit(module, images, labels, long, 4, lambda _: seen.append(weights(module)))
+    for epochs in (1, 2, 5):
+        assert torch.equal(weights(fit(fresh(), images, labels, long._replace(epochs=epochs), 4)), seen[epochs - 1])
 
 
 def test_accuracy_counts_and_nan_is_wrong():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tadperf import nets, parallel, seeds, training
+from tadperf import nets, parallel, ranks, seeds, training
 from tadperf.config import ExpertConfig, NetConfig
 from tadperf.experts import store
 from tadperf.progress import Progress, silent
@@ -54,7 +54,8 @@ def train_experts(
         epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment, False, config.rho, config.alpha
     )
     size = nets.FlatNet(nets.build(net, shape, num_classes, 0)).num_parameters
-    missing = [index for index in range(config.count) if not store.complete(folder, index, (epochs + 1, size))]
+    shape_on_disk = epochs + 1, size
+    missing = ranks.once(lambda: [i for i in range(config.count) if not store.complete(folder, i, shape_on_disk)])
     done = config.count - len(missing)
     progress("experts", done, config.count)
 
