@@ -42,10 +42,40 @@ def print_result(result: Mapping[str, Any]) -> None:
     show(
         accuracy,
         *([rounds_table(result["trust"]["rounds"])] if result["trust"]["rounds"] else []),
+        *([refined_table(result["refine"])] if "refine" in result else []),
         stages_table(result),
     )
+    print_files(result)
+
+
+def print_refined(result: Mapping[str, Any]) -> None:
+    """The tables of `tadperf refine`: its rounds; accuracies where students were trained; time, files, how to use."""
+    if result["accuracy"]:
+        print_result(result)
+        return
+    data, made = result["data"], result["refine"]
+    begun = f"the images of {made['start']}" if made["start"] else f"{data['name']}: {data['train']} images"
+    print(f"{begun}, {result['ipc']} per class refined{trust_words(result['trust'])}")
+    print(f"detector: {100 * made['detector']['held_out']:.1f} % of the held-out samples right")
+    show(refined_table(made), stages_table(result))
+    print_files(result)
+
+
+def refined_table(made: Mapping[str, Any]) -> Table:
+    """The rounds of refinement, a column each, by the detector's verdict."""
+    rounds = made["rounds"]
+    shown = table("refinement", "first", *(f"round {number}" for number in range(1, len(rounds))))
+    shown.add_row("anomalous images", *(str(r["anomalous"]) for r in rounds))
+    shown.add_row("of the right class, %", *(f"{100 * r['agreement']:.1f}" for r in rounds))
+    shown.add_row("diversity", *("-" if r["diversity"] is None else f"{r['diversity']:.3g}" for r in rounds))
+    return shown
+
+
+def print_files(result: Mapping[str, Any]) -> None:
+    """Where everything lies, and how the distilled file is used."""
     for name, path in result["paths"].items():
         print(f"{name:<10} {path}")
+    data = result["data"]
     print("\n" + USE.format(path=str(result["paths"]["distilled"]), data=data["source"].get("path", data["name"])))
 
 

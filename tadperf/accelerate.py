@@ -302,7 +302,12 @@ def _artifacts(key: str) -> Path:
 
 
 def load_caches(key: str) -> bool:
-    """Makes what an earlier process compiled under `key` known to the compilers of this one; False where nothing is."""
+    """Makes what an earlier process compiled under `key` known to the compilers of this one; False where nothing is.
+
+    PyTorch's artifacts leave out the C++ that Inductor builds on a CPU, most of the time that compiling takes: objects
+    stay in the same folder, unless TORCHINDUCTOR_CACHE_DIR names another. Call it before anything is compiled.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
     file = _artifacts(key)
     return file.exists() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import stat
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -277,11 +280,31 @@ def test_auto_logs_what_it_chose(graphs, caplog, calls):
     assert len(graphs) == (calls > 1)
 
 
+COMPILED = """
+import torch
+from tadperf import accelerate
+accelerate.load_caches("test")
+torch.compile(lambda x: x.sin() + x)(torch.ones(3))
+accelerate.save_caches("test")
+"""
+
+
+def test_a_second_process_builds_no_object_again(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    built = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True)
+        built.append({(file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*.so")})
+    assert built[0] == built[1] != set()
+
+
 def test_caches_are_kept_and_found(tmp_path, monkeypatch):
     """Real Inductor: compiled, kept, and taken from what was kept by a compiler that knows nothing any more."""
     from torch._inductor.utils import fresh_cache
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # else this process would keep its own
     assert not accelerate.load_caches("refine digits/8")
 
     def misses() -> int:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tadperf import nets, runs, seeds, training
-from tadperf.config import DetectorConfig
+from tadperf import accelerate, nets, runs, seeds, training
+from tadperf.config import DetectorConfig, RefineConfig
 from tadperf.errors import UserError
 from tadperf.kernels import per_sample
 from tadperf.training import Images, Recipe
@@ -26,14 +26,24 @@ class Verdict(NamedTuple):
     features: Tensor
 
 
+def fast(detector: nn.Module, config: RefineConfig, batches: int) -> nn.Sequential:
+    """The detector in two parts, of which the first, to the features, runs by refine.backend; the weights are shared.
+
+    batches: how many batches of images it is likely to judge.
+    """
+    assert isinstance(detector, nn.Sequential)
+    features = accelerate.compile(detector[:-1], config.backend, batch=config.batch, calls=batches + config.rounds + 1)
+    return nn.Sequential(features, detector[-1])
+
+
 @torch.no_grad()
-def judge(detector: nn.Module, images: Images) -> Verdict:
+def judge(detector: nn.Module, images: Images, batch: int = BATCH) -> Verdict:
     """Logits and features of normalised images [M, channels, H, W]; the features are what the last layer reads."""
     assert isinstance(detector, nn.Sequential)
     device = next(detector.parameters()).device
     features = [
-        detector[:-1](images[torch.arange(start, min(start + BATCH, len(images)))].to(device))
-        for start in range(0, len(images), BATCH)
+        detector[:-1](images[torch.arange(start, min(start + batch, len(images)))].to(device))
+        for start in range(0, len(images), batch)
     ]
     whole = torch.cat(features)
     return Verdict(detector[-1](whole), whole)

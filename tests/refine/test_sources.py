@@ -98,6 +98,35 @@ def test_images_of_another_size_and_progress(folder):
     assert seen == [("generate", done, 5) for done in (0, 2, 4, 5)]
 
 
+def test_compiled_by_inductor_the_images_are_the_same_up_to_rounding(tmp_path):
+    """One compile, whatever the strength: time steps are tensors, batches are filled up."""
+    from torch._dynamo.utils import counters
+
+    target = TARGET._replace(shape=(3, 4, 4))  # a UNet of one level
+    unet.save(tmp_path / "unet", unet.build(TINY, target.shape, 3, 0), unet.schedulers()[1])
+    eager, compiled = (
+        open_source(config(source=str(tmp_path / "unet"), backend=backend, batch=4), target)
+        for backend in ("eager", "inductor")
+    )
+    prototypes, labels, own = eager.encode(images()[..., :4, :4]), torch.arange(5) % 3, list(range(5))
+    counters.clear()
+    for strength in (0.75, 0.5):
+        made = [generate(source, prototypes, labels, own, strength, 4) for source in (eager, compiled)]
+        assert (made[0].int() - made[1].int()).abs().max() <= 1
+        assert made[0].float().std() > 1
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_auto_reckons_with_the_batches_that_are_to_be_expected(unet_folder, caplog):
+    with caplog.at_level("INFO", logger="tadperf.accelerate"):
+        for batches in (None, 3):
+            source = open_source(config(source=str(unet_folder)), TARGET._replace(batches=batches))
+            generate(source, *starts(source), 0.75, 4)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["UNet2DModel runs eager"] * 2
+    assert "the number of calls is not known" in caplog.records[0].getMessage()
+    assert "6 calls would save" in caplog.records[1].getMessage()  # of 4 steps, strength 0.7 leaves 2
+
+
 @pytest.mark.parametrize("folder", ["dit", "stable"], indirect=True)
 def test_grey_images_pass_through_a_colour_model(folder):
     source = opened(folder, shape=(1, 8, 8))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tadperf import accelerate, ranks
 from tadperf.config import RefineConfig
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
@@ -18,11 +19,15 @@ KINDS = {"DDIM": "unet", "DDPM": "unet", "StableDiffusion": "stable", "DiT": "di
 
 
 class Target(NamedTuple):
-    """What images a source is wanted for: their shape (channels, height, width), classes and device."""
+    """What images a source is wanted for: their shape (channels, height, width), classes and device.
+
+    batches: how many batches of them are to be expected; None where that is not known.
+    """
 
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     device: torch.device
+    batches: int | None = None
 
 
 class Source(NamedTuple):
@@ -44,17 +49,24 @@ def generate(
 
     strength: how far the prototypes are noised, a share of the steps in (0, 1].
 
-    The last batch is filled up, so that shapes are static. An image depends on its own prototype, label and seed;
+    The last batch is filled up, so that shapes are static; ranks divide the batches.
+    An image depends on its own prototype, label and seed;
     its place and its neighbours change nothing, another batch size no more than the rounding of sums.
     """
-    made, count = [], len(prototypes)
+    made, count = {}, len(prototypes)
     progress(stage, 0, count)
-    for start in range(0, count, batch):
-        index = torch.arange(start, start + batch).clamp(max=count - 1)
-        images = source.denoise(prototypes[index], labels[index], [image_seeds[i] for i in index.tolist()], strength)
-        made.append(images[: count - start].cpu())
-        progress(stage, min(start + batch, count), count)
-    return torch.cat(made)
+
+    def work(own: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        for place, number in enumerate(own):
+            start = number * batch
+            index = torch.arange(start, start + batch).clamp(max=count - 1)
+            drawn = [image_seeds[i] for i in index.tolist()]
+            yield place, source.denoise(prototypes[index], labels[index], drawn, strength)[: count - start].cpu()
+
+    for number, images in ranks.shared(work, -(-count // batch)):
+        made[number] = images
+        progress(stage, sum(map(len, made.values())), count)
+    return torch.cat([made[number] for number in range(len(made))])
 
 
 def encode(source: Source, images: Tensor, batch: int) -> Tensor:
@@ -117,6 +129,12 @@ def class_map(config: RefineConfig, target: Target, known: int) -> Tensor:
             "refine.classes", shown, f"must be {wanted} numbers, one per class of the data, in 0..{known - 1}"
         )
     return torch.tensor(config.classes, device=target.device)
+
+
+def speed_up(module: nn.Module, config: RefineConfig, target: Target, rows: int, calls: int) -> None:
+    """Lets `module` run by the config's backend, `rows` rows at a time, `calls` times for a batch of images."""
+    expected = None if target.batches is None else target.batches * calls
+    accelerate.compile(module, config.backend, batch=rows, calls=expected)
 
 
 def load_pipeline(place: str, pipeline_class: type, **options: object):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tadperf.config import RefineConfig
 from tadperf.errors import UserError
-from tadperf.refine.sources import Source, Target, class_map, load_pipeline, sampling
+from tadperf.refine.sources import Source, Target, class_map, load_pipeline, sampling, speed_up
 
 
 def open_source(config: RefineConfig, target: Target) -> Source:
@@ -31,6 +31,8 @@ def source(pipe, config: RefineConfig, target: Target) -> Source:
     transformer, vae, scheduler = pipe.transformer, pipe.vae, sampling.ddim(pipe.scheduler)
     channels, null = transformer.config.in_channels, transformer.config.num_embeds_ada_norm
     classes = class_map(config, target, null)
+    speed_up(transformer, config, target, *sampling.denoising(config))
+    speed_up(vae.decoder, config, target, config.batch, 1)
     side = transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tadperf.config import RefineConfig
 from tadperf.errors import UserError
 
 
@@ -55,6 +56,11 @@ def taken(steps: int, strength: float) -> int:
         remedy = f"leaves no step of refine.steps = {steps}; must be at least {1 / steps:.3g}"
         raise UserError("refine.strength", strength, remedy)
     return count
+
+
+def denoising(config: RefineConfig) -> tuple[int, int]:
+    """Rows of a call of the denoiser, and its calls for a batch of first images; candidates take some more."""
+    return config.batch * (2 if config.guidance > 1 else 1), taken(config.steps, config.strength)
 
 
 def guided(both: Tensor, guidance: float) -> Tensor:

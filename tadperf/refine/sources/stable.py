@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tadperf.config import RefineConfig
 from tadperf.errors import UserError
-from tadperf.refine.sources import Source, Target, load_pipeline, sampling
+from tadperf.refine.sources import Source, Target, load_pipeline, sampling, speed_up
 
 LATENTS = 4  # channels that the pipeline takes for latents; an image of any other number it would encode
 
@@ -44,6 +44,8 @@ def source(pipe, config: RefineConfig, target: Target) -> Source:
     """A loaded image-to-image pipeline as a source."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scale, dtype = pipe.vae.config.scaling_factor, pipe.vae.dtype
+    speed_up(pipe.unet, config, target, *sampling.denoising(config))
+    speed_up(pipe.vae.decoder, config, target, config.batch, 1)
     prompts = [config.prompt.replace("{name}", name) for name in target.class_names]
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tadperf.config import DiffusionConfig, RefineConfig
 from tadperf.errors import UserError
-from tadperf.refine.sources import Source, Target, class_map, load_pipeline, sampling
+from tadperf.refine.sources import Source, Target, class_map, load_pipeline, sampling, speed_up
 
 LEVELS = 5  # at most: each halves the side
 
@@ -75,6 +75,7 @@ def source(unet, scheduler, config: RefineConfig, target: Target) -> Source:
         takes = f"takes images of {unet.config.in_channels} x {side} x {side}"
         raise UserError("refine.source", config.source, f"{takes}, the data have {channels} x {height} x {width}")
     unet, sampler = unet.to(target.device).eval(), sampling.ddim(scheduler)
+    speed_up(unet, config, target, *sampling.denoising(config))
 
     def encode(images: Tensor) -> Tensor:
         return pad(sampling.to_range(images.to(target.device), channels, height), side)

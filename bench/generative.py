@@ -1,0 +1,226 @@
+"""What generated images are worth on noisy labels: `python -m tadperf.bench.generative --seeds 0 1 2 3 4 --out DIR`.
+
+Digits. Three tables, each as mean and sample deviation over the seeds, and written after every seed:
+quality: the images before and after refinement in the eyes of a judge, a network trained on the true labels of all
+training images; it measures, and nothing learns from it. anomalies: the decisions of a detector trained on the trusted
+view and of one trained on the labels as given, about the same images, against the judge's. accuracy: of students, on
+test images. Every run lies in DIR, and one that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tadperf import artifact, evaluate, parallel, pipeline, runs, seeds
+from tadperf.config import Config
+from tadperf.data.pick import pick_real
+from tadperf.evaluate import Examples, Student
+from tadperf.job import Arrays, Job, View, arrays, view
+from tadperf.merge import merge
+from tadperf.outcome import INITIAL, student_recipe
+from tadperf.progress import silent
+from tadperf.refine import detector as detectors
+from tadperf.refine import select, sources
+from tadperf.refine.loop import get_source
+from tadperf.runs import Run
+
+PARTS = ("quality", "anomalies", "accuracy")
+PER_CLASS = 20  # images of a class that both detectors decide about
+KEPT = ("trust", "trust.safetensors", "detector.safetensors", "diffusion")  # shared by the runs of a seed
+
+
+class Case(NamedTuple):
+    """A finished generative run with everything that measures it."""
+
+    job: Job
+    data: Arrays
+    seen: View
+    run: Run
+    result: dict[str, Any]
+    judge: nn.Module
+    detector: nn.Module
+
+
+def config_of(noise: str, seed: int, synthesis: str, sets: Sequence[str]) -> Config:
+    options = {"data.noise": noise, "seed": seed, "synthesis": synthesis, "device": "cpu"}
+    return merge("digits", None, sets, options)
+
+
+def distilled(config: Config, place: Path, donor: Path | None = None) -> dict[str, Any]:
+    """The result of a run without students; a run that is there goes on, and shares what `donor` has."""
+    if place.exists() and (result := runs.finished(place, config)):
+        return result
+    with Run.create(place, config, place.exists()) as run:
+        if donor is not None:
+            for name in KEPT:  # of a seed all alike
+                if (donor / name).is_dir():
+                    shutil.copytree(donor / name, place / name, dirs_exist_ok=True)
+                elif (donor / name).exists():
+                    shutil.copy(donor / name, place / name)
+        return pipeline.distill(pipeline.prepare(config), run, tested=False)
+
+
+def case(noise: str, seed: int, sets: Sequence[str], out: Path) -> Case:
+    """The generative run of a seed, and the judge: trained as the detector is, on the true labels of all images."""
+    config, place = config_of(noise, seed, "generative", sets), out / f"generative-{seed}"
+    result = distilled(config, place)
+    job = pipeline.prepare(config)
+    data = arrays(job)
+    with Run.create(place, config, resume=True) as run:
+        samples, _ = pipeline.trusted_samples(job, data, run, silent)
+        seen = view(data, samples)
+        model = detectors.build(config.detector, seen.images, job.train.num_classes, 0)
+        detector = detectors.load(place / "detector.safetensors", model, job.train.num_classes)
+    clean = job.train.labels if job.train.clean_labels is None else job.train.clean_labels
+    file = place / "judge.safetensors"
+    judge = detectors.build(config.detector, data.train, job.train.num_classes, 0)
+    if file.exists():
+        judge = detectors.load(file, judge, job.train.num_classes)
+    else:
+        judge = trained(job, data, clean, "judge")
+        runs.save_tensors(file, judge.state_dict())
+    return Case(job, data, seen, run, result, judge, detector)
+
+
+def trained(job: Job, data: Arrays, labels: Tensor, name: str) -> nn.Module:
+    """A network like the detector, trained on all training images under `labels`."""
+    return detectors.train(
+        job.config.detector, data.train, labels, None, job.train.num_classes, job.config.data.augment,
+        seeds.derive(job.config.seed, name), job.device,
+    )  # fmt: skip
+
+
+def quality(c: Case) -> dict[str, float]:
+    """Judge's agreement and diversity, and the detector's share of anomalies, before and after refinement."""
+    config = c.job.config
+    labels = torch.arange(c.job.train.num_classes).repeat_interleave(config.match.ipc)
+    found: dict[str, float] = {}
+    for name, file in (("before", INITIAL), ("after", Path("distilled.safetensors"))):
+        images = artifact.load(c.run.path / file).images
+        judged, said = (detectors.judge(net, images) for net in (c.judge, c.detector))
+        found[f"agreement {name}"] = float((judged.logits.argmax(1) == labels).double().mean())
+        found[f"anomalous {name}"] = float(select.anomalous(said.logits, labels, config.refine.beta).double().mean())
+        found[f"diversity {name}"] = select.diversity(judged.features, labels)
+    stages = c.result["stages"]
+    return found | {
+        "diversity ratio": found["diversity after"] / found["diversity before"],
+        "rounds": float(len(c.result["refine"]["rounds"]) - 1),
+        "detector, held out": c.result["refine"]["detector"]["held_out"],
+        "judge, test": evaluate.accuracy(c.judge, c.data.test, c.data.test_labels),
+        "trusted labels right": c.result["trust"]["label_accuracy"],
+        **{f"seconds, {name}": stages[name]["seconds"] for name in ("trust", "detector", "diffusion", "refine")},
+    }
+
+
+def anomalies(c: Case) -> dict[str, float]:
+    """Precision and recall of anomaly decisions about images made from random samples under the labels as given.
+
+    Truly anomalous is what the judge takes for another class. Many are, since the labels they start from are wrong.
+    """
+    config, seed = c.job.config, seeds.derive(c.job.config.seed, "anomalies")
+    given = c.job.train.labels
+    index = pick_real(given, PER_CLASS, torch.Generator().manual_seed(seed % 2**63))
+    source = get_source(c.job, c.data, c.seen, c.run, silent)
+    latents = sources.encode(source, c.job.train.images[index], config.refine.batch)
+    own = [seeds.derive(seed, k) for k in range(len(index))]
+    made = sources.generate(source, latents, given[index], own, config.refine.strength, config.refine.batch)
+    images = c.data.normaliser(made)
+    truly = detectors.judge(c.judge, images).logits.argmax(1) != given[index]
+    found = {"truly anomalous": float(truly.double().mean())}
+    for name, net in (("trusted view", c.detector), ("labels as given", trained(c.job, c.data, given, "on given"))):
+        flagged = select.anomalous(detectors.judge(net, images).logits, given[index], config.refine.beta)
+        both = float((flagged & truly).sum())
+        found[f"{name}: precision"] = both / max(float(flagged.sum()), 1.0)
+        found[f"{name}: recall"] = both / max(float(truly.sum()), 1.0)
+        found[f"{name}: flagged"] = float(flagged.double().mean())
+    return found
+
+
+def accuracy(c: Case, sets: Sequence[str], out: Path, repeats: int) -> dict[str, float]:
+    """Mean test accuracy of `repeats` students a row."""
+    config, seed = c.job.config, c.job.config.seed
+    labels = c.seen.labels.where(c.seen.certain, -1)
+
+    def random_real(repeat: int) -> Examples:
+        index = pick_real(labels, config.match.ipc, seeds.generator(seed, "random real", repeat))
+        return Examples(c.seen.images[index], labels[index])
+
+    def always(images: Tensor, labels: Tensor) -> Callable[[int], Examples]:
+        return lambda _: Examples(images, labels)
+
+    rows: dict[str, Callable[[int], Examples]] = {"random trusted": random_real}
+    hard = torch.arange(c.job.train.num_classes).repeat_interleave(config.match.ipc)
+    for name, file in (("generated", INITIAL), ("refined", Path("distilled.safetensors"))):
+        images = artifact.load(c.run.path / file).images
+        soft = detectors.judge(c.detector, images).logits
+        rows[f"{name}, hard labels"] = always(images, hard)
+        rows[f"{name}, soft labels"] = always(images, soft)
+    everyone = [
+        Student(row, r, config.net, student_recipe(config, config.evaluate.real_lr), partial(examples, r))
+        for row, examples in rows.items()
+        for r in range(repeats)
+    ]
+    matching, hybrid = (out / f"{kind}-{seed}" for kind in ("matching", "hybrid"))
+    distilled(config_of(config.data.noise, seed, "matching", sets), matching, c.run.path)
+    experts = f"experts.path={matching.resolve()}"
+    distilled(config_of(config.data.noise, seed, "hybrid", [*sets, experts]), hybrid, c.run.path)
+    for name, place in (("matching", matching), ("hybrid", hybrid)):
+        made = artifact.load(place / "distilled.safetensors")
+        both = Examples(made.images, made.labels)
+        everyone += [Student(name, r, made.net, made.recipe, lambda both=both: both) for r in range(repeats)]
+    scores: dict[str, list[float]] = {}
+    evaluate.evaluate(
+        everyone, c.data.test, c.data.test_labels, c.job.train.num_classes, seed, c.job.device,
+        lambda student, score: scores.setdefault(student.row, []).append(score),
+    )  # fmt: skip
+    return {row: statistics.fmean(sorted(of_row)) for row, of_row in scores.items()}
+
+
+def table(found: dict[int, dict[str, float]]) -> str:
+    """Markdown: a row a figure, a column a seed, then mean and deviation."""
+    lines = [f"| | {' | '.join(f'seed {s}' for s in found)} | mean ± deviation |", f"|{' --- |' * (len(found) + 2)}"]
+    for name in next(iter(found.values())):
+        values = [of_seed[name] for of_seed in found.values()]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {name} | {cells} | {statistics.fmean(values):.3f}{spread} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--noise", default="asymmetric:0.4")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeats", type=int, default=5, help="students a row and seed")
+    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="A.B=C")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the tables and generative.json")
+    asked = parser.parse_args(arguments)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    head = f"digits, {asked.noise}, {parallel.cores()} cores, {date.today()}, {' '.join(asked.sets) or 'preset digits'}"
+    found: dict[str, dict[int, dict[str, float]]] = {part: {} for part in asked.parts}
+    for part in asked.parts:  # a part of every seed before the next part: a study cut short has whole tables
+        for seed in asked.seeds:
+            c = case(asked.noise, seed, asked.sets, asked.out)
+            if part == "accuracy":
+                found[part][seed] = accuracy(c, asked.sets, asked.out, asked.repeats)
+            else:
+                found[part][seed] = {"quality": quality, "anomalies": anomalies}[part](c)
+            shown = "\n\n".join(f"{name}\n\n{table(rows)}" for name, rows in found.items() if rows)
+            runs.write_bytes(asked.out / "generative.md", f"{head}\n\n{shown}\n".encode())
+            runs.write_json(asked.out / "generative.json", {"what": head, "versions": runs.versions(), **found})
+    print((asked.out / "generative.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

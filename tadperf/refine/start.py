@@ -1,0 +1,74 @@
+"""Another run as the start: its trusted view, its images, and its detector and diffusion model where they fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tadperf import artifact, runs
+from tadperf.artifact import DistilledSet
+from tadperf.config import Config
+from tadperf.data import Dataset
+from tadperf.errors import UserError
+from tadperf.job import Job
+from tadperf.runs import Run
+from tadperf.trust import TrustState
+
+FREE = ("refine", "detector", "diffusion", "evaluate", "device")  # of the config: may differ from the other run's
+
+
+def config_of(folder: Path) -> Config:
+    """What refining the run in `folder` starts from: its config. Raises UserError where it is no run's folder."""
+    config = runs.stored_config(folder)
+    if config is None:
+        raise UserError("RUN", folder, "is no run's folder: there is no config.json in it")
+    experts = config.experts.model_copy(update={"path": None})  # none are needed
+    refine = config.refine.model_copy(update={"start": str(folder.resolve())})
+    return config.model_copy(update={"synthesis": "generative", "experts": experts, "refine": refine})
+
+
+def refuse_change(before: Config, now: Config) -> None:
+    """Raises UserError where `now` asks for other data, labels or images per class than the run was made with."""
+    old, new = (runs.flat(config.model_dump(mode="json")) for config in (before, now))
+    for name, value in new.items():
+        if name.partition(".")[0] not in FREE and value != old[name]:
+            remedy = f"the run to be refined was made with {old[name]}; only {', '.join(FREE)} may differ"
+            raise UserError(name, value, remedy)
+
+
+def trusted(folder: Path, train: Dataset) -> TrustState:
+    """The run's trusted view. Raises UserError where it has none yet, or one of other labels."""
+    file = folder / "trust.safetensors"
+    if not file.exists():
+        remedy = "was killed before it knew what to trust; continue it with tadperf distill --resume --out"
+        raise UserError("RUN", folder, f"{remedy} {folder}")
+    state = TrustState.load(file)
+    if state.class_names != train.class_names or not state.given.equal(train.labels):
+        raise UserError("RUN", folder, "its trusted view is of other labels than the data have now; distil them again")
+    return state
+
+
+def images(folder: Path, job: Job) -> DistilledSet | None:
+    """The run's synthetic set; None where it was killed before it had one. Raises UserError where it does not fit."""
+    file = folder / "distilled.safetensors"
+    if not file.exists():
+        return None
+    made = artifact.load(file)
+    if made.class_names != job.train.class_names or made.data.get("fingerprint") != job.train.fingerprint:
+        raise UserError("RUN", folder, "its synthetic images were made from other data; distil these again")
+    assert len(made.images) == job.train.num_classes * job.config.match.ipc
+    return made
+
+
+def borrow(folder: Path, config: Config, run: Run) -> None:
+    """Copies the other run's detector and diffusion model into `run`, where they were trained as `config` asks."""
+    other = runs.stored_config(folder)
+    assert other is not None
+    detector, diffusion = folder / "detector.safetensors", folder / "diffusion"
+    if other.detector == config.detector and detector.exists() and not (run.path / detector.name).exists():
+        runs.write_bytes(run.path / detector.name, detector.read_bytes())
+    if other.diffusion == config.diffusion and diffusion.exists() and not (run.path / diffusion.name).exists():
+        partial = run.path / "diffusion.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(diffusion, partial)
+        partial.rename(run.path / diffusion.name)

@@ -1,0 +1,123 @@
+"""`tadperf refine`: images of a set and of a run, interruption and resuming aside, and every wrong use in one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+REFINE = [
+    f"--set={s}" for s in (
+        "detector.depth=1", "detector.width=8", "detector.epochs=2", "refine.steps=4", "refine.rounds=1",
+        "refine.candidates=3", "refine.top_k=2", "diffusion.width=8", "diffusion.iterations=3", "diffusion.batch=8",
+    )
+]  # fmt: skip
+PICTURES = ("refined.png", "gradcam.png", "labels.csv")
+
+
+@pytest.fixture
+def options(tiny) -> list[str]:
+    return [option for option in tiny if option != "--repeats=2"] + REFINE
+
+
+def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
+    code, out, err = tadperf("refine", "digits", *options, "--batch=7", "--out", "first", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert "preset digits-ipc1" in err
+    assert (result["synthesis"], result["accuracy"]) == ("generative", {})
+    assert {"trust", "detector", "diffusion", "refine"} <= result["stages"].keys()
+    assert json.loads((tmp_path / "first" / "config.json").read_text())["refine"]["batch"] == 7
+    assert len(result["refine"]["rounds"]) in (1, 2)
+    for name in PICTURES:
+        assert str(Path("first", name)) in result["paths"].values()
+        assert (tmp_path / "first" / name).exists(), name
+
+    again = tadperf("refine", "first", "--set=refine.beta=0.9", "--backend=eager", "--evaluate", "--repeats=1")
+    assert "No such option: --repeats" in again.err
+    again = tadperf("refine", "first", "--set=refine.beta=0.9", "--set=evaluate.repeats=1", "--evaluate")
+    assert again.code == 0, again.err
+    assert "preset" not in again.err
+    assert "anomalous images" in again.out
+    assert "images it started from" in again.out
+    config = json.loads((tmp_path / "runs" / "first-refined" / "config.json").read_text())
+    assert (config["refine"]["beta"], config["refine"]["batch"]) == (0.9, 7)
+    resumed = tadperf("refine", "--resume", "--out", "runs/first-refined", "--json")
+    assert json.loads(resumed.out)["refine"]["start"] == str(tmp_path / "first")
+    refused = tadperf("refine", "first", "--seed", "3", "--out", "other")
+    assert refused.code == 2
+    assert refused.err.startswith("tadperf: seed: 3: the run to be refined was made with 0")
+
+    from tadperf.trust import TrustState
+
+    state = TrustState.load(tmp_path / "first" / "trust.safetensors")
+    verdict = state.verdict.masked_fill(state.working == 3, 3)  # no trusted sample in one class
+    replace(state, verdict=verdict).save(tmp_path / "first" / "trust.safetensors")
+    check(tadperf("refine", "first", "--quiet", "--out", "other"), "--ipc: 1: class '3' has only 0 samples")
+
+
+def check(outcome, words: str) -> None:
+    """Exit code 2 and one line."""
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.startswith("tadperf: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert words in outcome.err
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Path:
+    """Folders that are no source for digits: no index, 7 classes, a VAE of other latents than its transformer's."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    from tadperf.config import DiffusionConfig
+    from tadperf.refine.sources import unet
+
+    place = tmp_path_factory.mktemp("checkpoints")
+    (place / "empty").mkdir()
+    model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 7, 0)  # pyright: ignore[reportCallIssue]
+    unet.save(place / "seven", model, unet.schedulers()[1])
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(latent_channels=3, block_out_channels=(4,), norm_num_groups=2)
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(place / "latents")  # pyright: ignore
+    return place
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--set refine.source={}/empty", "has no model_index.json; give a folder of diffusers' save_pretrained"),
+        ("--set refine.source={}/seven", "knows 7 classes, the data have 10; say which of them are meant"),
+        ("--set refine.source={}/latents", "its transformer takes 4 latent channels, its VAE makes 3"),
+        ("--set refine.source={}/none", "there is no such folder"),
+        ("--set refine.top_k=9", "refine.top_k: 9: must not be above refine.candidates = 8"),
+        ("--set refine.beta=1.5", "refine.beta: 1.5: must be less than or equal to 1"),
+        ("--set refine.beta=-0.1", "refine.beta: -0.1: must be greater than or equal to 0"),
+        ("--batch 0", "--batch: 0: must be greater than or equal to 1"),
+        ("--backend onnx", "--backend: onnx: must be 'auto', 'eager'"),
+        ("--ipc 1000", "--ipc: 1000: class"),
+        ("--set refine.start=none", "RUN: none: is no run's folder"),
+        ("--resume --out none", "--resume: none: there is no such run folder"),
+    ],
+)
+def test_wrong_use_is_one_line(tadperf, checkpoints, arguments, words):
+    given = ["--device=cpu", "--trust=off", "--quiet", "--set=detector.epochs=1"]
+    check(tadperf("refine", *given, *arguments.format(checkpoints).split()), words)
+
+
+def test_a_hub_name_without_a_network_says_what_to_do(tadperf, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise OSError("Could not reach the hub\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    words = "cannot be fetched (Could not reach the hub); give a local folder that holds model_index.json"
+    check(tadperf("refine", "--trust=off", "--quiet", "--set=refine.source=owner/name"), words)
+    check(tadperf("distill", "--synthesis=generative", "--trust=off", "--set=refine.source=owner/name"), words)

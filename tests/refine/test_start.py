@@ -1,0 +1,127 @@
+"""Another run as the start: which images stay, what is taken over, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tadperf import artifact, pipeline, runs
+from tadperf.config import Config
+from tadperf.errors import UserError
+from tadperf.merge import merge
+from tadperf.outcome import INITIAL
+from tadperf.refine import loop, start
+from tadperf.runs import Run
+from tadperf.trust import TrustState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY: dict[str, Any] = {
+    "device": "cpu", "match.ipc": 2, "net.width": 8, "net.depth": 1, "experts.count": 1, "match.iterations": 2,
+    "match.steps": 2, "match.max_start": 1, "match.expert_epochs": 1, "match.check_every": 2, "evaluate.epochs": 2,
+    "trust.rounds": 1, "trust.proxies": 2, "trust.epochs": 2, "detector.depth": 1, "detector.width": 8,
+    "detector.epochs": 3, "refine.steps": 4, "refine.rounds": 2, "refine.candidates": 3, "refine.top_k": 2,
+    "refine.beta": 0.6, "diffusion.width": 8, "diffusion.iterations": 3, "diffusion.batch": 8,
+}  # fmt: skip
+
+
+def distilled(place: Path, config: Config) -> dict[str, Any]:
+    with Run.create(place, config) as run:
+        return pipeline.distill(pipeline.prepare(config), run, tested=False)
+
+
+@pytest.fixture(scope="module")
+def matched(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("start") / "run"
+    distilled(place, merge("digits", None, (), TINY))
+    return place
+
+
+@pytest.fixture(scope="module")
+def refined(matched) -> Path:
+    place = matched.parent / "refined"
+    distilled(place, start.config_of(matched))
+    return place
+
+
+def test_images_that_hold_stay_as_they_were_and_the_others_are_made_again(matched, refined):
+    before, after = (artifact.load(place / "distilled.safetensors") for place in (matched, refined))
+    state = loop.load(refined / "checkpoints" / "refine.safetensors")
+    same = loop.untouched(state)
+    assert torch.equal(artifact.load(refined / INITIAL).images, before.images)
+    assert torch.equal(after.images[same], before.images[same])
+    assert torch.equal(after.labels[same], before.labels[same])  # learned, soft
+    assert 0 < int((~same).sum()) < 20
+    assert (after.images[~same] != before.images[~same]).flatten(1).any(1).all()
+    assert after.labels.shape == (20, 10)
+    assert after.lr == before.lr
+    assert (~same).sum() <= state.records[0]["anomalous"]
+    assert state.records[-1]["anomalous"] <= state.records[0]["anomalous"]
+
+
+def test_the_trusted_view_is_the_runs(matched, refined):
+    first, second = (TrustState.load(place / "trust.safetensors") for place in (matched, refined))
+    assert torch.equal(first.working, second.working)
+    assert (refined / "labels.csv").read_bytes() == (matched / "labels.csv").read_bytes()
+    assert not (refined / "trust").exists()
+
+
+def test_detector_and_diffusion_model_are_taken_where_they_were_trained_as_asked(refined, tmp_path, monkeypatch):
+    from tadperf.refine.sources import train
+
+    monkeypatch.setattr(train, "begin", None)
+    config = start.config_of(refined)
+    trained = []
+    learn = loop.detectors.train
+    monkeypatch.setattr(loop.detectors, "train", lambda *given: trained.append(given) or learn(*given))
+    distilled(tmp_path / "same", config)
+    assert not trained
+    own = (refined / "detector.safetensors").read_bytes()
+    assert (tmp_path / "same" / "detector.safetensors").read_bytes() == own
+    other = config.model_copy(update={"detector": config.detector.model_copy(update={"epochs": 4})})
+    distilled(tmp_path / "other", other)
+    assert len(trained) == 1
+    assert (tmp_path / "other" / "detector.safetensors").read_bytes() != own
+
+
+def test_a_run_without_images_has_them_made(matched, tmp_path):
+    shutil.copytree(matched, tmp_path / "killed", ignore=shutil.ignore_patterns("distilled*", "DONE", "result.json"))
+    distilled(tmp_path / "made", start.config_of(tmp_path / "killed"))
+    assert artifact.load(tmp_path / "made" / "distilled.safetensors").labels.dtype == torch.int64
+
+
+def refused(folder: Path, tmp_path: Path, config: Config | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        distilled(tmp_path / "refused", config or start.config_of(folder))
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path / "refused", ignore_errors=True)
+    return str(caught.value)
+
+
+def test_what_is_refused(matched, tmp_path):
+    assert "there is no config.json in it" in refused(tmp_path, tmp_path)
+    early = tmp_path / "early"
+    shutil.copytree(matched, early, ignore=shutil.ignore_patterns("trust.safetensors", "distilled*"))
+    assert "was killed before it knew what to trust; continue it with" in refused(early, tmp_path)
+    state = TrustState.load(matched / "trust.safetensors")
+    replace(state, given=state.given.flip(0)).save(early / "trust.safetensors")
+    assert "its trusted view is of other labels" in refused(early, tmp_path)
+    verdict = state.verdict.masked_fill(state.working == 3, 3)
+    replace(state, verdict=verdict).save(early / "trust.safetensors")
+    assert "class '3' has only 0 samples to start from" in refused(early, tmp_path)
+    state.save(early / "trust.safetensors")
+    made = artifact.load(matched / "distilled.safetensors")
+    replace(made, data=made.data | {"fingerprint": "other"}).save(early / "distilled.safetensors")
+    assert "its synthetic images were made from other data" in refused(early, tmp_path)
+
+
+def test_only_what_belongs_to_refinement_may_differ(matched):
+    before = start.config_of(matched)
+    start.refuse_change(before, merge(None, None, ["refine.beta=0.9", "detector.epochs=9"], None, before))
+    with pytest.raises(UserError, match=r"match\.ipc: 3: the run to be refined was made with 2"):
+        start.refuse_change(before, merge(None, None, ["match.ipc=3"], None, before))
+    assert runs.stored_config(matched) != before  # which is generative, and names the run
