@@ -28,10 +28,14 @@ COLUMNS = {
 
 def facts(operator: str, device: torch.device, threads: int, command: str) -> dict[str, Any]:
     """Where and with what an operator's rows were measured; part of every row."""
+    own = {"operator": operator, "implementation": implementations()[operator][device.type]}
+    return own | where(device, threads, command)
+
+
+def where(device: torch.device, threads: int, command: str) -> dict[str, Any]:
+    """The machine, the versions, the day and the command."""
     installed = {package: _version(package) for package in PACKAGES}
     return {
-        "operator": operator,
-        "implementation": implementations()[operator][device.type],
         "device": devices.describe(device),
         "threads": threads,
         "isa": native.isa() if device.type == "cpu" else None,
@@ -57,14 +61,18 @@ def title(facts: Mapping[str, Any]) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The rows of one operator as aligned text; a column that no row has is left out."""
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    cells = [["-" if row.get(key) is None else COLUMNS[key].format(row[key]) for key in keys] for row in rows]
+    """The rows of one operator as aligned text."""
+    failed = [f"{row['shape']} {row['dtype']} {row['provider']}: {row['error']}" for row in rows if row.get("error")]
+    return table(rows, COLUMNS) + failed
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
+    """The rows as aligned text, each column in its own format; a column that no row has is left out."""
+    keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    cells = [["-" if row.get(key) is None else columns[key].format(row[key]) for key in keys] for row in rows]
     cells.insert(0, [key.replace("_", " ") for key in keys])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    made = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    failed = [f"{row['shape']} {row['dtype']} {row['provider']}: {row['error']}" for row in rows if row.get("error")]
-    return made + failed
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
 
 
 def slug(name: str) -> str:

@@ -5,19 +5,20 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Nothing heavy is imp
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
-from tadperf import memory
+from tadperf import launch, memory, ranks
 from tadperf.errors import UserError
 
-from . import audit, bench, common, config, distill, evaluate, experts, info, show, sweep
+from . import audit, bench, common, config, distill, evaluate, experts, info, refine, show, sweep
 
 COMMANDS = (
-    distill.distill, sweep.sweep, audit.audit, experts.experts, evaluate.evaluate, show.show, info.info,
+    distill.distill, refine.refine, sweep.sweep, audit.audit, experts.experts, evaluate.evaluate, show.show, info.info,
     config.config, bench.bench,
 )  # fmt: skip
 
@@ -44,19 +45,30 @@ def tadperf(
 def main() -> NoReturn:
     """Runs the command line and ends the process."""
     memory.keep()
+    launch.obey()
+    if ranks.asked_rank():  # what all ranks find out, rank 0 says
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is where a shell started us in the background
             signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
-        if code == 130:  # typer has turned a KeyboardInterrupt into this
+        if code == 130 and not ranks.asked_rank():  # typer has turned a KeyboardInterrupt into this
             common.complain("interrupted")
     except UserError as error:
         code = 2
-        common.complain(error)
+        if ranks.asked_rank() == 0 or launch.launched():
+            common.complain(error)
+    except common.EndedError as end:
+        code = end.code
+    except common.RunLostError as error:
+        code = launch.LOST if launch.launched() else 1
+        if ranks.asked_rank() == 0 and not launch.launched():
+            common.complain(error)
     except (common.RunInterruptedError, KeyboardInterrupt, typer.Abort) as error:
         code = 130
-        common.complain(str(error) or "interrupted")
+        if ranks.asked_rank() == 0:
+            common.complain(str(error) or "interrupted")
     except Exception as error:
         code = _failure(error)
     finally:

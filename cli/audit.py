@@ -29,6 +29,7 @@ def audit(
     noise: common.Noise = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    devices: common.Devices = None,
     image_size: common.ImageSize = None,
     format: common.Format = None,
     preset: common.Preset = None,
@@ -46,7 +47,7 @@ def audit(
     )  # fmt: skip
     config = common.merged(common.Asked(preset, config_file, sets or (), options, quiet))
     _refuse(out)
-    dataset, state = _run(config, quiet)
+    dataset, state = common.divided(lambda: _run(config, quiet), devices)
     paths = _write(out, dataset, state) if out else {}
     result = {"noise": config.data.noise} | _result(dataset, state, paths)
     if as_json:
@@ -79,9 +80,9 @@ def _run(config: Config, quiet: bool) -> tuple[Dataset, TrustState]:
     from .progress import display
 
     d = config.data
-    train, _ = open_data(d.path, format=d.format, image_size=d.image_size, labels=d.labels)
-    train = add_noise(train, d.noise, config.seed)
     with display(quiet) as progress:
+        train, _ = open_data(d.path, format=d.format, image_size=d.image_size, labels=d.labels, progress=progress)
+        train = add_noise(train, d.noise, config.seed)
         return train, audit(train, config, progress)
 
 

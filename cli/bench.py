@@ -1,4 +1,4 @@
-"""`tadperf bench`: the operators against what one would otherwise run, on this machine."""
+"""`tadperf bench`: operators and stages against what one would otherwise run, on this machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 Operators = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(metavar="OPERATOR", help="Operators to measure; all by default, see --list.", show_default=False),
+    typer.Argument(
+        metavar="OPERATOR|STAGE", help="What to measure; all operators by default, see --list.", show_default=False
+    ),
 ]
-Sizes = Annotated[common.Text, typer.Option("--sizes", metavar="LIST", help="Sizes instead of the usual: 50000x10,...")]
+Sizes = Annotated[
+    common.Text, typer.Option("--sizes", metavar="LIST", help="Sizes instead of the usual: 50000x10; cifar10.")
+]
 Dtypes = Annotated[str, typer.Option("--dtypes", metavar="LIST", help="float32, bfloat16, float16.")]
 Base = Annotated[
     common.Text, typer.Option("--base", metavar="LIST", help="Baselines: eager, inductor, peer, or names; or none.")
@@ -49,21 +53,24 @@ def bench(
     list_only: List = False,
     debug: common.Debug = False,
 ) -> None:
-    """Measure the operators beside eager PyTorch, torch.compile and the peers that are installed."""
+    """Measure operators beside eager PyTorch, torch.compile and installed peers; stages beside the published way."""
     import tadperf.device
-    from tadperf.bench import catalogue, engine, report  # pyright: ignore[reportMissingImports]
+    from tadperf.bench import catalogue, engine, report, stages  # pyright: ignore[reportMissingImports]
     from tadperf.errors import UserError
 
-    benches = catalogue.chosen(operators or ())
+    benches, asked = _named(operators or [])
+    if not benches:
+        _refused({"--base": base, "--plot": plot_file, "--tune": tune, "--dtypes": dtypes != "float32" and dtypes})
     place = tadperf.device.resolve(device or "auto")
     if list_only:
-        print("\n".join(_listed(benches, place)))
+        print("\n".join([*_listed(benches, place), *_listed_stages(asked if operators else list(stages.STAGES))]))
         return
     if tune and place.type != "cuda":
         raise UserError("--tune", place.type, "tunes launches on a CUDA device; use --device cuda")
     known = [name for one in benches for name in one.providers]
     names = {one.name: catalogue.providers(one, base, known) for one in benches}
     chosen = {one.name: catalogue.sizes(one, sizes, place.type) for one in benches}
+    plan = _plan(asked, None if benches else sizes)
     types, turns = catalogue.dtypes(dtypes), _count("--repeats", repeats)
     count = None if threads is None else _count("--threads", threads)
     json_file = json_file and report.place("--json", json_file, place, ".json")
@@ -71,16 +78,12 @@ def bench(
     rows: list[Row] = []
     with engine.threads(count) as used:
         for one in benches:
-            facts = report.facts(one.name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
             if tune:
                 _tune(one, chosen[one.name], place)
-            own: list[Row] = []
-            for size in chosen[one.name]:
-                for dtype in types:
-                    print(one.name, "x".join(map(str, size)), dtype, file=sys.stderr, flush=True)
-                    own += engine.measure(one, size, dtype, place, names[one.name], turns)
-            rows += [row | facts for row in own]
-            print("", report.title(facts), *report.lines(own), sep="\n", flush=True)
+            cases = [(size, dtype) for size in chosen[one.name] for dtype in types]
+            rows += _operator(one, cases, place, names[one.name], turns, used)
+        for name, of_stage in plan.items():
+            rows += _stage(name, of_stage, place, turns, used)
     _keep(rows, json_file, plot_file)
     if any(row["error"] for row in rows):
         raise typer.Exit(1)
@@ -94,6 +97,42 @@ def _count(field: str, text: str) -> int:
     return int(text)
 
 
+def _named(words: list[str]) -> tuple[list[Bench], list[str]]:
+    """The benches of the operators among these words, of all where there is no word; and the stages among them."""
+    from tadperf.bench import catalogue, stages  # pyright: ignore[reportMissingImports]
+    from tadperf.errors import UserError
+
+    asked = [word for word in words if word in stages.STAGES]
+    others = [word for word in words if word not in asked]
+    for word in others:
+        if word not in catalogue.NAMES:
+            raise UserError("OPERATOR|STAGE", word, f"must be one of {', '.join((*catalogue.NAMES, *stages.STAGES))}")
+    return catalogue.chosen(others) if others or not asked else [], asked
+
+
+def _plan(asked: list[str], sizes: str | None) -> dict[str, list[str]]:
+    """The sizes of each stage; one without a bench is left out, with a line that says so."""
+    from tadperf.bench import stages  # pyright: ignore[reportMissingImports]
+
+    plan = {}
+    for name in asked:
+        stage = stages.load(name)
+        if stage is None:
+            print(f"{name}: there is no bench of this stage yet", file=sys.stderr, flush=True)
+        else:
+            plan[name] = stages.sizes(stage, sizes)
+    return plan
+
+
+def _refused(options: dict[str, Any]) -> None:
+    """Raises UserError for an option that says nothing to a stage."""
+    from tadperf.errors import UserError
+
+    for name, value in options.items():
+        if value:
+            raise UserError(name, value, "is for operators; a stage is measured without it")
+
+
 def _listed(benches: list[Bench], place: torch.device) -> list[str]:
     from tadperf.bench.engine import runs_here  # pyright: ignore[reportMissingImports]
     from tadperf.kernels import implementations
@@ -105,6 +144,43 @@ def _listed(benches: list[Bench], place: torch.device) -> list[str]:
         for name, provider in one.providers.items():
             found.append(f"  {name:<16} {runs_here(provider, device=place.type) or 'runs here'}")
     return found
+
+
+def _listed_stages(names: list[str]) -> list[str]:
+    from tadperf.bench import stages  # pyright: ignore[reportMissingImports]
+
+    return [f"{name}: a stage; {', '.join(stage.SIZES)}" for name in names if (stage := stages.load(name))]
+
+
+def _operator(
+    one: Bench, cases: list[tuple[Any, torch.dtype]], place: torch.device, providers: list[str], turns: int, used: int
+) -> list[Row]:
+    """Measures one operator, prints its table and returns its rows."""
+    from tadperf.bench import engine, report  # pyright: ignore[reportMissingImports]
+
+    facts = report.facts(one.name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
+    rows: list[Row] = []
+    for size, dtype in cases:
+        print(one.name, "x".join(map(str, size)), dtype, file=sys.stderr, flush=True)
+        rows += engine.measure(one, size, dtype, place, providers, turns)
+    print("", report.title(facts), *report.lines(rows), sep="\n", flush=True)
+    return [row | facts for row in rows]
+
+
+def _stage(name: str, sizes: list[str], place: torch.device, turns: int, used: int) -> list[Row]:
+    """Measures one stage, prints its table and returns its rows."""
+    from tadperf.bench import stages  # pyright: ignore[reportMissingImports]
+
+    stage = stages.load(name)
+    assert stage is not None
+    facts = stages.facts(name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
+    rows: list[Row] = []
+    for size in sizes:
+        print(name, size, file=sys.stderr, flush=True)
+        rows += stage.measure(size, place, turns)
+    stages.ratios(rows)
+    print("", stages.title(facts), *stages.lines(rows), sep="\n", flush=True)
+    return [row | facts for row in rows]
 
 
 def _tune(one: Bench, sizes: list[Any], place: torch.device) -> None:
@@ -122,7 +198,7 @@ def _keep(rows: list[Row], json_file: Path | None, plot_file: Path | None) -> No
     if plot_file:
         from tadperf.bench.plot import plot  # pyright: ignore[reportMissingImports]
 
-        names = list(dict.fromkeys(row["operator"] for row in rows))
+        names = list(dict.fromkeys(row["operator"] for row in rows if "operator" in row))
         for name in names:
             file = plot_file if len(names) == 1 else plot_file.with_stem(f"{plot_file.stem}-{name}")
-            plot(file, [row for row in rows if row["operator"] == name])
+            plot(file, [row for row in rows if row.get("operator") == name])

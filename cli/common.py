@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from tadperf.config import Config
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,11 +53,17 @@ Method = Annotated[Text, typer.Option("--method", metavar="NAME", help="Distilla
 Synthesis = Annotated[
     Text, typer.Option("--synthesis", metavar="KIND", help="matching, generative (diffusion), or hybrid.")
 ]
+Compile = Annotated[
+    Text, typer.Option("--compile", metavar="MODE", help="auto, on or off: torch.compile for the steps of matching.")
+]
 Trust = Annotated[
     Text, typer.Option("--trust", metavar="MODE", help="on, off, or oracle (uses the clean labels, and says so).")
 ]
 Repeats = Annotated[Text, typer.Option("--repeats", metavar="N", help="Fresh students per network.")]
 Seed = Annotated[Text, typer.Option("--seed", metavar="N", help="One seed gives one result.")]
+Devices = Annotated[
+    Text, typer.Option("--devices", metavar="K", help="Divide the work over K processes here, on CUDA one per device.")
+]
 Device = Annotated[Text, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:i.")]
 Preset = Annotated[
     Text, typer.Option("--preset", metavar="NAME", help="Where the config starts; see 'tadperf config'.")
@@ -79,6 +87,7 @@ FIELDS = {
     "noise": "data.noise",
     "ipc": "match.ipc",
     "method": "match.method",
+    "compile": "match.compile",
     "trust": "trust.mode",
     "synthesis": "synthesis",
     "experts": "experts.path",
@@ -86,6 +95,8 @@ FIELDS = {
     "networks": "evaluate.networks",
     "seed": "seed",
     "device": "device",
+    "batch": "refine.batch",
+    "backend": "refine.backend",
 }
 
 
@@ -104,14 +115,33 @@ class RunInterruptedError(Exception):
     """Ctrl-C or SIGTERM during a run; the text says how to continue."""
 
 
+class EndedError(Exception):
+    """This process ends here with a code: another one has said what there was to say."""
+
+    def __init__(self, code: int):
+        self.code = code
+        super().__init__(code)
+
+
+class RunLostError(Exception):
+    """A run that other processes took part in has lost one; the text says which and how to continue."""
+
+
 def complain(message: object) -> None:
     """One line on stderr."""
+    from tadperf import ranks
+
+    if ranks.asked_rank():
+        message = f"rank {ranks.asked_rank()}: {message}"
     print("tadperf:", " ".join(str(message).split()), file=sys.stderr, flush=True)
 
 
 def note(message: str) -> None:
-    """One line on stderr that is no complaint."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr that is no complaint; several ranks say it once."""
+    from tadperf import ranks
+
+    if ranks.asked_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def fields(**options: Any) -> dict[str, Any]:
@@ -158,13 +188,38 @@ def data_name(path: str) -> str:
 
 
 @contextlib.contextmanager
-def resumable(command: str, out: Path) -> Iterator[None]:
-    """Ctrl-C inside says how the run continues."""
+def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[None]:
+    """Ctrl-C inside, or the loss of another process, says how the run continues."""
     try:
         yield
-    except KeyboardInterrupt:
-        hint = f"; continue with: tadperf {command} --resume --out {shlex.quote(str(out))}" if out.exists() else ""
-        raise RunInterruptedError(f"interrupted{hint}") from None
+    except (KeyboardInterrupt, RunLostError) as error:
+        again = f"--devices {devices} --resume" if devices else "--resume"
+        hint = f"; continue with: tadperf {command} {again} --out {shlex.quote(str(out))}" if out.exists() else ""
+        if isinstance(error, KeyboardInterrupt):
+            raise RunInterruptedError(f"interrupted{hint}") from None
+        raise RunLostError(f"{error}{hint}") from None
+
+
+def divided(run: Callable[[], T], devices: str | None) -> T:
+    """Runs in as many processes as `--devices` says, or with those that torchrun has started, or here alone.
+
+    Only rank 0 comes back with the result; the others, and a process that has started others, end.
+    """
+    from tadperf import launch, ranks
+
+    count = launch.count(devices)
+    try:
+        if count > 1:
+            raise EndedError(launch.launch(count, sys.argv[1:]))
+        ranks.join()
+        result = run()
+        leader = ranks.rank() == 0
+        ranks.leave()
+    except (launch.RankDiedError, ranks.RankLostError) as error:
+        raise RunLostError(str(error)) from None
+    if not leader:
+        raise EndedError(0)
+    return result
 
 
 def distilled_file(path: Path) -> Path:

@@ -27,10 +27,12 @@ def distill(
     labels: common.Labels = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    devices: common.Devices = None,
     method: common.Method = None,
     synthesis: common.Synthesis = None,
     trust: common.Trust = None,
     compare: Compare = False,
+    compile: common.Compile = None,
     experts: Experts = None,
     repeats: common.Repeats = None,
     image_size: common.ImageSize = None,
@@ -48,13 +50,16 @@ def distill(
     options = common.fields(
         data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, trust=trust,
         synthesis=synthesis, repeats=repeats, image_size=image_size, format=format,
-        experts=experts and str(experts.resolve()),
+        experts=experts and str(experts.resolve()), compile=compile,
     )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)
-    with common.resumable("distill", out):
-        result = _run(asked, config, out, resume)
-        compared = _compare(config, out, quiet) if compare else {}
+
+    def run() -> tuple[dict[str, Any], dict[str, Any]]:
+        return _run(asked, config, out, resume), _compare(config, out, quiet) if compare else {}
+
+    with common.resumable("distill", out, devices):
+        result, compared = common.divided(run, devices)
     if as_json:
         common.print_json(result | ({"compare": compared} if compared else {}))
     else:
@@ -79,11 +84,12 @@ def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict[s
 
     from .progress import display
 
-    job = pipeline.prepare(config)
-    with runs.Run.create(out, config, resume) as run, display(asked.quiet) as progress:
-        if not resume:
-            common.state_preset(asked)
-        return pipeline.distill(job, run, progress)
+    with display(asked.quiet) as progress:
+        job = pipeline.prepare(config, progress)
+        with runs.Run.create(out, config, resume) as run:
+            if not resume:
+                common.state_preset(asked)
+            return pipeline.distill(job, run, progress)
 
 
 def _compare(config: Config, out: Path, quiet: bool) -> dict[str, Any]:

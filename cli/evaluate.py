@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -23,6 +23,7 @@ def evaluate(
     repeats: common.Repeats = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    devices: common.Devices = None,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
@@ -36,16 +37,19 @@ def evaluate(
 
     from .progress import display
 
-    with display(quiet) as progress:
-        result = outcome.evaluate_file(
-            common.distilled_file(file),
-            data,
-            networks=config.evaluate.networks if network else None,
-            repeats=config.evaluate.repeats if repeats else None,
-            seed=config.seed,
-            device=config.device,
-            progress=progress,
-        )
+    def run() -> dict[str, Any]:
+        with display(quiet) as progress:
+            return outcome.evaluate_file(
+                common.distilled_file(file),
+                data,
+                networks=config.evaluate.networks if network else None,
+                repeats=config.evaluate.repeats if repeats else None,
+                seed=config.seed,
+                device=config.device,
+                progress=progress,
+            )
+
+    result = common.divided(run, devices)
     if as_json:
         common.print_json(result)
     else:

@@ -18,6 +18,7 @@ def experts(
     trust: common.Trust = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    devices: common.Devices = None,
     method: common.Method = None,
     image_size: common.ImageSize = None,
     format: common.Format = None,
@@ -37,8 +38,8 @@ def experts(
     )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)
-    with common.resumable("experts", out):
-        result = _run(asked, config, out, resume)
+    with common.resumable("experts", out, devices):
+        result = common.divided(lambda: _run(asked, config, out, resume), devices)
     if as_json:
         common.print_json(result)
     else:
@@ -57,8 +58,9 @@ def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict:
 
     from .progress import display
 
-    job = pipeline.prepare(config)
-    with runs.Run.create(out, config, resume) as run, display(asked.quiet) as progress:
-        if not resume:
-            common.state_preset(asked)
-        return pipeline.train_experts(job, run, progress)
+    with display(asked.quiet) as progress:
+        job = pipeline.prepare(config, progress)
+        with runs.Run.create(out, config, resume) as run:
+            if not resume:
+                common.state_preset(asked)
+            return pipeline.train_experts(job, run, progress)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from tadperf import ranks
 from tadperf.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -21,13 +23,33 @@ PLAIN_EVERY = 10.0  # seconds between two plain lines of one stage
 @contextlib.contextmanager
 def display(quiet: bool) -> Iterator[Progress]:
     """The progress to hand to a stage; the live bar is taken away when the block is left."""
-    if quiet:
+    if quiet or ranks.rank():
         yield silent
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        with _bars() as bars:
+        with _bars() as bars, choices(lambda text: bars.console.print(text, markup=False, highlight=False)):
             yield Live(bars)
     else:
-        yield Plain()
+        with choices(lambda text: print(text, file=sys.stderr, flush=True)):
+            yield Plain()
+
+
+@contextlib.contextmanager
+def choices(say: Callable[[str], object]) -> Iterator[None]:
+    """Says what tadperf logs, such as what "auto" chose."""
+
+    class Said(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    handler, logger = Said(), logging.getLogger("tadperf")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 class Plain:

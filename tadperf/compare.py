@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tadperf import pipeline, runs
+from tadperf import pipeline, ranks, runs
 from tadperf.config import Config
 from tadperf.job import Arrays, Job, arrays, prepare
 from tadperf.progress import Progress, silent
@@ -22,7 +22,7 @@ def compare(config: Config, out: Path, progress: Progress = silent) -> dict[str,
     data, and the students trained on all images with the labels as given, which no mode changes. The oracle is left
     out where the data hold no clean labels.
     """
-    main = runs.finished(out, config)
+    main = ranks.once(lambda: runs.finished(out, config))
     assert main is not None, "the run to compare with must be finished"
     results, job, data = {config.trust.mode: main}, None, None
     for mode in MODES:
@@ -30,7 +30,7 @@ def compare(config: Config, out: Path, progress: Progress = silent) -> dict[str,
             continue
         asked = config.model_copy(update={"trust": config.trust.model_copy(update={"mode": mode})})
         place = out / "compare" / mode
-        result = runs.finished(place, asked) if place.exists() else None
+        result = ranks.once(lambda place=place, asked=asked: runs.finished(place, asked) if place.exists() else None)
         if result is None:
             job = job or prepare(config)
             if mode == "oracle" and job.train.clean_labels is None:
@@ -48,5 +48,5 @@ def _sibling(job: Job, data: Arrays, place: Path, main: dict[str, Any], progress
         progress(f"{stage}, trust {mode}", done, total, **values)
 
     known = {"full_data": main["baselines"]["full_data"]["runs"]} if "full_data" in main["baselines"] else {}
-    with Run.create(place, job.config, place.exists()) as run:
+    with Run.create(place, job.config, ranks.once(place.exists)) as run:
         return pipeline.distill(job, run, named, data, known)

@@ -100,6 +100,9 @@ class MatchConfig(Section):
     iterations: int = Field(5000, ge=1, description="outer steps")
     steps: int = Field(30, ge=1, description="T: inner steps on synthetic images per outer step")
     expert_epochs: int = Field(2, ge=1, description="expert epochs that T inner steps have to match")
+    trajectories: int = Field(
+        1, ge=1, description="expert trajectories matched per outer step, averaged; ranks divide them"
+    )
     min_start: int = Field(0, ge=0, description="earliest expert epoch to start from")
     max_start: int = Field(20, ge=0, description="latest expert epoch to start from")
     easy: float = Field(
@@ -125,6 +128,12 @@ class MatchConfig(Section):
     init_correct: bool = Field(False, description="start only from samples that an expert classifies rightly")
     gradient: Literal["adjoint", "unroll", "tesla"] = Field(
         "adjoint", description="exact at constant memory; exact by full unroll; TESLA's approximation"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile for the inner step and its second derivatives; auto where that pays"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the convolutions in matching; sums and weights stay float32"
     )
     check_every: int = Field(500, ge=1, description="outer steps between checks on held-out training samples")
 
@@ -186,6 +195,12 @@ class RefineConfig(Section):
     rounds: int = Field(5, ge=0, description="most rounds of refinement; 0 keeps the images as first generated")
     soft_labels: bool = Field(False, description="label the images with the detector's logits")
     batch: int = Field(100, ge=1, description="images generated at a time; bounds the memory")
+    backend: Backend = Field(
+        "auto", description="how denoiser, VAE decoder and detector run: auto, eager, inductor, cudagraphs or tensorrt"
+    )
+    start: str | None = Field(
+        None, description="folder of another run: its trusted view, images, detector and diffusion model are taken"
+    )
 
 
 class EvalConfig(Section):

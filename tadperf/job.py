@@ -19,6 +19,7 @@ from tadperf.data.pick import hold_out
 from tadperf.errors import UserError
 from tadperf.experts import store
 from tadperf.nets import FlatNet
+from tadperf.progress import Progress, silent
 from tadperf.training import Chosen, Images
 
 
@@ -38,11 +39,11 @@ class Job:
         return self.config.experts.epochs or match.max_start + match.expert_epochs
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, progress: Progress = silent) -> Job:
     """Opens the data and refuses whatever can be known to be wrong, before anything is written or computed."""
     where = _refuse_config(config)
     d = config.data
-    train, test = open_data(d.path, format=d.format, image_size=d.image_size, labels=d.labels)
+    train, test = open_data(d.path, format=d.format, image_size=d.image_size, labels=d.labels, progress=progress)
     if test is None:
         raise UserError("data", d.path, "has no test split; put one beside the training images, in test/ or so named")
     if train.num_classes < 2:

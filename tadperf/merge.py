@@ -32,6 +32,8 @@ OPTIONS = {
     "match.method": "--method",
     "trust.mode": "--trust",
     "synthesis": "--synthesis",
+    "refine.batch": "--batch",
+    "refine.backend": "--backend",
     "evaluate.repeats": "--repeats",
     "evaluate.networks": "--network",
     "seed": "--seed",

@@ -21,7 +21,8 @@ def test_list(tadperf):
 
     code, out, err = tadperf("bench", "--list", "--device", "cpu")
     assert (code, err) == (0, "")
-    assert [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")] == list(catalogue.NAMES)
+    named = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")]
+    assert named[: len(catalogue.NAMES) + 1] == [*catalogue.NAMES, "distil"]
     assert "  inductor         runs here" in out
 
 
@@ -69,3 +70,39 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch):
     assert engine.runs_here(provider, device="cuda") == "runs on the CPU alone"
     installed = provider._replace(package="sklearn")
     assert engine.runs_here(installed, (2**27, 10)) == "would take minutes at this size"
+
+
+def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
+    from tadperf.bench import distil, stages  # pyright: ignore[reportMissingImports]
+
+    net = distil.SIZES["digits"].net.model_copy(update={"width": 5})
+    small = distil.SIZES["digits"]._replace(batch=7, steps=2, net=net, providers=("tadperf", "published"))
+    monkeypatch.setitem(distil.SIZES, "tiny", small)
+    monkeypatch.setattr(stages, "peak", lambda *_: None)  # it starts a process
+    file = tmp_path / "rows.json"
+    code, out, err = tadperf("bench", "distil", "--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--json", file)
+    assert (code, err) == (0, "distil tiny\n")
+    assert "over published" in out
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["tadperf", "published"]
+    assert {row["stage"] for row in rows} == {"distil"}
+    assert rows[0]["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(stages, "load", lambda name: None)
+    assert tadperf("bench", "refine", "--device", "cpu") == (0, "", "refine: there is no bench of this stage yet\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["distil", "--sizes", "cifar"], "--sizes: cifar: must be among digits, cifar10"),
+        (["distil", "--base", "eager"], "--base: eager: is for operators"),
+        (["distil", "--dtypes", "float16"], "--dtypes: float16: is for operators"),
+        (["distil", "--plot", "."], "--plot: .: is for operators"),
+        (["nothing"], "OPERATOR|STAGE: nothing: must be one of per_sample"),
+    ],
+)
+def test_wrong_use_of_a_stage(tadperf, options, message):
+    code, out, err = tadperf("bench", *options, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"tadperf: {message}")
+    assert err.count("\n") == 1
