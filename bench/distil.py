@@ -39,13 +39,14 @@ DOUBLED = 10  # steps up to which the truth is an unroll in float64
 
 
 class Case(NamedTuple):
-    """Shapes of a matching problem, IPC 10 of 10 classes, hard labels."""
+    """Shapes of a matching problem of 10 classes, hard labels."""
 
     shape: nets.Shape
     batch: int
     steps: int
     net: NetConfig
     providers: Sequence[str] = tuple(FAMILIES)
+    ipc: int = 10
 
 
 def _cifar10(steps: int, *providers: str, **net: object) -> Case:
@@ -64,6 +65,8 @@ SIZES = {
     "cifar10-t10": _cifar10(10, "tadperf", "autograd", "published"),
     "cifar10-t30": _cifar10(30, "tadperf", "tadperf bfloat16", "published"),
     "cifar10-t80": _cifar10(80, "tadperf"),
+    "cifar10-ipc10": _cifar10(30),  # for a GPU
+    "cifar10-ipc50": _cifar10(30)._replace(batch=256, ipc=50),
     "group": _network(norm="group"),
     "none": _network(norm="none"),
     "alexnet": _network(name="alexnet"),
@@ -92,10 +95,11 @@ def problem(case: Case, device: torch.device, dtype: torch.dtype = torch.float32
     net = FlatNet(module)
     start = net.flatten()
     moved = torch.randn(start.shape, generator=generator).to(start)
-    images = torch.randn(100, *case.shape, generator=generator).to(start)
+    count = 10 * case.ipc
+    images = torch.randn(count, *case.shape, generator=generator).to(start)
     config = MatchConfig.model_validate({"steps": case.steps, "batch": case.batch})
-    drawn = draw_steps(config, 100, case.shape[-1], AUGMENT, generator)
-    labels = torch.arange(10, device=device).repeat_interleave(10)
+    drawn = draw_steps(config, count, case.shape[-1], AUGMENT, generator)
+    labels = torch.arange(10, device=device).repeat_interleave(case.ipc)
     steps = [step._replace(index=step.index.to(device)) for step in drawn]
     return Problem(net, start, start + 0.01 * moved, images, labels, torch.tensor(0.01).to(start), steps)
 
