@@ -25,7 +25,7 @@ from tadperf.nets import FlatNet
 __all__ = ["Products", "Way", "autograd", "choose", "compiled", "eager", "step_gradient", "student_loss"]
 
 # What "auto" reckons with on a CPU, for networks that are not written out: seconds to compile both regions, and the
-# share of an eager step's time that they save. ConvNet-3 of width 128 without its instance norm, 2 cores.
+# share of an eager step's time that they save. Guesses, not measured: `tadperf bench distil --sizes group,resnet18`.
 COMPILE_SECONDS = 80.0
 SAVED = 0.3
 RATE = 5e10  # operations a second of eager convolutions, forward and back
