@@ -3,16 +3,14 @@
 #include "norm_relu_pool.h"
 
 #include <memory>
-#include <vector>
 
 #include "dispatch.h"
+#include "images.h"
 #include "parallel.h"
 
 using namespace nb::literals;
 
 namespace {
-
-template <class T> T *at(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 // What is larger than this does not stay in a cache until the next layer reads it.
 constexpr int64_t LARGE = int64_t(1) << 24;
@@ -54,14 +52,6 @@ void norm_relu_pool(uintptr_t x, int kind, int64_t images, int64_t channels, int
   a.stream = stream(a, images * channels * (height / a.window) * (width / a.window), a.y);
   nb::gil_scoped_release release;
   run(a, isa, threads);
-}
-
-// Sums the planes' shares over the images, one after another: [images, channels] -> [channels].
-void add_images(const float *shares, int64_t images, int64_t channels, float *out) {
-  std::vector<double> sums(channels);
-  for (int64_t i = 0; i < images; i++)
-    for (int64_t c = 0; c < channels; c++) sums[c] += shares[i * channels + c];
-  std::copy(sums.begin(), sums.end(), out);
 }
 
 void norm_relu_pool_gradient(uintptr_t x, int kind, int64_t images, int64_t channels, int64_t height, int64_t width,

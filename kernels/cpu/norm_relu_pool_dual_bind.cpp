@@ -3,16 +3,14 @@
 #include "norm_relu_pool_dual.h"
 
 #include <memory>
-#include <vector>
 
 #include "dispatch.h"
+#include "images.h"
 #include "parallel.h"
 
 using namespace nb::literals;
 
 namespace {
-
-template <class T> T *at(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 void run(const NormReluPoolDual &a, int isa, int threads) {
   auto *part = pick<NormReluPoolDualPart>(isa, TADPERF_BY_ISA(norm_relu_pool_dual));
@@ -41,14 +39,6 @@ void dual(uintptr_t x, uintptr_t x_dot, int64_t images, int64_t channels, int64_
   a.eps = eps, a.y = at<float>(y), a.y_dot = at<float>(y_dot);
   nb::gil_scoped_release release;
   run(a, isa, threads);
-}
-
-// Sums over the images, one after another: [images, channels] -> [channels].
-void add_images(const float *shares, int64_t images, int64_t channels, float *out) {
-  std::vector<double> sums(channels);
-  for (int64_t i = 0; i < images; i++)
-    for (int64_t c = 0; c < channels; c++) sums[c] += shares[i * channels + c];
-  std::copy(sums.begin(), sums.end(), out);
 }
 
 void reverse(uintptr_t x, uintptr_t x_dot, int64_t images, int64_t channels, int64_t height, int64_t width, bool pool,
