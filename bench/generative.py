@@ -10,7 +10,6 @@ test images. Every run lies in DIR, and one that is there is not made again.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -31,12 +30,12 @@ from tadperf.outcome import INITIAL, student_recipe
 from tadperf.progress import silent
 from tadperf.refine import detector as detectors
 from tadperf.refine import select, sources
+from tadperf.refine import start as starts
 from tadperf.refine.loop import get_source
 from tadperf.runs import Run
 
 PARTS = ("quality", "anomalies", "accuracy")
 PER_CLASS = 20  # images of a class that both detectors decide about
-KEPT = ("trust", "trust.safetensors", "detector.safetensors", "diffusion")  # shared by the runs of a seed
 
 
 class Case(NamedTuple):
@@ -57,23 +56,20 @@ def config_of(noise: str, seed: int, synthesis: str, sets: Sequence[str]) -> Con
 
 
 def distilled(config: Config, place: Path, donor: Path | None = None) -> dict[str, Any]:
-    """The result of a run without students; a run that is there goes on, and shares what `donor` has."""
+    """The result of a run without students; a run that is there goes on, one that is not takes what `donor` learned."""
     if place.exists() and (result := runs.finished(place, config)):
         return result
     with Run.create(place, config, place.exists()) as run:
+        job = pipeline.prepare(config)
         if donor is not None:
-            for name in KEPT:  # of a seed all alike
-                if (donor / name).is_dir():
-                    shutil.copytree(donor / name, place / name, dirs_exist_ok=True)
-                elif (donor / name).exists():
-                    shutil.copy(donor / name, place / name)
-        return pipeline.distill(pipeline.prepare(config), run, tested=False)
+            starts.inherit(donor, job, run)
+        return pipeline.distill(job, run, tested=False)
 
 
-def case(noise: str, seed: int, sets: Sequence[str], out: Path) -> Case:
+def case(noise: str, seed: int, sets: Sequence[str], out: Path, donor: Path | None = None) -> Case:
     """The generative run of a seed, and the judge: trained as the detector is, on the true labels of all images."""
     config, place = config_of(noise, seed, "generative", sets), out / f"generative-{seed}"
-    result = distilled(config, place)
+    result = distilled(config, place, donor and donor / place.name)
     job = pipeline.prepare(config)
     data = arrays(job)
     with Run.create(place, config, resume=True) as run:
@@ -204,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5, help="students a row and seed")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="A.B=C")
+    parser.add_argument("--from", type=Path, dest="donor", help="another study's --out: its diffusion models are taken")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the tables and generative.json")
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -211,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, dict[int, dict[str, float]]] = {part: {} for part in asked.parts}
     for part in asked.parts:  # a part of every seed before the next part: a study cut short has whole tables
         for seed in asked.seeds:
-            c = case(asked.noise, seed, asked.sets, asked.out)
+            c = case(asked.noise, seed, asked.sets, asked.out, asked.donor)
             if part == "accuracy":
                 found[part][seed] = accuracy(c, asked.sets, asked.out, asked.repeats)
             else:

@@ -113,8 +113,9 @@ def check(chosen: Sequence[Cell], out: Path) -> None:
 def sweep(chosen: Sequence[Cell], out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Runs every cell in its folder of `out`; a finished run is read, a killed one goes on (tadperf).
 
-    A run takes the experts of an earlier one where it would train the very same. Leaves sweep.csv and sweep.png in
-    `out`; returns the fields, rows, one for each cell and network, and paths. Raises UserError on a wrong value.
+    A run takes the experts of an earlier one where it would train the very same, and so the rounds of trust, the
+    detector and the diffusion model. Leaves sweep.csv and sweep.png in `out`; returns the fields, rows, one for each
+    cell and network, and paths. Raises UserError on a wrong value.
     """
     from tadperf.report.curves import save_curves
 
@@ -148,6 +149,7 @@ def _with_experts(config: Config, path: str | None) -> Config:
 def _run(cell: Cell, others: Sequence[Path], out: Path, progress: Progress) -> dict[str, Any]:
     from tadperf import job as jobs
     from tadperf import pipeline
+    from tadperf.refine import start as starts
 
     place = out / cell.folder
     if (result := _finished(place, cell.config)) is not None:
@@ -170,6 +172,8 @@ def _run(cell: Cell, others: Sequence[Path], out: Path, progress: Progress) -> d
                 job = same
                 break
     with runs.Run.create(place, job.config, place.exists()) as run:
+        for other in others:
+            starts.inherit(other, job, run)
         return pipeline.distill(job, run, named)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tadperf.runs import Run
 from tadperf.trust import TrustState
 
 FREE = ("refine", "detector", "diffusion", "evaluate", "device")  # of the config: may differ from the other run's
+UPSTREAM = ("data", "net", "trust", "seed", "device")  # of the config: what trust, detector and diffusion depend on
 
 
 def config_of(folder: Path) -> Config:
@@ -67,8 +69,31 @@ def borrow(folder: Path, config: Config, run: Run) -> None:
     detector, diffusion = folder / "detector.safetensors", folder / "diffusion"
     if other.detector == config.detector and detector.exists() and not (run.path / detector.name).exists():
         runs.write_bytes(run.path / detector.name, detector.read_bytes())
-    if other.diffusion == config.diffusion and diffusion.exists() and not (run.path / diffusion.name).exists():
-        partial = run.path / "diffusion.partial"
+    if other.diffusion == config.diffusion:
+        copy_folder(diffusion, run.path / diffusion.name)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder whole or not at all; none that is missing, and onto none that is there."""
+    if source.is_dir() and not target.exists():
+        partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(diffusion, partial)
-        partial.rename(run.path / diffusion.name)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+
+
+def inherit(folder: Path, job: Job, run: Run) -> None:
+    """Takes over what the finished run in `folder` learned before it made images, where `job` would learn the same.
+
+    That is the rounds of trust, the detector and the diffusion model (tadperf).
+    """
+    other, now = runs.stored_config(folder), job.config
+    if other is None or not (folder / "DONE").exists():
+        return
+    same = all(getattr(other, name) == getattr(now, name) for name in UPSTREAM)
+    told = json.loads((folder / "result.json").read_bytes())
+    if not same or other.refine.start != now.refine.start or told["data"]["fingerprint"] != job.train.fingerprint:
+        return
+    copy_folder(folder / "trust", run.path / "trust")
+    if now.synthesis != "matching":
+        borrow(folder, now, run)

@@ -125,3 +125,37 @@ def test_only_what_belongs_to_refinement_may_differ(matched):
     with pytest.raises(UserError, match=r"match\.ipc: 3: the run to be refined was made with 2"):
         start.refuse_change(before, merge(None, None, ["match.ipc=3"], None, before))
     assert runs.stored_config(matched) != before  # which is generative, and names the run
+
+
+@pytest.mark.parametrize(("field", "taken"), [("refine.beta=0.9", True), ("seed=1", False)])
+def test_a_run_inherits_what_it_would_learn_alike(tmp_path, field, taken):
+    config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
+    other = merge("digits", None, [field], TINY | {"synthesis": "generative", "match.ipc": 1})
+    distilled(tmp_path / "first", config)
+    job, sets = pipeline.prepare(other), []
+    for place in (tmp_path / "alone", tmp_path / "heir"):
+        with Run.create(place, other) as run:
+            if place.name == "heir":
+                start.inherit(tmp_path / "first", job, run)
+                assert all((place / name).exists() == taken for name in ("trust", "diffusion", "detector.safetensors"))
+            pipeline.distill(job, run, tested=False)
+        sets.append((place / "distilled.safetensors").read_bytes())
+    assert sets[0] == sets[1]
+
+
+def test_nothing_is_inherited_from_an_unfinished_run_or_of_other_samples(tmp_path):
+    config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
+    distilled(tmp_path / "first", config)
+    job = pipeline.prepare(config)
+    other = replace(job, train=replace(job.train, images=255 - job.train.images))
+    (tmp_path / "first" / "diffusion").rename(tmp_path / "first" / "kept")
+    with Run.create(tmp_path / "heir", config) as run:
+        start.inherit(tmp_path / "first", other, run)
+        assert not (run.path / "trust").exists()
+        start.inherit(tmp_path / "first", job, run)
+        assert (run.path / "trust").exists()
+        assert not (run.path / "diffusion").exists()
+    (tmp_path / "first" / "DONE").unlink()
+    with Run.create(tmp_path / "late", config) as run:
+        start.inherit(tmp_path / "first", job, run)
+        assert not (run.path / "trust").exists()
