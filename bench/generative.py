@@ -1,6 +1,6 @@
 """What generated images are worth on noisy labels: `python -m tadperf.bench.generative --seeds 0 1 2 3 4 --out DIR`.
 
-Digits. Three tables, each as mean and sample deviation over the seeds, and written after every seed:
+Three tables, each as mean and sample deviation over the seeds, and written after every seed:
 quality: the images before and after refinement in the eyes of a judge, a network trained on the true labels of all
 training images; it measures, and nothing learns from it. anomalies: the decisions of a detector trained on the trusted
 view and of one trained on the labels as given, about the same images, against the judge's. accuracy: of students, on
@@ -50,9 +50,18 @@ class Case(NamedTuple):
     detector: nn.Module
 
 
-def config_of(noise: str, seed: int, synthesis: str, sets: Sequence[str]) -> Config:
-    options = {"data.noise": noise, "seed": seed, "synthesis": synthesis, "device": "cpu"}
-    return merge("digits", None, sets, options)
+class Study(NamedTuple):
+    """What all runs of a study share."""
+
+    preset: str
+    noise: str
+    sets: Sequence[str]  # "section.key=value"
+    out: Path
+    donor: Path | None  # `out` of a study that trained the same diffusion models
+
+    def config(self, seed: int, synthesis: str, *more: str) -> Config:
+        options = {"data.noise": self.noise, "seed": seed, "synthesis": synthesis, "device": "cpu"}
+        return merge(self.preset, None, [*self.sets, *more], options)
 
 
 def distilled(config: Config, place: Path, donor: Path | None = None) -> dict[str, Any]:
@@ -66,10 +75,10 @@ def distilled(config: Config, place: Path, donor: Path | None = None) -> dict[st
         return pipeline.distill(job, run, tested=False)
 
 
-def case(noise: str, seed: int, sets: Sequence[str], out: Path, donor: Path | None = None) -> Case:
+def case(study: Study, seed: int) -> Case:
     """The generative run of a seed, and the judge: trained as the detector is, on the true labels of all images."""
-    config, place = config_of(noise, seed, "generative", sets), out / f"generative-{seed}"
-    result = distilled(config, place, donor and donor / place.name)
+    config, place = study.config(seed, "generative"), study.out / f"generative-{seed}"
+    result = distilled(config, place, study.donor and study.donor / place.name)
     job = pipeline.prepare(config)
     data = arrays(job)
     with Run.create(place, config, resume=True) as run:
@@ -142,7 +151,7 @@ def anomalies(c: Case) -> dict[str, float]:
     return found
 
 
-def accuracy(c: Case, sets: Sequence[str], out: Path, repeats: int) -> dict[str, float]:
+def accuracy(c: Case, study: Study, repeats: int) -> dict[str, float]:
     """Mean test accuracy of `repeats` students a row."""
     config, seed = c.job.config, c.job.config.seed
     labels = c.seen.labels.where(c.seen.certain, -1)
@@ -166,10 +175,9 @@ def accuracy(c: Case, sets: Sequence[str], out: Path, repeats: int) -> dict[str,
         for row, examples in rows.items()
         for r in range(repeats)
     ]
-    matching, hybrid = (out / f"{kind}-{seed}" for kind in ("matching", "hybrid"))
-    distilled(config_of(config.data.noise, seed, "matching", sets), matching, c.run.path)
-    experts = f"experts.path={matching.resolve()}"
-    distilled(config_of(config.data.noise, seed, "hybrid", [*sets, experts]), hybrid, c.run.path)
+    matching, hybrid = (study.out / f"{kind}-{seed}" for kind in ("matching", "hybrid"))
+    distilled(study.config(seed, "matching"), matching, c.run.path)
+    distilled(study.config(seed, "hybrid", f"experts.path={matching.resolve()}"), hybrid, c.run.path)
     for name, place in (("matching", matching), ("hybrid", hybrid)):
         made = artifact.load(place / "distilled.safetensors")
         both = Examples(made.images, made.labels)
@@ -195,6 +203,7 @@ def table(found: dict[int, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="digits")
     parser.add_argument("--noise", default="asymmetric:0.4")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -204,13 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the tables and generative.json")
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
-    head = f"digits, {asked.noise}, {parallel.cores()} cores, {date.today()}, {' '.join(asked.sets) or 'preset digits'}"
+    study = Study(asked.preset, asked.noise, asked.sets, asked.out, asked.donor)
+    head = f"preset {' '.join((study.preset, *study.sets))}, {study.noise}, {parallel.cores()} cores, {date.today()}"
     found: dict[str, dict[int, dict[str, float]]] = {part: {} for part in asked.parts}
     for part in asked.parts:  # a part of every seed before the next part: a study cut short has whole tables
         for seed in asked.seeds:
-            c = case(asked.noise, seed, asked.sets, asked.out, asked.donor)
+            c = case(study, seed)
             if part == "accuracy":
-                found[part][seed] = accuracy(c, asked.sets, asked.out, asked.repeats)
+                found[part][seed] = accuracy(c, study, asked.repeats)
             else:
                 found[part][seed] = {"quality": quality, "anomalies": anomalies}[part](c)
             shown = "\n\n".join(f"{name}\n\n{table(rows)}" for name, rows in found.items() if rows)
