@@ -1,10 +1,11 @@
 """What generated images are worth on noisy labels: `python -m tadperf.bench.generative --seeds 0 1 2 3 4 --out DIR`.
 
-Three tables, each as mean and sample deviation over the seeds, and written after every seed:
+Tables, each as mean and sample deviation over the seeds, and written after every seed:
 quality: the images before and after refinement in the eyes of a judge, a network trained on the true labels of all
 training images; it measures, and nothing learns from it. anomalies: the decisions of a detector trained on the trusted
 view and of one trained on the labels as given, about the same images, against the judge's. accuracy: of students, on
-test images. Every run lies in DIR, and one that is there is not made again.
+test images; matching: the same of sets matched from real and from refined images. Every run lies in DIR, and one that
+is there is not made again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tadperf.refine import start as starts
 from tadperf.refine.loop import get_source
 from tadperf.runs import Run
 
-PARTS = ("quality", "anomalies", "accuracy")
+PARTS = ("quality", "anomalies", "accuracy", "matching")
 PER_CLASS = 20  # images of a class that both detectors decide about
 
 
@@ -151,7 +152,7 @@ def anomalies(c: Case) -> dict[str, float]:
     return found
 
 
-def accuracy(c: Case, study: Study, repeats: int) -> dict[str, float]:
+def accuracy(c: Case, repeats: int) -> dict[str, float]:
     """Mean test accuracy of `repeats` students a row."""
     config, seed = c.job.config, c.job.config.seed
     labels = c.seen.labels.where(c.seen.certain, -1)
@@ -170,24 +171,36 @@ def accuracy(c: Case, study: Study, repeats: int) -> dict[str, float]:
         soft = detectors.judge(c.detector, images).logits
         rows[f"{name}, hard labels"] = always(images, hard)
         rows[f"{name}, soft labels"] = always(images, soft)
-    everyone = [
-        Student(row, r, config.net, student_recipe(config, config.evaluate.real_lr), partial(examples, r))
+    net, recipe = config.net, student_recipe(config, config.evaluate.real_lr)
+    return {
+        row: tested(c, [Student("", r, net, recipe, partial(examples, r)) for r in range(repeats)])
         for row, examples in rows.items()
-        for r in range(repeats)
-    ]
+    }
+
+
+def matched(c: Case, study: Study, repeats: int) -> dict[str, float]:
+    """Mean test accuracy of students of what is matched from real images and from the refined ones."""
+    seed = c.job.config.seed
     matching, hybrid = (study.out / f"{kind}-{seed}" for kind in ("matching", "hybrid"))
     distilled(study.config(seed, "matching"), matching, c.run.path)
     distilled(study.config(seed, "hybrid", f"experts.path={matching.resolve()}"), hybrid, c.run.path)
-    for name, place in (("matching", matching), ("hybrid", hybrid)):
+    found = {}
+    for place in (matching, hybrid):
         made = artifact.load(place / "distilled.safetensors")
         both = Examples(made.images, made.labels)
-        everyone += [Student(name, r, made.net, made.recipe, lambda both=both: both) for r in range(repeats)]
-    scores: dict[str, list[float]] = {}
+        everyone = [Student("", r, made.net, made.recipe, lambda both=both: both) for r in range(repeats)]
+        found[place.name.partition("-")[0]] = tested(c, everyone)
+    return found
+
+
+def tested(c: Case, students: Sequence[Student]) -> float:
+    """Mean test accuracy; a student's seed is its number alone, so rows are compared on the same initial weights."""
+    scores: list[float] = []
     evaluate.evaluate(
-        everyone, c.data.test, c.data.test_labels, c.job.train.num_classes, seed, c.job.device,
-        lambda student, score: scores.setdefault(student.row, []).append(score),
+        students, c.data.test, c.data.test_labels, c.job.train.num_classes, c.job.config.seed, c.job.device,
+        lambda _, score: scores.append(score),
     )  # fmt: skip
-    return {row: statistics.fmean(sorted(of_row)) for row, of_row in scores.items()}
+    return statistics.fmean(sorted(scores))
 
 
 def table(found: dict[int, dict[str, float]]) -> str:
@@ -219,10 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in asked.parts:  # a part of every seed before the next part: a study cut short has whole tables
         for seed in asked.seeds:
             c = case(study, seed)
-            if part == "accuracy":
-                found[part][seed] = accuracy(c, study, asked.repeats)
-            else:
-                found[part][seed] = {"quality": quality, "anomalies": anomalies}[part](c)
+            measure = {
+                "quality": quality, "anomalies": anomalies, "accuracy": partial(accuracy, repeats=asked.repeats),
+                "matching": partial(matched, study=study, repeats=asked.repeats),
+            }[part]  # fmt: skip
+            found[part][seed] = measure(c)
             shown = "\n\n".join(f"{name}\n\n{table(rows)}" for name, rows in found.items() if rows)
             runs.write_bytes(asked.out / "generative.md", f"{head}\n\n{shown}\n".encode())
             runs.write_json(asked.out / "generative.json", {"what": head, "versions": runs.versions(), **found})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -12,17 +12,17 @@ Step = Callable[..., None]
 
 
 class Replayed:
-    """`step(*tensors, *numbers)`, which changes other tensors in place, replayed where shapes and numbers come again.
+    """`step(*values)`, which changes other tensors in place, replayed where shapes and constants of a call come again.
 
-    The first call with new shapes or numbers runs as it is, on a stream of its own, which warms up what a graph needs;
-    the second is recorded. A step that cannot be recorded costs one warning and goes on as it is. CUDA only.
+    The first call with new ones runs as it is, on a stream of its own, which warms up what a graph needs; the second is
+    recorded. A step that cannot be recorded costs one warning and goes on as it is. CUDA only.
     """
 
     def __init__(self, step: Step) -> None:
         self.step, self.failed = step, False
-        self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
 
-    def __call__(self, *values: Tensor | float | None) -> None:
+    def __call__(self, *values: Tensor | Hashable) -> None:
         if self.failed:
             return self.step(*values)
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in values)
@@ -40,14 +40,14 @@ class Replayed:
         graph.replay()
         return None
 
-    def _apart(self, values: tuple[Tensor | float | None, ...]) -> None:
+    def _apart(self, values: tuple[Tensor | Hashable, ...]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.step(*values)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _record(self, values: tuple[Tensor | float | None, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    def _record(self, values: tuple[Tensor | Hashable, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         copies = [value.clone() if isinstance(value, Tensor) else value for value in values]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from tadperf import accelerate, ranks, runs, seeds
 from tadperf.config import MatchConfig
 from tadperf.data import augment
 from tadperf.experts.store import Experts
-from tadperf.matching import bases, ways
+from tadperf.matching import bases, replay, ways
 from tadperf.matching.gradient import GRADIENTS, Gradient, Step
 from tadperf.matching.ways import Way
 from tadperf.nets import FlatNet
@@ -110,8 +110,8 @@ def undo(state: State, previous: State | None) -> State:
 
 
 def matching_gradient(
-    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int,
-    way: Way | None = None, k: int = 0,
+    state: State, compute: Callable[..., Gradient], experts: Experts, config: MatchConfig, strategy: str, seed: int,
+    k: int = 0,
 ) -> Gradient:  # fmt: skip
     """Draws the k-th expert, start and inner steps of this iteration, and differentiates the matching loss."""
     generator = seeds.generator(seed, "match", state.iteration, *([k] if k else []))
@@ -122,31 +122,44 @@ def matching_gradient(
     drawn = draw_steps(config, len(state.images), state.images.shape[-1], strategy, generator)
     steps = [step._replace(index=step.index.to(device)) for step in drawn]
     ends = (experts.snapshot(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
-    return GRADIENTS[config.gradient](net, *ends, state.images, state.labels, state.log_lr.exp(), steps, way=way)
+    return compute(*ends, state.images, state.labels, state.log_lr.exp(), steps)
 
 
-def choose_way(state: State, net: FlatNet, config: MatchConfig) -> Way:
-    """How this run computes an inner step (`ways.choose`)."""
+def choose_way(state: State, net: FlatNet, config: MatchConfig) -> tuple[Way, Callable[..., Gradient]]:
+    """How this run computes an inner step (`ways.choose`), and a sweep of them: (start, target, ...) to `Gradient`."""
     batch = min(config.batch or len(state.images), len(state.images))
-    shape = (batch, *state.images.shape[1:])
-    return ways.choose(config, net, shape, state.images.device, config.iterations - state.iteration)
+    shape, device = (batch, *state.images.shape[1:]), state.images.device
+    way = ways.choose(config, net, shape, device, config.iterations - state.iteration)
+    if device.type == "cuda" and config.compile != "off" and config.gradient != "unroll":
+        return way, replay.Sweep(net, way, config.gradient == "adjoint")
+    return way, partial(GRADIENTS[config.gradient], net, way=way)
 
 
 def mean_gradient(
-    state: State, net: FlatNet, experts: Experts, config: MatchConfig, strategy: str, seed: int,
-    way: Way | None = None,
-) -> Gradient:  # fmt: skip
+    state: State, compute: Callable[..., Gradient], experts: Experts, config: MatchConfig, strategy: str, seed: int
+) -> Gradient:
     """The mean over this iteration's trajectories, which the ranks divide among them (tadperf).
 
     A rank without a trajectory, where there are fewer of them than ranks, adds zeros. `end` is that of an own one.
     """
     own = range(ranks.rank(), config.trajectories, ranks.world())
-    parts = [matching_gradient(state, net, experts, config, strategy, seed, way, k) for k in own] or [_nothing(state)]
+    parts = [_own(matching_gradient(state, compute, experts, config, strategy, seed, k), len(own)) for k in own]
+    parts = parts or [_nothing(state)]
     if config.trajectories == ranks.world() == 1:
         return parts[0]
     names = [name for name in ("loss", "images", "labels", "lr") if getattr(parts[0], name) is not None]
     sums = [reduce(torch.add, [getattr(part, name) for part in parts]) for name in names]
     return parts[0]._replace(**dict(zip(names, ranks.mean(sums, config.trajectories), strict=True)))
+
+
+def _own(gradient: Gradient, count: int) -> Gradient:
+    """The gradient in memory of its own, where others are computed before it is used (`replay.Sweep`)."""
+    if count == 1:
+        return gradient
+    labels = None if gradient.labels is None else gradient.labels.clone()
+    return gradient._replace(
+        loss=gradient.loss.clone(), images=gradient.images.clone(), labels=labels, lr=gradient.lr.clone()
+    )
 
 
 def _nothing(state: State) -> Gradient:
@@ -171,9 +184,9 @@ def distil(
         state, previous, best, score = kept
     run.rewind("matching", state.iteration)
     last_save = time.monotonic()
-    way = choose_way(state, net, config)
+    way, compute = choose_way(state, net, config)
     while state.iteration < config.iterations:
-        gradient = mean_gradient(state, net, experts, config, strategy, seed, way)
+        gradient = mean_gradient(state, compute, experts, config, strategy, seed)
         if way.cache:  # all of it has been compiled: the next process starts warm
             way = _kept(way)
         loss = float(gradient.loss)

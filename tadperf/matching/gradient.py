@@ -30,9 +30,8 @@ from tadperf.matching import ways
 from tadperf.matching.ways import Products, Way
 from tadperf.nets import FlatNet
 
-KEPT = (
-    40  # parameter vectors kept. T = 80 then repeats every other forward step, and one is 0.20 of a step's time: +10 %
-)
+# Parameter vectors kept. T = 80 then repeats every other forward step, and one is 0.20 of a step's time: +10 %
+KEPT = 40
 
 
 class Step(NamedTuple):

@@ -1,0 +1,58 @@
+"""The benches of experts and of students: their plain loop trains what tadperf trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tadperf import evaluate as tested
+from tadperf import nets, training
+from tadperf.bench import evaluate, experts, plain, stages  # pyright: ignore[reportMissingImports]
+from tadperf.config import NetConfig
+from tadperf.training import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+NET = NetConfig.model_validate({"width": 5, "depth": 1})
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    expert = experts.Case(NET, SHAPE, 20, 3, Recipe(2, 8, 0.1, 0.0, 0.0, "flip", decay=False))
+    student = evaluate.Case(NET, SHAPE, 30, Recipe(2, 256, 0.1, 0.9, 5e-4, "flip"))
+    monkeypatch.setitem(experts.SIZES, "tiny", expert)
+    monkeypatch.setitem(evaluate.SIZES, "tiny", student)
+    monkeypatch.setattr(stages, "peak", lambda *_: None)  # it starts a process
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("decay", [False, True])
+def test_the_plain_loop_learns_what_tadperf_learns(soft, decay):
+    """Whole batches without augmentation: no draw is left that could differ, but the order of a sum."""
+    images, labels = experts.data(experts.SIZES["tiny"], CPU)
+    wanted = 3.0 * torch.nn.functional.one_hot(labels, 10).float() if soft else labels
+    recipe, weights = Recipe(7, 20, 0.2, 0.9, 1e-3, "none", decay=decay), []
+    for loop in (plain.fit, training.fit):
+        module, snapshots = nets.build(NET, SHAPE, 10, 0), []
+        flat = nets.FlatNet(module)
+        loop(module, images, wanted, recipe, 1, lambda _, flat=flat, kept=snapshots: kept.append(flat.flatten()))
+        assert len(snapshots) == recipe.epochs
+        weights.append(torch.stack(snapshots))
+        assert plain.accuracy(module, images, labels) == tested.accuracy(module, images, labels)
+    assert (weights[0][-1] - weights[0][0]).norm() > 0.1
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_experts():
+    rows = experts.measure("tiny", CPU, 2)
+    assert [row["provider"] for row in rows] == ["tadperf", "published"]
+    for row in rows:
+        assert row["samples_s"] == pytest.approx(3 * 2 * 20 / row["median_ms"] * 1e3, rel=0.5)  # the upper of two
+    assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
+
+
+def test_rows_of_students():
+    rows = evaluate.measure("tiny", CPU, 1)
+    assert [row["provider"] for row in rows] == ["tadperf", "published"]
+    assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
