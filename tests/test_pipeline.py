@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tadperf import artifact, nets, outcome, pipeline
+from tadperf import artifact, nets, outcome, parallel, pipeline
 from tadperf import job as jobs
 from tadperf.bench import kill_resume  # pyright: ignore[reportMissingImports]
 from tadperf.config import Config
@@ -229,3 +232,27 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path):
     kill_resume.finish(tmp_path / "run")
     assert stages[0] != "ended before", stages
     assert kill_resume.differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+def test_an_interrupt_while_students_train_beside_matching(tmp_path):
+    """They end with the run, and what they have found already is not lost."""
+    values = {"match__iterations": 40, "match__check_every": 20, "evaluate__epochs": 30, "evaluate__repeats": 3}
+    whole = run(tmp_path / "whole", **values)
+    job, beside = pipeline.prepare(config(**values)), []
+
+    def interrupt(stage: str, done: int, total: int, **_: Any) -> None:
+        if stage == "matching" and done > 1:
+            beside.append(multiprocessing.active_children())
+            time.sleep(0.02)
+            if done >= 30:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Run.create(tmp_path / "run", job.config) as opened:
+        pipeline.distill(job, opened, interrupt)
+    if sys.platform.startswith("linux") and parallel.cores() > 1:
+        assert any(beside)
+    assert not any(child.is_alive() for children in beside for child in children)
+    with Run.create(tmp_path / "run", job.config, resume=True) as opened:
+        again = pipeline.distill(job, opened)
+    assert distilled(tmp_path / "run") == distilled(tmp_path / "whole")
+    assert (again["accuracy"], again["baselines"]) == (whole["accuracy"], whole["baselines"])
