@@ -32,6 +32,7 @@ def refine(
     labels: common.Labels = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    devices: common.Devices = None,
     trust: common.Trust = None,
     batch: Batch = None,
     backend: Backend = None,
@@ -62,8 +63,8 @@ def refine(
         options["synthesis"] = "generative"
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = _config(asked, other, out, resume)
-    with common.resumable("refine", out):
-        result = _run(asked, config, out, resume, evaluate)
+    with common.resumable("refine", out, devices):
+        result = common.divided(lambda: _run(asked, config, out, resume, evaluate), devices)
     if as_json:
         common.print_json(result)
     else:

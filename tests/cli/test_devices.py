@@ -107,6 +107,23 @@ def test_two_ranks_make_what_one_makes(one_rank, tiny, tmp_path):
     same(one_rank, tmp_path / "two")
 
 
+def test_two_ranks_refine_what_one_refines(tadperf, tiny, tmp_path):
+    from .test_refine import REFINE
+
+    job = ["refine", "digits", *(option for option in tiny if option != "--repeats=2"), *REFINE, "--batch=4", "--quiet"]
+    alone = tadperf(*job, "--out", "one")
+    assert alone.code == 0, alone.err
+    process = start(tmp_path, [sys.executable, "-m", "tadperf", *job, "--devices=2", "--out=two", "--json"])
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    files = [tmp_path / name / "distilled.safetensors" for name in ("one", "two")]
+    assert torch.equal(*(load_file(file)["images"] for file in files))
+    assert (
+        json.loads(out)["refine"]["rounds"]
+        == json.loads((tmp_path / "one" / "result.json").read_text())["refine"]["rounds"]
+    )
+
+
 def test_a_killed_rank_ends_all_and_the_run_goes_on(one_rank, tiny, tmp_path):
     process = start(tmp_path, command(tiny, "--devices=2", "--out=my run"))
     wait_for((tmp_path / "my run" / "trust" / "round-1.safetensors").exists, process)
