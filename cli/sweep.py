@@ -21,6 +21,7 @@ Out = Annotated[
     common.Folder, typer.Option("--out", metavar="DIR", help="Holds the runs; by default runs/<data>-sweep-....")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in the folder: what is finished there is only read.")]
+GENERATIVE = ("refine", "detector", "diffusion")  # sections that matching has no use for
 
 
 def sweep(
@@ -31,6 +32,7 @@ def sweep(
     trust: common.Trust = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    synthesis: common.Synthesis = None,
     image_size: common.ImageSize = None,
     format: common.Format = None,
     preset: common.Preset = None,
@@ -44,13 +46,13 @@ def sweep(
 ) -> None:
     """Distil with every combination of the values named, each as `tadperf distill` would; compare what comes out."""
     options = common.fields(
-        data=data, noise=noise, labels=labels, trust=trust, seed=seed, device=device, image_size=image_size,
-        format=format,
+        data=data, noise=noise, labels=labels, trust=trust, seed=seed, device=device, synthesis=synthesis,
+        image_size=image_size, format=format,
     )  # fmt: skip
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
-    cells, out, presets = _asked(axes or [], asked, out, resume)
+    cells, out, notes = _asked(axes or [], asked, out, resume)
     with common.resumable("sweep", out):
-        result = _run(cells, out, presets, quiet)
+        result = _run(cells, out, notes, quiet)
     if as_json:
         common.print_json(result)
     else:
@@ -60,8 +62,11 @@ def sweep(
 
 
 def _asked(axes: list[str], asked: common.Asked, out: Path | None, resume: bool) -> tuple[list[Cell], Path, list[str]]:
-    """The cells, their folder and their presets; cells of the folder where a sweep goes on and no field is named."""
+    """The cells, their folder and what to say of them; those of the folder where a sweep goes on without a field."""
+    from dataclasses import replace
+
     from tadperf import runs
+    from tadperf.errors import UserError
     from tadperf.sweep import cells, parse, stored
 
     if resume and out and not axes:
@@ -70,13 +75,29 @@ def _asked(axes: list[str], asked: common.Asked, out: Path | None, resume: bool)
     _refuse_twice(fields, asked)
     presets: list[str] = []
     made = cells(fields, lambda sets: _config(asked, sets, presets))
+    notes = [f"preset {', '.join(dict.fromkeys(presets))} (--preset chooses one for all)"] if presets else []
+    if generative := _without_effect(fields, made):
+        if "synthesis" in asked.options:
+            raise UserError(
+                "--synthesis", "matching", f"{generative} would change nothing; generative and hybrid use it"
+            )
+        asked = replace(asked, options=asked.options | {"synthesis": "generative"})
+        made = cells(fields, lambda sets: _config(asked, sets, presets))
+        notes.append(f"images are generated, since {generative} acts on nothing else (--synthesis hybrid matches, too)")
     name = "-".join(field.rpartition(".")[2] for field in fields)
     out = out or Path("runs") / f"{common.data_name(made[0].config.data.path)}-sweep-{name}"
     if resume:
         stored(out)
     else:
         runs.check(out, resume)
-    return made, out, presets
+    return made, out, notes
+
+
+def _without_effect(fields: dict[str, list[str]], made: list[Cell]) -> str | None:
+    """A field that is swept and that no cell would use."""
+    unused = [field for field in fields if field.partition(".")[0] in GENERATIVE]
+    matched = all(cell.config.synthesis == "matching" for cell in made)
+    return unused[0] if matched and unused else None
 
 
 def _refuse_twice(fields: dict[str, list[str]], asked: common.Asked) -> None:
@@ -102,13 +123,13 @@ def _config(asked: common.Asked, sets: list[str], presets: list[str]) -> Any:
     return common.merged(asked)
 
 
-def _run(cells: list[Cell], out: Path, presets: list[str], quiet: bool) -> dict[str, Any]:
+def _run(cells: list[Cell], out: Path, notes: list[str], quiet: bool) -> dict[str, Any]:
     from tadperf.sweep import check, sweep
 
     from .progress import display
 
     check(cells, out)
-    if presets and not quiet:
-        common.note(f"preset {', '.join(dict.fromkeys(presets))} (--preset chooses one for all)")
+    for note in notes * (not quiet):
+        common.note(note)
     with display(quiet) as progress:
         return sweep(cells, out, progress)

@@ -40,6 +40,7 @@ FROZEN = {  # a change here is a change for every user: names are added, not ren
     ],
     "refine": [
         *("RUN|DATA" if name == "DATA" else name for name in COMMON),
+        "--devices",
         "--ipc",
         "--batch",
         "--backend",
@@ -48,7 +49,7 @@ FROZEN = {  # a change here is a change for every user: names are added, not ren
         "--resume",
         *OUTPUT,
     ],
-    "sweep": ["FIELD=LIST", "--data", *COMMON[1:], "--out", "--resume", *OUTPUT],
+    "sweep": ["FIELD=LIST", "--data", *COMMON[1:], "--synthesis", "--out", "--resume", *OUTPUT],
     "experts": [*COMMON, "--devices", "--method", "--out", "--resume", *OUTPUT],
     "audit": [name for name in COMMON if name != "--trust"] + ["--devices", "--out", *OUTPUT],
     "evaluate": ["FILE", "DATA", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
@@ -143,6 +144,10 @@ def test_no_arguments_and_version(tadperf):
         ("sweep match.ipc=1,,2", "match.ipc: 1,,2: must be a list of values without a gap"),
         ("sweep match.setps=3,4", "match.setps: 3: unknown key; did you mean match.steps?"),
         ("sweep match=3", "match: 3: is a section; set one of its keys, such as match.method"),
+        (
+            "sweep refine.beta=0,1 --synthesis matching",
+            "--synthesis: matching: refine.beta would change nothing; generative and hybrid use it",
+        ),
         ("sweep match.ipc=1 match.ipc=2", "match.ipc: 2: is named twice"),
         ("sweep match.lr_img=1,1.0", "match.lr_img: 1.0: comes twice; name every value once"),
         ("sweep match.ipc=1,zero", "match.ipc: zero: must be a valid integer"),

@@ -58,6 +58,19 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
     check(tadperf("refine", "first", "--quiet", "--out", "other"), "--ipc: 1: class '3' has only 0 samples")
 
 
+def test_a_sweep_of_refinement_generates(tadperf, options, tmp_path):
+    own = [option for option in options if option != "--ipc=1"]
+    code, out, err = tadperf("sweep", "refine.beta=0,.9", *own, "--set=match.ipc=1", "--out", "swept", "--json")
+    assert code == 0, err
+    assert "images are generated, since refine.beta acts on nothing else" in err
+    rows = json.loads(out)["rows"]
+    assert [row["refine.beta"] for row in rows] == [0, 0.9]
+    for row in rows:
+        told = json.loads((tmp_path / "swept" / row["folder"] / "result.json").read_text())
+        assert (told["synthesis"], told["refine"]["beta"]) == ("generative", row["refine.beta"])
+    assert sum(line.split(": ")[-1].startswith("diffusion 0/") for line in err.splitlines()) <= 1  # trained once
+
+
 def check(outcome, words: str) -> None:
     """Exit code 2 and one line."""
     assert outcome.code == 2, outcome.err
