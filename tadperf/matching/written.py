@@ -94,7 +94,7 @@ def products(
     for block in form.blocks:
         made, kept = _forward(both, p, moved, block, form)
         maps.append((both, *kept))
-        both = torch.cat(made)
+        both = torch.cat([made.value, made.dot])  # a Dual as a list would keep the graph out of the compiler's cache
     grad, grads, h, of_labels = _classifier(both, p, moved, y, form)
     of_x = x
     for block, (both, a, moments) in zip(reversed(form.blocks), reversed(maps), strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tadperf import nets
 from tadperf.config import MatchConfig, NetConfig
@@ -75,9 +76,13 @@ def test_compiled_is_the_unrolled_gradient_in_float64(problem, norm):
     """Written out, and by nested torch.func.grad: the meta-gradient of three steps against the eager unroll."""
     config = NetConfig(depth=1, width=3, norm=norm)  # pyright: ignore[reportCallIssue]
     p = problem(soft=True, steps=3, size=6, count=4, batch=4, config=config)
+    counters.clear()
     ours, reference = adjoint(*p, way=ways.compiled(p.net)), unroll(*p)
     for name in ("loss", "images", "labels", "lr", "end"):
         assert error(getattr(ours, name), getattr(reference, name)) < 1e-10, name
+    if norm == "instance":  # both regions, so that a second process starts warm
+        assert counters["aot_autograd"]["total"] == 2
+        assert not counters["aot_autograd"]["autograd_cache_bypass"]
 
 
 def test_the_adjoint_in_float32_is_the_unroll_to_1e_5(problem):
