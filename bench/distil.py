@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf import accelerate, nets
+from tadperf import device as devices
 from tadperf.bench import engine, stages  # pyright: ignore[reportMissingImports]
 from tadperf.bench.engine import Row  # pyright: ignore[reportMissingImports]
 from tadperf.config import MatchConfig, NetConfig
@@ -160,7 +161,10 @@ def _truth(case: Case, device: torch.device) -> Tensor:
     """The images' gradient by unroll, or by autograd's adjoint where a graph of T steps would not fit."""
     dtype = torch.float64 if case.steps <= DOUBLED else torch.float32
     p = problem(case, device, dtype)
-    return gradient.unroll(*p).images if case.steps <= DOUBLED else adjoint(p, ways.autograd(p.net))
+    devices.resolve(str(device), tf32=False)
+    found = gradient.unroll(*p).images if case.steps <= DOUBLED else adjoint(p, ways.autograd(p.net))
+    devices.resolve(str(device))
+    return found
 
 
 def measure(size: str, device: torch.device, repeats: int) -> list[Row]:

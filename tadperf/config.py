@@ -229,6 +229,9 @@ class Config(Section):
         description="how images are made: matching, diffusion and refinement, or matching that starts from these",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
+    tf32: bool = Field(
+        True, description="on CUDA, float32 products and convolutions by TensorFloat-32; false: by IEEE float32"
+    )
     data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
     net: NetConfig = NetConfig()  # pyright: ignore[reportCallIssue]
     trust: TrustConfig = TrustConfig()  # pyright: ignore[reportCallIssue]

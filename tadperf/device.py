@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def resolve(device: str) -> torch.device:
+def resolve(device: str, tf32: bool = True) -> torch.device:
     """The device named "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:i".
 
-    Of several ranks on a machine each has its own CUDA device. Raises UserError where that device is not there.
+    tf32: whether float32 products and convolutions on CUDA keep 10 bits of mantissa, in this process from now on.
+    PyTorch's own default is yes for convolutions and no for products. Of several ranks on a machine each has its own
+    CUDA device. Raises UserError where that device is not there.
     """
     import torch
 
@@ -28,6 +30,7 @@ def resolve(device: str) -> torch.device:
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
         raise UserError("--device", device, f"{why}; use --device cpu or auto")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
         raise UserError("--device", device, f"there are {count} CUDA devices: use cuda:0 to cuda:{count - 1}")

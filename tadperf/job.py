@@ -78,7 +78,7 @@ def _refuse_config(config: Config) -> torch.device:
         from tadperf.refine import refuse  # here: that room builds on this module
 
         refuse(config)
-    return devices.resolve(config.device)
+    return devices.resolve(config.device, config.tf32)
 
 
 def identity(job: Job) -> dict[str, Any]:

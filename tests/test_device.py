@@ -23,3 +23,15 @@ def test_what_is_not_there_is_refused(name):
         resolve(name)
     assert caught.value.field == "--device"
     assert caught.value.value == name
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_a_choice_and_no_default(monkeypatch, tf32):
+    """The flags are there without a GPU; that there is one is all that is made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    for flag in flags:
+        monkeypatch.setattr(flag, "allow_tf32", not tf32)
+    assert resolve("cuda", tf32) == torch.device("cuda", 0)
+    assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]

@@ -30,6 +30,7 @@ inline Kind kind_of(nb::dlpack::dtype type) {
   throw nb::value_error("expected float32, bfloat16 or float16");
 }
 
+void bind_conv3x3(nb::module_ &);
 void bind_diverse_pick(nb::module_ &);
 void bind_mixture(nb::module_ &);
 void bind_norm_relu_pool(nb::module_ &);

@@ -32,6 +32,7 @@ int isa_count() { return int(isas().size()); }
 
 NB_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets that this machine runs, the best one last.");
+  bind_conv3x3(m);
   bind_diverse_pick(m);
   bind_mixture(m);
   bind_norm_relu_pool(m);

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tadperf.kernels.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, covers
 from tadperf.kernels.norm_relu_pool import norm_relu_pool_gradient, norm_relu_pool_moments
 from tadperf.kernels.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual, norm_relu_pool_dual_gradient
 from tadperf.matching.products import Products
@@ -169,14 +170,25 @@ def _last(x: Tensor) -> Tensor:
 
 def _conv(x: Tensor, kernel: Tensor, block: Block, form: Written) -> Tensor:
     """Without its bias, which an instance norm takes off again; the gradient of that bias is 0."""
+    if _winograd(x, kernel, block, form):
+        return conv3x3(x, kernel)
     return _last(F.conv2d(_typed(x, form), _last(_typed(kernel, form)), padding=block.padding).to(x.dtype))
 
 
+def _winograd(x: Tensor, kernel: Tensor, block: Block, form: Written) -> bool:
+    wanted = block.padding == (1, 1) and form.dtype == torch.float32
+    return wanted and covers(x, kernel.shape[1], kernel.shape[0])
+
+
 def _of_input(grad: Tensor, like: Tensor, kernel: Tensor, block: Block, form: Written) -> Tensor:
+    if _winograd(grad, kernel, block, form):
+        return conv3x3_input(grad, kernel)
     return _convolution_backward(grad, like[: len(grad)], kernel, block, form, 0)
 
 
 def _of_kernel(grad: Tensor, x: Tensor, kernel: Tensor, block: Block, form: Written) -> Tensor:
+    if _winograd(grad, kernel, block, form):
+        return conv3x3_kernel(grad, x)
     return _convolution_backward(grad, x, kernel, block, form, 1)
 
 

@@ -15,8 +15,22 @@ from tadperf.job import Job
 from tadperf.runs import Run
 from tadperf.trust import TrustState
 
-FREE = ("refine", "detector", "diffusion", "evaluate", "device")  # of the config: may differ from the other run's
-UPSTREAM = ("data", "net", "trust", "seed", "device")  # of the config: what trust, detector and diffusion depend on
+FREE = (
+    "refine",
+    "detector",
+    "diffusion",
+    "evaluate",
+    "device",
+    "tf32",
+)  # of the config: may differ from the other run's
+UPSTREAM = (
+    "data",
+    "net",
+    "trust",
+    "seed",
+    "device",
+    "tf32",
+)  # of the config: what trust, detector and diffusion depend on
 
 
 def config_of(folder: Path) -> Config:

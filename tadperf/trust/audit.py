@@ -33,7 +33,7 @@ def audit(dataset: Dataset, config: Config | None = None, progress: Progress = s
         from tadperf.merge import merge
 
         config = merge(options={"data.path": dataset.source.get("path", dataset.name)})
-    where = devices.resolve(config.device)
+    where = devices.resolve(config.device, config.tf32)
     images = prepare(fit(dataset.images, config.data.normalise), dataset.images, where)
     trust = config.trust.model_copy(update={"mode": "on"})
     return dual_loop(

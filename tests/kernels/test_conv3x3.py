@@ -1,0 +1,118 @@
+"""Winograd's convolution and its gradients, against PyTorch's own in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tadperf.kernels import conv3x3 as room
+from tadperf.kernels import native
+from tadperf.kernels.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, covers
+
+compiled = pytest.mark.skipif(not native.available(), reason="the compiled part is not built")
+SHAPES = [  # images, channels in and out, height, width
+    (2, 32, 48, 5, 7), (3, 64, 32, 8, 8), (1, 32, 32, 1, 1), (7, 128, 128, 16, 16), (2, 32, 32, 2, 3),
+    (70, 48, 32, 3, 2), (1, 256, 32, 4, 4),
+]  # fmt: skip
+
+
+def case(shape: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """x, kernel and grad in float64, and y with both gradients."""
+    images, channels, out, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (images, channels, height, width), (out, channels, 3, 3), (images, out, height, width)
+    x, kernel, grad = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    x.requires_grad_(), kernel.requires_grad_()
+    y = torch.conv2d(x, kernel, padding=1)
+    return [x.detach(), kernel.detach(), grad], [y.detach(), *torch.autograd.grad(y, [x, kernel], grad)]
+
+
+def last(x: Tensor) -> Tensor:
+    return x.float().contiguous(memory_format=torch.channels_last)
+
+
+def close(found: Tensor, truth: Tensor) -> None:
+    assert found.shape == truth.shape
+    assert float((found.double() - truth).abs().max()) <= 3e-6 * float(truth.abs().max())
+
+
+def check(inputs: list[Tensor], truth: list[Tensor]) -> None:
+    x, kernel, grad = inputs
+    for found, wanted in zip(
+        (conv3x3(x, kernel), conv3x3_input(grad, kernel), conv3x3_kernel(grad, x)), truth, strict=True
+    ):
+        close(found, wanted)
+
+
+@compiled
+@pytest.mark.parametrize("isa", range(len(native.module().isas()) if native.available() else 0))  # pyright: ignore
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_instruction_set_against_float64(shape, isa, monkeypatch):
+    monkeypatch.setattr(native, "isa_index", lambda: isa)
+    inputs, truth = case(shape)
+    assert covers(last(inputs[0]), shape[1], shape[2])
+    check([last(part) for part in inputs], truth)
+    check([part.float() for part in inputs], truth)  # contiguous maps are laid out first
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 5, 5), (2, 40, 32, 4, 4), (1, 512, 32, 2, 2), (2, 16, 16, 4, 4)])
+def test_what_is_not_covered_is_pytorchs(shape):
+    inputs, truth = case(shape)
+    assert not covers(last(inputs[0]), shape[1], shape[2])
+    check([last(part) for part in inputs], truth)
+    x, kernel, grad = inputs
+    assert torch.equal(conv3x3(x, kernel), truth[0])  # float64
+    assert torch.equal(conv3x3_kernel(grad, x), truth[2])
+
+
+@compiled
+@given(st.integers(1, 9), st.sampled_from([32, 48]), st.sampled_from([32, 64]), st.integers(1, 9), st.integers(1, 9))
+def test_any_shape(images, channels, out, height, width):
+    inputs, truth = case((images, channels, out, height, width), seed=height * 10 + width)
+    check([last(part) for part in inputs], truth)
+
+
+@compiled
+def test_threads_change_no_bit():
+    inputs = [last(part) for part in case((40, 32, 32, 8, 8))[0]]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            x, kernel, grad = inputs
+            found.append([conv3x3(x, kernel), conv3x3_input(grad, kernel), conv3x3_kernel(grad, x)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@compiled
+def test_autograd_once_and_no_further():
+    (x, kernel, grad), truth = case((2, 32, 32, 4, 6))
+    x, kernel = last(x).requires_grad_(), last(kernel).requires_grad_()
+    y = conv3x3(x, kernel)
+    for found, wanted in zip((y, *torch.autograd.grad(y, [x, kernel], last(grad))), truth, strict=True):
+        close(found.detach(), wanted)
+    (only,) = torch.autograd.grad(conv3x3(x.detach(), kernel).sum(), kernel)
+    assert only.shape == kernel.shape
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(conv3x3(x, kernel).sum(), kernel, create_graph=True)
+
+
+@compiled
+def test_hard_values():
+    x, kernel = last(torch.zeros(2, 32, 6, 6)), last(torch.ones(32, 32, 3, 3))
+    assert not conv3x3(x, kernel).any()
+    x[1, 3, 2, 2] = float("nan")
+    y = conv3x3(x, kernel)
+    assert not y[0].any()
+    assert y[1, :, 1:4, 1:4].isnan().all()  # all that see the pixel
+    assert not y[1, :, 4:, :].isnan().any()  # no tile beside
+    assert conv3x3(x[:0], kernel).shape == (0, 32, 6, 6)
+    assert not conv3x3_kernel(x[:0], x[:0]).any()
+    with pytest.raises(ValueError, match="sixteens"):
+        room.native.module().conv3x3(0, 1, 1, 1, 17, 16, 0, 0, 0, 1)  # pyright: ignore
