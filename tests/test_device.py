@@ -31,7 +31,12 @@ def test_tf32_is_a_choice_and_no_default(monkeypatch, tf32):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    for flag in flags:
-        monkeypatch.setattr(flag, "allow_tf32", not tf32)
-    assert resolve("cuda", tf32) == torch.device("cuda", 0)
-    assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = not tf32
+        assert resolve("cuda", tf32) == torch.device("cuda", 0)
+        assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value

@@ -117,7 +117,7 @@ def test_running_statistics_are_refused():
      ("alexnet", "instance", 8)],
 )  # fmt: skip
 def test_the_first_order_form_is_the_network(name, norm, size, channels):
-    """Logits and gradients against the network itself in float64; no worse than its own in float32."""
+    """Logits and gradients against the network itself in float64, beside its own in float32; Winograd rounds more."""
     net = config(name, width=7, norm=norm, **({"depth": 2} if name == "convnet" else {}))
     x = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(5)
@@ -137,7 +137,7 @@ def test_the_first_order_form_is_the_network(name, norm, size, channels):
     truths = gradients(module, module, x.double())
     for value, own, truth in zip(*([v.detach() for v in values] for values in (ours, plain, truths)), strict=True):
         scale = float(truth.abs().max()) + 1e-3
-        assert float((value - truth).abs().max()) <= 2 * float((own - truth).abs().max()) + 2e-5 * scale
+        assert float((value - truth).abs().max()) <= 4 * float((own - truth).abs().max()) + 2e-5 * scale
 
 
 def test_the_first_order_form_refuses_a_second_derivative():
