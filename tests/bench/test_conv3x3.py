@@ -1,0 +1,16 @@
+"""The bench of conv3x3 runs, and what it compares is the same."""
+
+from __future__ import annotations
+
+import torch
+
+from tadperf.bench import conv3x3  # pyright: ignore[reportMissingImports]
+
+
+def test_both_compute_the_same(one_thread, capsys, monkeypatch):
+    for ours, direct in conv3x3.passes(*conv3x3.inputs(3, 32, 5)).values():
+        torch.testing.assert_close(ours(), direct(), rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(conv3x3, "SIZES", ((2, 32, 4),))
+    conv3x3.main(["--threads", "1", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[1:]] == ["y", "input", "kernel"]
