@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tadperf.kernels import native
 
-TILES = 512  # at least so many to a part of the kernel's gradient
-PARTS = 8  # at most: each holds 16 matrices
+TILES = 128  # at least so many to a part of the kernel's gradient
+PARTS = 8  # at most: each holds 16 matrices. A power of two, for the threads' sake
 LEAST, MOST = 32, 256  # channels between which it is faster than PyTorch's direct convolution (bench/results/ledger.md)
 
 
@@ -79,7 +79,8 @@ def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
     if not covers(x, channels, out) or not images:
         return _backward(grad, x, x.new_empty(out, channels, 3, 3), 1)
     x, grad = (part.contiguous(memory_format=torch.channels_last) for part in (x, grad))
-    parts = max(1, min(PARTS, images, images * -(-height // 2) * -(-width // 2) // TILES))
+    shares = min(PARTS, images, images * -(-height // 2) * -(-width // 2) // TILES)
+    parts = 1 << max(0, shares.bit_length() - 1)
     of_u = torch.empty(parts, 16, channels * out)
     module = native.module()
     assert module is not None
