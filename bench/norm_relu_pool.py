@@ -16,8 +16,8 @@ from torch import Tensor
 from tadperf.bench.engine import Bench, Provider, Size  # pyright: ignore[reportMissingImports]
 from tadperf.kernels import norm_relu_pool, norm_relu_pool_reference
 
-# A pixel within rounding of 0 passes the ReLU in one and not in another: that moves the gradient of its whole plane, of
-# one plane among the 32 768 of the first size, and that channel's of the weight: of torch.compile's 1 of 128, of ours 2.
+# A pixel within rounding of 0 passes the ReLU in one and not in another: that moves the gradient of its whole plane,
+# one among the 32 768 of the first size, and that channel's of the weight: 2 of 128 in ours, 1 in torch.compile's.
 SLACK = 0.02
 
 Layers = Callable[[Tensor, Tensor, Tensor], Tensor]
