@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def test_tf32_is_a_choice_and_no_default(monkeypatch, tf32):
     """The flags are there without a GPU; that there is one is all that is made up."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [flag.allow_tf32 for flag in flags]
     try:
         for flag in flags:

@@ -25,7 +25,8 @@ def case(shape: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], list[Tens
     generator = torch.Generator().manual_seed(seed)
     sizes = (images, channels, height, width), (out, channels, 3, 3), (images, out, height, width)
     x, kernel, grad = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
-    x.requires_grad_(), kernel.requires_grad_()
+    for leaf in (x, kernel):
+        leaf.requires_grad_()
     y = torch.conv2d(x, kernel, padding=1)
     return [x.detach(), kernel.detach(), grad], [y.detach(), *torch.autograd.grad(y, [x, kernel], grad)]
 
