@@ -15,22 +15,9 @@ from tadperf.job import Job
 from tadperf.runs import Run
 from tadperf.trust import TrustState
 
-FREE = (
-    "refine",
-    "detector",
-    "diffusion",
-    "evaluate",
-    "device",
-    "tf32",
-)  # of the config: may differ from the other run's
-UPSTREAM = (
-    "data",
-    "net",
-    "trust",
-    "seed",
-    "device",
-    "tf32",
-)  # of the config: what trust, detector and diffusion depend on
+# Of the config: what may differ from the other run's; what trust, detector and diffusion model depend on.
+FREE = ("refine", "detector", "diffusion", "evaluate", "device", "tf32")
+UPSTREAM = ("data", "net", "trust", "seed", "device", "tf32")
 
 
 def config_of(folder: Path) -> Config:
