@@ -143,9 +143,16 @@ def main(phase: str, device: str, folder: Path, limit: float, data: str, labels:
     return 0 if complete else 3
 
 
-if __name__ == "__main__":
+def rows_of(stage: str, case: str, device: str) -> list[Row]:
+    """What a stage's bench measures of one case, five turns, with the ratios that the bars are about."""
     import torch
 
-    chosen = stages.load(sys.argv[1])
-    assert chosen is not None
-    print(json.dumps(chosen.measure(sys.argv[2], torch.device(sys.argv[3]), 5)))
+    bench = stages.load(stage)
+    assert bench is not None
+    rows = bench.measure(case, torch.device(device), 5)
+    stages.ratios(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(rows_of(*sys.argv[1:])))

@@ -1,4 +1,4 @@
-"""The benches of experts and of students: their plain loop trains what tadperf trains."""
+"""The benches of experts and of students: their plain loop trains what tadperf trains; and what a GPU is to reach."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from tadperf import evaluate as tested
 from tadperf import nets, training
-from tadperf.bench import evaluate, experts, plain, stages  # pyright: ignore[reportMissingImports]
+from tadperf.bench import distil, evaluate, experts, gpu_stages, plain, stages  # pyright: ignore[reportMissingImports]
 from tadperf.config import NetConfig
 from tadperf.training import Recipe
 
@@ -56,3 +56,14 @@ def test_rows_of_students():
     rows = evaluate.measure("tiny", CPU, 1)
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
+
+
+def test_what_a_gpu_is_judged_by(monkeypatch):
+    monkeypatch.setitem(distil.SIZES, "tiny", distil.Case(SHAPE, 7, 2, NET, ("tadperf", "published")))
+    rows = gpu_stages.judged("matching", gpu_stages.rows_of("distil", "tiny", "cpu"))
+    assert [row["provider"] for row in rows] == ["tadperf", "published"]
+    assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
+    assert rows[0]["missed"][-1] == "memory_share None, bar 0.2"  # no process was started to see it
+    assert "missed" not in rows[1]
+    (ours, _) = gpu_stages.judged("experts", gpu_stages.rows_of("experts", "tiny", "cpu"))
+    assert ours["missed"] == [f"samples_s {round(ours['samples_s'], 3)}, bar 350000.0"]
