@@ -24,9 +24,9 @@ from tadperf.nets import FlatNet
 
 __all__ = ["Products", "Way", "autograd", "choose", "compiled", "eager", "step_gradient", "student_loss"]
 
-# What "auto" reckons with on a CPU, for networks that are not written out: seconds to compile both regions, the share of
-# an eager step's time that they save, operations a second of eager convolutions there and back. On two Zen 4 cores the
-# ConvNet with group norm took 56 s, saved 2 % and ran at 1.0e11; VGG-11 98 s, lost 11 % and ran at 1.25e11.
+# What "auto" reckons with on a CPU, for networks that are not written out: seconds to compile both regions, the share
+# of an eager step's time that they save, operations a second of eager convolutions there and back. On two Zen 4 cores
+# the ConvNet with group norm took 56 s, saved 2 % and ran at 1.0e11; VGG-11 98 s, lost 11 % and ran at 1.25e11.
 COMPILE_SECONDS = 75.0
 SAVED = 0.02
 RATE = 1e11
