@@ -232,6 +232,7 @@ def mixture_kernel(
     monotone,
     BLOCK: tl.constexpr,
 ):
+    """One program a group: EM to convergence; posteriors by sample, the two components sorted by mean."""
     group = tl.program_id(0).to(tl.int64)
     begin = tl.load(begins + group)
     end = tl.load(begins + group + 1)

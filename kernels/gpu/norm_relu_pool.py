@@ -66,6 +66,7 @@ def forward_kernel(
     x, weight, bias, y, moments, count, channels, height, width, eps,
     PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOW: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """y, and mean and rstd of PLANES planes a program; LAST: channels_last maps."""
     size = height * width
     plane, inside, channel = planes_of(count, channels, PLANES)
     step = channels if LAST else 1
@@ -107,6 +108,7 @@ def backward_kernel(
     grad_y, x, weight, bias, moments, grad_x, shares, count, channels, height, width,
     PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOW: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """Of x, and each plane's share of the gradients of weight and bias, of PLANES planes a program."""
     size = height * width
     plane, inside, channel = planes_of(count, channels, PLANES)
     step = channels if LAST else 1

@@ -89,6 +89,7 @@ def per_sample_kernel(
     logits, labels, loss, confidence, prediction, margin, entropy, rows, classes, stride, class_stride, label_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """All five results of ROWS rows a program, in one read of their logits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     mask = row < rows
@@ -117,6 +118,7 @@ def loss_gradient_kernel(
     logits, labels, top, confidence, scale, out, rows, columns, first, classes, stride, class_stride, label_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """(softmax - one-hot) times scale, a block of ROWS x BLOCK a program; 0 for ignored labels, NaN for wrong ones."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = row < rows

@@ -74,6 +74,7 @@ def linear_kernel(
     f_stride, w_stride, label_stride, per_split,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """What one split of the classes says of ROWS rows: six running values each, into state."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     stop = tl.minimum(classes, (split + 1) * per_split)
@@ -106,6 +107,7 @@ def join_kernel(
     state, labels, loss, confidence, prediction, margin, entropy, tops, rows, classes, label_stride, splits,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
+    """The five results of ROWS rows a program, from the states of all splits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     split = tl.arange(0, SPLITS)[None, :].to(tl.int64)
     mask = row < rows
