@@ -41,14 +41,21 @@ def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     """x [N, C, H, W] convolved with kernel [K, C, 3, 3], padded by one: [N, K, H, W] in channels_last (tadperf).
 
     float32 on a CPU, with 32 to 256 channels in sixteens, runs compiled code, with the same bits for any number of
-    threads, and is once differentiable; the rest is torch.conv2d. Raises RuntimeError where a second derivative of
-    compiled code is asked for.
+    threads, and is once differentiable; the rest is torch.conv2d. Raises ValueError for shapes or types that do not
+    fit, RuntimeError where a second derivative of compiled code is asked for.
     """
+    _check(x, kernel, kernel.shape[1:2])
     if not covers(x, kernel.shape[1], kernel.shape[0]):
         return torch.conv2d(x, kernel, padding=1)
     if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
         return _Conv3x3.apply(x, kernel)  # pyright: ignore[reportReturnType]
     return _product(x, _transformed(kernel, turned=False), len(kernel))
+
+
+def _check(maps: Tensor, kernel: Tensor, channels: torch.Size) -> None:
+    fits = kernel.shape[2:] == (3, 3) and maps.ndim == 4 and maps.shape[1:2] == channels
+    if not fits or kernel.dtype != maps.dtype:
+        raise ValueError(f"kernel: {kernel.dtype} {list(kernel.shape)}: does not fit {maps.dtype} {list(maps.shape)}")
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -67,14 +74,20 @@ class _Conv3x3(torch.autograd.Function):
 
 
 def conv3x3_input(grad: Tensor, kernel: Tensor) -> Tensor:
-    """The gradient of x, from that of y [N, K, H, W]."""
+    """The gradient of x, from that of y [N, K, H, W]. Raises ValueError for shapes or types that do not fit."""
+    _check(grad, kernel, kernel.shape[:1])
     if not covers(grad, kernel.shape[1], kernel.shape[0]):
         return _backward(grad, grad[:, :1].expand(-1, kernel.shape[1], -1, -1), kernel, 0)
     return _product(grad, _transformed(kernel, turned=True), kernel.shape[1])
 
 
 def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the kernel [K, C, 3, 3], from that of y [N, K, H, W]; the same bits for any number of threads."""
+    """The gradient of the kernel [K, C, 3, 3], from that of y [N, K, H, W]; the same bits for any number of threads.
+
+    Raises ValueError for shapes or types that do not fit.
+    """
+    if x.ndim != 4 or grad.ndim != 4 or (len(x), *x.shape[2:]) != (len(grad), *grad.shape[2:]) or grad.dtype != x.dtype:
+        raise ValueError(f"grad: {grad.dtype} {list(grad.shape)}: does not fit x, {x.dtype} {list(x.shape)}")
     (images, channels, height, width), out = x.shape, grad.shape[1]
     if not covers(x, channels, out) or not images:
         return _backward(grad, x, x.new_empty(out, channels, 3, 3), 1)

@@ -117,3 +117,15 @@ def test_hard_values():
     assert not conv3x3_kernel(x[:0], x[:0]).any()
     with pytest.raises(ValueError, match="sixteens"):
         room.native.module().conv3x3(0, 1, 1, 1, 17, 16, 0, 0, 0, 1)  # pyright: ignore
+
+
+def test_what_does_not_fit_is_refused():
+    x, kernel, grad = torch.zeros(2, 32, 4, 4), torch.zeros(48, 32, 3, 3), torch.zeros(2, 48, 4, 4)
+    for other in (kernel[:, :16], kernel[..., :2], kernel.double(), kernel[0]):
+        with pytest.raises(ValueError, match="kernel: "):
+            conv3x3(x, other)
+    with pytest.raises(ValueError, match="kernel: "):
+        conv3x3_input(grad[:, :32], kernel)
+    for other in (grad[:1], grad[:, :, :2], grad.double(), grad[0]):
+        with pytest.raises(ValueError, match="grad: "):
+            conv3x3_kernel(other, x)
