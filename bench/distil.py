@@ -139,7 +139,7 @@ def call(provider: str, p: Problem) -> Callable[[], Tensor]:
         return partial(published, p)
     if provider == "tadperf" and p.images.is_cuda:
         sweep = replay.Sweep(p.net, ways.compiled(p.net))
-        return lambda: sweep(*p[1:]).images.clone()
+        return lambda: sweep(*p[1:]).images
     made = {
         "autograd": ways.autograd,
         "tadperf": ways.eager,
@@ -161,9 +161,9 @@ def _truth(case: Case, device: torch.device) -> Tensor:
     """The images' gradient by unroll, or by autograd's adjoint where a graph of T steps would not fit."""
     dtype = torch.float64 if case.steps <= DOUBLED else torch.float32
     p = problem(case, device, dtype)
-    devices.resolve(str(device), tf32=False)
+    devices.set_tf32(False)
     found = gradient.unroll(*p).images if case.steps <= DOUBLED else adjoint(p, ways.autograd(p.net))
-    devices.resolve(str(device))
+    devices.set_tf32(True)  # as a run has it by default
     return found
 
 

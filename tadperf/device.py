@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def resolve(device: str, tf32: bool = True) -> torch.device:
+def resolve(device: str) -> torch.device:
     """The device named "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:i".
 
-    tf32: whether float32 products and convolutions on CUDA keep 10 bits of mantissa, in this process from now on.
-    PyTorch's own default is yes for convolutions and no for products. Of several ranks on a machine each has its own
-    CUDA device. Raises UserError where that device is not there.
+    Of several ranks on a machine each has its own CUDA device. Raises UserError where that device is not there.
     """
     import torch
 
@@ -30,7 +28,6 @@ def resolve(device: str, tf32: bool = True) -> torch.device:
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
         raise UserError("--device", device, f"{why}; use --device cpu or auto")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
         raise UserError("--device", device, f"there are {count} CUDA devices: use cuda:0 to cuda:{count - 1}")
@@ -42,6 +39,16 @@ def resolve(device: str, tf32: bool = True) -> torch.device:
         raise UserError("--devices", ranks.local_world(), f"there are {count} CUDA devices; take at most so many")
     torch.cuda.set_device(ranks.local_rank())
     return torch.device("cuda", ranks.local_rank())
+
+
+def set_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on CUDA keep 10 bits of mantissa, in this process from now on.
+
+    A run says so, once: PyTorch's own default is yes for convolutions and no for products.
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def describe(device: torch.device) -> str:

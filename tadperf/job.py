@@ -78,7 +78,8 @@ def _refuse_config(config: Config) -> torch.device:
         from tadperf.refine import refuse  # here: that room builds on this module
 
         refuse(config)
-    return devices.resolve(config.device, config.tf32)
+    devices.set_tf32(config.tf32)
+    return devices.resolve(config.device)
 
 
 def identity(job: Job) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 
 from tadperf.device import describe, resolve
 from tadperf.errors import UserError
+from tadperf.job import prepare
+from tadperf.merge import merge
 
 COUNT = torch.cuda.device_count()
 
@@ -28,7 +30,7 @@ def test_what_is_not_there_is_refused(name):
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_a_choice_and_no_default(monkeypatch, tf32):
+def test_tf32_is_what_the_config_says_whatever_asks_for_the_device(monkeypatch, tf32):
     """The flags are there without a GPU; that there is one is all that is made up."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -37,7 +39,9 @@ def test_tf32_is_a_choice_and_no_default(monkeypatch, tf32):
     try:
         for flag in flags:
             flag.allow_tf32 = not tf32
-        assert resolve("cuda", tf32) == torch.device("cuda", 0)
+        job = prepare(merge("digits", None, [f"tf32={str(tf32).lower()}"], {"device": "cuda"}))
+        assert job.device == torch.device("cuda", 0)
+        assert resolve("cuda") == job.device  # as a run's environment and every evaluation ask
         assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]
     finally:
         for flag, value in zip(flags, before, strict=True):

@@ -143,23 +143,12 @@ def mean_gradient(
     A rank without a trajectory, where there are fewer of them than ranks, adds zeros. `end` is that of an own one.
     """
     own = range(ranks.rank(), config.trajectories, ranks.world())
-    parts = [_own(matching_gradient(state, compute, experts, config, strategy, seed, k), len(own)) for k in own]
-    parts = parts or [_nothing(state)]
+    parts = [matching_gradient(state, compute, experts, config, strategy, seed, k) for k in own] or [_nothing(state)]
     if config.trajectories == ranks.world() == 1:
         return parts[0]
     names = [name for name in ("loss", "images", "labels", "lr") if getattr(parts[0], name) is not None]
     sums = [reduce(torch.add, [getattr(part, name) for part in parts]) for name in names]
     return parts[0]._replace(**dict(zip(names, ranks.mean(sums, config.trajectories), strict=True)))
-
-
-def _own(gradient: Gradient, count: int) -> Gradient:
-    """The gradient in memory of its own, where others are computed before it is used (`replay.Sweep`)."""
-    if count == 1:
-        return gradient
-    labels = None if gradient.labels is None else gradient.labels.clone()
-    return gradient._replace(
-        loss=gradient.loss.clone(), images=gradient.images.clone(), labels=labels, lr=gradient.lr.clone()
-    )
 
 
 def _nothing(state: State) -> Gradient:

@@ -18,8 +18,8 @@ from tadperf.nets import FlatNet
 class Sweep:
     """`gradient.adjoint` of one iteration after another, each launched at once instead of kernel by kernel (tadperf).
 
-    Called as `adjoint` is, after `net`. What it returns is overwritten by the next call. One graph for each pattern of
-    batch sizes; its memory is one sweep's. Where nothing can be recorded, that costs a warning (`Replayed`). CUDA only.
+    Called as `adjoint` is, after `net`. One graph for each pattern of batch sizes; its memory is one sweep's. Where
+    nothing can be recorded, that costs a warning (`Replayed`). CUDA only.
     """
 
     def __init__(self, net: FlatNet, way: Way, exact: bool = True) -> None:
@@ -35,7 +35,11 @@ class Sweep:
             scalars = torch.empty_like(lr), torch.empty_like(lr)
             self.found = Gradient(scalars[0], torch.empty_like(images), of_labels, scalars[1], torch.empty_like(start))
         self.replayed(start, target, images, labels, lr, *joined(steps, images.device))
-        return self.found
+        loss, images, of_labels, of_lr, end = self.found
+        of_labels = (
+            None if of_labels is None else of_labels.clone()
+        )  # a copy: the next call writes into the same memory
+        return Gradient(loss.clone(), images.clone(), of_labels, of_lr.clone(), end.clone())
 
     def into(
         self, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, index: Tensor,

@@ -33,7 +33,8 @@ def audit(dataset: Dataset, config: Config | None = None, progress: Progress = s
         from tadperf.merge import merge
 
         config = merge(options={"data.path": dataset.source.get("path", dataset.name)})
-    where = devices.resolve(config.device, config.tf32)
+    devices.set_tf32(config.tf32)
+    where = devices.resolve(config.device)
     images = prepare(fit(dataset.images, config.data.normalise), dataset.images, where)
     trust = config.trust.model_copy(update={"mode": "on"})
     return dual_loop(

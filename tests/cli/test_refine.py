@@ -68,7 +68,8 @@ def test_a_sweep_of_refinement_generates(tadperf, options, tmp_path):
     for row in rows:
         told = json.loads((tmp_path / "swept" / row["folder"] / "result.json").read_text())
         assert (told["synthesis"], told["refine"]["beta"]) == ("generative", row["refine.beta"])
-    assert sum(line.split(": ")[-1].startswith("diffusion 0/") for line in err.splitlines()) <= 1  # trained once
+    metrics = [(tmp_path / "swept" / row["folder"] / "metrics.jsonl").read_text() for row in rows]
+    assert [text.count('"stage": "diffusion"') for text in metrics] == [3, 0]  # trained once
 
 
 def check(outcome, words: str) -> None:
