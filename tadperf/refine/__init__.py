@@ -6,6 +6,4 @@ anomaly rule, the pool of the k most confident candidates and the choice of the 
 
 from __future__ import annotations
 
-from tadperf.refine.loop import Refined, refine, refuse
-
 __all__ = ["Refined", "refine", "refuse"]

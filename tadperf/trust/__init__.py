@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from tadperf.trust.audit import audit, find_label_issues
-from tadperf.trust.loop import Outcome, dual_loop
-from tadperf.trust.measure import growth, measure
-from tadperf.trust.partition import Partition, partition
-from tadperf.trust.state import VERDICTS, TrustState, View, as_given
-
 __all__ = [
     "VERDICTS",
     "Outcome",
