@@ -9,10 +9,29 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A room may import the rooms that stand above it in this list, and files of its own.
-ROOMS = (
-    "kernels errors seeds progress files config compute data nets trust experts artifact report run task matching refine "
-    "pipeline bench cli __main__"
-).split()
+ROOMS = [
+    "kernels",
+    "errors",
+    "seeds",
+    "progress",
+    "files",
+    "config",
+    "compute",
+    "data",
+    "nets",
+    "trust",
+    "experts",
+    "artifact",
+    "report",
+    "run",
+    "task",
+    "matching",
+    "refine",
+    "pipeline",
+    "bench",
+    "cli",
+    "__main__",
+]
 FOLDERS = {"kernels": ROOT / "kernels", "bench": ROOT / "bench", "cli": ROOT / "cli"}
 
 
