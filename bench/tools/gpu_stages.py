@@ -1,8 +1,8 @@
 """What the stages have to show on a GPU: the phases `experts`, `matching` and `job` of `gpu_check`.
 
 `python -m tadperf.bench.tools.gpu_check --phase job --out DIR [--data cifar10 --labels FILE]`.
-A call ends within its limit and leaves what it has finished in DIR; the same call again goes on from there, until it says that all is done. With
---device cpu the same steps on digits.
+A call ends within its limit and leaves what it has finished in DIR; the same call again goes on from there,
+until it says that all is done. With --device cpu the same steps on digits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """SIGKILL at random moments, then --resume: the bytes must be those of an undisturbed run.
 
 `python -m tadperf.bench.tools.kill_resume --kills 20`: a small job on the digits through the real command line.
-Every kill has a run of its own, its moment drawn from its share of the undisturbed run's duration; a last run takes all of them.
+Every kill has a run of its own, its moment drawn from its share of the undisturbed run's duration;
+a last run takes all of them.
 """
 
 from __future__ import annotations

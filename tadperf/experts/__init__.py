@@ -1,5 +1,1 @@
-"""Expert trajectories: training them, keeping them."""
-
-from __future__ import annotations
-
-__all__ = ["store", "train_expert", "train_experts"]
+"""Expert trajectories: trains them and stores them."""

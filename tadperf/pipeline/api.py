@@ -17,7 +17,8 @@ def distill(config: Config, out: Path | str, resume: bool = False, progress: Pro
     """Runs a whole job in the folder `out` and returns its distilled set; the figures are in out/result.json.
 
     `tadperf.config.merge.merge(preset, options={"match.ipc": 1})` makes a config from a preset. With
-    `resume` a run that was killed goes on, and one that is finished is only read. Raises UserError on whatever is wrong with config or data.
+    `resume` a run that was killed goes on, and one that is finished is only read. Raises UserError on whatever is
+    wrong with config or data.
     """
     if not (resume and finished_result(out, config)):
         task = prepare(config)

@@ -12,6 +12,7 @@ from tadperf.compute import ranks
 from tadperf.compute.workers import available_cores, threads_for
 from tadperf.data.pick import pick_central, pick_real
 from tadperf.experts.store import Experts
+from tadperf.experts.train import train_experts
 from tadperf.matching.loop import match_trajectories
 from tadperf.matching.starts import correctly_classified, expert_soft_labels
 from tadperf.matching.state import MatchState, initial_state
@@ -35,7 +36,7 @@ def get_experts(task: Task, seen: TrainingSamples, run: Run, progress: Progress)
         folder = shared_experts_folder(task)
     else:
         folder = run.path / "experts"
-        train.train_experts(
+        train_experts(
             folder,
             seen.images,
             seen.labels,

@@ -9,7 +9,7 @@ import torch
 
 from tadperf.pipeline.result import trust_report
 from tadperf.progress import Progress
-from tadperf.refine import start
+from tadperf.refine.start import starting_trust
 from tadperf.report.trust_growth import save_trust_growth
 from tadperf.run.folder import Run
 from tadperf.task.samples import NormalisedData, SampleSelection, normalise_data, select_samples
@@ -43,7 +43,7 @@ def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress)
     config, train = task.config, task.train
     with run.stage("trust"):
         if config.refine.start and config.synthesis != "matching":
-            state = start.trusted(Path(config.refine.start), train)
+            state = starting_trust(Path(config.refine.start), train)
             rounds = [state]
         else:
             state, rounds = dual_loop(

@@ -30,10 +30,11 @@ from tadperf.refine.detector import (
     load_detector,
     train_detector,
 )
-from tadperf.refine.models import train
 from tadperf.refine.models.base import DiffusionModel, Target, encode, generate
 from tadperf.refine.models.open import open_model
+from tadperf.refine.models.train import train_diffusion_model
 from tadperf.refine.prototypes import prototypes
+from tadperf.refine.start import borrow_models, starting_images
 from tadperf.report.gradcam import save_gradcam
 from tadperf.report.refined import save_refined
 from tadperf.run.folder import Run
@@ -83,8 +84,8 @@ def refine(
     (run.path / "checkpoints").mkdir(exist_ok=True)
     start = None
     if config.refine.start:
-        start = start.images(Path(config.refine.start), task)
-        ranks.once(partial(start.borrow, Path(config.refine.start), config, run))
+        start = starting_images(Path(config.refine.start), task)
+        ranks.once(partial(borrow_models, Path(config.refine.start), config, run))
     _, height, width = train.shape
     torch.set_num_threads(threads_for(config.diffusion.batch * config.diffusion.width * height * width))
     # A checkpoint is opened first, so that one that does not fit is refused before anything is trained.
@@ -199,7 +200,7 @@ def get_source(task: Task, data: NormalisedData, seen: TrainingSamples, run: Run
     if config.source == "train":
         folder = run.path / "diffusion"
         learn = partial(
-            train.train,
+            train_diffusion_model,
             folder,
             partial(pixels, data, seen),
             seen.labels,

@@ -40,7 +40,7 @@ def refuse_change(before: Config, now: Config) -> None:
             raise UserError(name, value, remedy)
 
 
-def trusted(folder: Path, train: Dataset) -> TrustState:
+def starting_trust(folder: Path, train: Dataset) -> TrustState:
     """The run's trusted view. Raises UserError where it has none yet, or one of other labels."""
     file = folder / "trust.safetensors"
     if not file.exists():
@@ -52,7 +52,7 @@ def trusted(folder: Path, train: Dataset) -> TrustState:
     return state
 
 
-def images(folder: Path, task: Task) -> DistilledSet | None:
+def starting_images(folder: Path, task: Task) -> DistilledSet | None:
     """The run's synthetic set; None where it was killed before it had one. Raises UserError where it does not fit."""
     file = folder / "distilled.safetensors"
     if not file.exists():
@@ -64,7 +64,7 @@ def images(folder: Path, task: Task) -> DistilledSet | None:
     return made
 
 
-def borrow(folder: Path, config: Config, run: Run) -> None:
+def borrow_models(folder: Path, config: Config, run: Run) -> None:
     """Copies the other run's detector and diffusion model into `run`, where they were trained as `config` asks."""
     other = stored_config(folder)
     assert other is not None
@@ -98,4 +98,4 @@ def inherit(folder: Path, task: Task, run: Run) -> None:
         return
     copy_folder(folder / "trust", run.path / "trust")
     if now.synthesis != "matching":
-        borrow(folder, now, run)
+        borrow_models(folder, now, run)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tadperf import seeds
 from tadperf.compute.workers import run_parallel
 from tadperf.config import NetConfig, TrustConfig
+from tadperf.data import augment as augmentation
 from tadperf.data.images import Images
 from tadperf.kernels import per_sample
 from tadperf.nets.architectures import build
@@ -123,9 +124,9 @@ def steps(
     count, every, first = len(index), len(images), images[torch.zeros(1, dtype=torch.int64)]
     size = first.shape[-1]
     order = torch.randperm(count, generator=generator)
-    drawn = augment.draw(augment, count, size, generator)
+    drawn = augmentation.draw(augment, count, size, generator)
     others = torch.randint(every, (count if config.consistency else 0,), generator=generator)
-    twice = [augment.draw(augment, len(others), size, generator) for _ in range(2)]
+    twice = [augmentation.draw(augment, len(others), size, generator) for _ in range(2)]
     start = 0
     for _, x in batches(images, index[order], drawn, config.batch, first.numel(), target.device):
         stop = start + len(x)
@@ -138,7 +139,7 @@ def steps(
         loss = -(y * module(x).log_softmax(1)).sum() / y.sum()
         if config.consistency:
             both = others[start:stop]
-            views = [augment.apply(images[both].to(target.device), v.rows(start, stop)) for v in twice]
+            views = [augmentation.apply(images[both].to(target.device), v.rows(start, stop)) for v in twice]
             with torch.no_grad():
                 first = module(views[0]).log_softmax(1)
             second = module(views[1]).log_softmax(1)

@@ -241,7 +241,7 @@ def test_epochs_are_those_drawn_and_augmented_batch_by_batch(count, monkeypatch)
     recipe = Recipe(5, 6, 0.1, 0.0, 0.0, "color_crop_cutout_flip_scale_rotate")
     made = {}
     for at_once in (1, 3000, 1 << 19):
-        monkeypatch.setattr(training, "AT_ONCE", at_once)
+        monkeypatch.setattr(training, "DRAW_CHUNK", at_once)
         passes = training.epochs(images, recipe, 3, torch.device("cpu"))
         made[at_once] = [[(index.clone(), x.clone()) for index, x in parts] for parts in passes]
     for epoch in range(5):
@@ -265,7 +265,7 @@ def test_parts_of_a_batch_are_the_batch(rho, weighted, monkeypatch):
     counts = torch.arange(20.0) if weighted else None
     recipe = Recipe(3, 8, 0.1, 0.9, 5e-4, "color_crop_flip", rho=rho)
     whole = weights(fit(fresh(), images, labels, recipe, 0, weights=counts))
-    monkeypatch.setattr(training, "IN_CACHE", 3 * 4 * 64)
+    monkeypatch.setattr(training, "CACHE_ACTIVATIONS", 3 * 4 * 64)
     assert training.cache_batch_size(fresh(), 64) == 3
     torch.testing.assert_close(weights(fit(fresh(), images, labels, recipe, 0, weights=counts)), whole)
     running = build(NetConfig.model_validate({"depth": 1, "width": 4, "norm": "batch"}), (1, 8, 8), 3, 0)

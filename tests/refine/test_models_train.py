@@ -33,7 +33,7 @@ def trained(place: Path, config: DiffusionConfig = TINY, weights=None, progress=
     with Run.create(place, Config(device="cpu"), resume) as run:  # pyright: ignore[reportCallIssue]
         (place / "checkpoints").mkdir(exist_ok=True)
         target = Target((1, 8, 8), ("rows", "columns"), CPU)
-        train.train(
+        train.train_diffusion_model(
             place / "diffusion", lambda index: images[index], labels, weights, target, config, 0, run, progress
         )  # fmt: skip
     return place / "diffusion"

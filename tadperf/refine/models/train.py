@@ -32,7 +32,7 @@ class Training(NamedTuple):
     average: Any  # diffusers' EMAModel
 
 
-def train(
+def train_diffusion_model(
     folder: Path,
     pixels: Callable[[Tensor], Tensor],
     labels: Tensor,
