@@ -35,8 +35,8 @@ def decode(
     images come from; a set larger than memory is decoded once into a mapped file, found again by them (`mapped`).
     Raises UserError on one that cannot be decoded, and on a second size where none was asked for.
     """
-    name = mapped.name_of(files, "decoded", image_size, count)
-    if (kept := mapped.kept(name)) is not None:
+    name = mapped.cache_name(files, "decoded", image_size, count)
+    if (kept := mapped.cached_images(name)) is not None:
         return kept
     arrays = _decoded(encoded, image_size)
     first, sample = next(arrays)
@@ -55,7 +55,7 @@ def decode(
 
         return 3 if colour else 1
 
-    return mapped.filled((count, 3, *size), name, fill)
+    return mapped.fill_images((count, 3, *size), name, fill)
 
 
 def _decoded(encoded: Iterator[tuple[str, bytes | Path]], image_size: int | None) -> Iterator[tuple[str, np.ndarray]]:
@@ -90,7 +90,7 @@ def resize(images: Tensor, image_size: int | None, files: Sequence[Path], progre
         return pixels.shape[1]
 
     shape = (*images.shape[:2], image_size, image_size)
-    return mapped.filled(shape, mapped.name_of(files, "resized", *images.shape, image_size), fill)
+    return mapped.fill_images(shape, mapped.cache_name(files, "resized", *images.shape, image_size), fill)
 
 
 def stacked(
@@ -100,8 +100,8 @@ def stacked(
 
     A set larger than memory goes into a mapped file, found again by `name` and `file`.
     """
-    key = mapped.name_of([file], "stacked", name)
-    if (kept := mapped.kept(key)) is not None:
+    key = mapped.cache_name([file], "stacked", name)
+    if (kept := mapped.cached_images(key)) is not None:
         return kept
     first = from_array(next(rows), name)
 
@@ -114,7 +114,7 @@ def stacked(
         assert done == count
         return pixels.shape[1]
 
-    return mapped.filled((count, *first.shape[1:]), key, fill)
+    return mapped.fill_images((count, *first.shape[1:]), key, fill)
 
 
 def from_array(array: np.ndarray | Tensor, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from tadperf.compute import ranks
 from tadperf.compute.device import resolve_device
 from tadperf.compute.workers import BackgroundTasks
 from tadperf.config import Config
-from tadperf.data.images import Chosen, normalise_images
+from tadperf.data.images import ImageSubset, normalise_images
 from tadperf.data.pick import pick_real
 from tadperf.nets.students import Examples, Student, score_students, student_scorer, summarise
 from tadperf.pipeline.package import student_recipe
@@ -57,7 +57,7 @@ def baselines(
         return Examples(seen.images[index], labels[index])
 
     def trusted() -> Examples:
-        return Examples(Chosen(data.train, samples.index), samples.labels, samples.weights)
+        return Examples(ImageSubset(data.train, samples.index), samples.labels, samples.weights)
 
     rows = [s._replace(row="initial") for s in distilled_students(initial, [config.net.name], e.repeats, task.device)]
     rows += [Student("random_real", r, config.net, real, partial(random_real, r)) for r in range(e.repeats)]
@@ -108,14 +108,14 @@ class BackgroundScoring:
 
     def collect(self) -> None:
         """Keeps the accuracies that have come so far."""
-        for position, score in self.pool.ready():
+        for position, score in self.pool.completed():
             self.scores.add(self.students[position], score)
 
     def stop(self) -> list[Student]:
         """Begins no further one; those that are being trained still."""
         self.pool.cancel()
         self.collect()
-        return [self.students[position] for position in self.pool.waited_for()]
+        return [self.students[position] for position in self.pool.pending()]
 
 
 def score_all_students(
@@ -132,7 +132,7 @@ def score_all_students(
     progress("evaluate", len(everyone) - len(missing), len(everyone))
     missing = [s for s in missing if (s.row, s.repeat) not in under_way]
     score_students(missing, data.test, data.test_labels, task.train.num_classes, task.config.seed, task.device, done)
-    for position, score in early.pool.rest():
+    for position, score in early.pool.as_completed():
         done(early.students[position], score)
     rows = dict.fromkeys(s.row for s in everyone)
     return {row: [scores.known[row][str(repeat)] for repeat in range(len(scores.known[row]))] for row in rows}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tadperf.compute import ranks
 from tadperf.config import Config
-from tadperf.config.schema import flatten_sections
+from tadperf.config.schema import config_from_json, config_to_json, flatten_sections
 from tadperf.errors import UserError
 from tadperf.files import has_write_access, to_json_value, write_bytes, write_json
 from tadperf.run.environment import describe_environment
@@ -48,17 +48,8 @@ def check_run_folder(path: Path | str, resume: bool) -> None:
 
 def stored_config(path: Path | str) -> Config | None:
     """The config that the run at `path` was started with; None where it was killed before it could write it."""
-    from pydantic import ValidationError
-
     file = Path(path) / "config.json"
-    if not file.exists():
-        return None
-    try:
-        return Config.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError("--resume", file, f"{what}; it was written by another tadperf, or by hand") from None
+    return config_from_json(file.read_bytes(), "--resume", file) if file.exists() else None
 
 
 def finished_result(path: Path | str, config: Config) -> dict[str, Any] | None:
@@ -109,7 +100,7 @@ class Run:
             for leftover in path.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             if stored is None:  # first of all, so that a run killed at once can be resumed
-                write_json(path / "config.json", config.model_dump(mode="json"))
+                write_json(path / "config.json", config_to_json(config))
             _write_environment(path / "env.json", env)
             run = cls(path, config, lock)
             ranks.barrier()

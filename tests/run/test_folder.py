@@ -62,7 +62,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_a_kill_while_writing_never_shows_half_a_file(tmp_path):
     file = tmp_path / "a"
     script = f"""
-from tadperf.runs import write_bytes
+from tadperf.files import write_bytes
 print("ready", flush=True)
 while True:
     for letter in (b"x", b"y"):
@@ -116,12 +116,12 @@ def test_a_damaged_tensor_file_is_refused(tmp_path, keep):
     file = tmp_path / "t.safetensors"
     save_tensors(file, TENSORS)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"^file: .*t.safetensors: is truncated or not a safetensors file"):
+    with pytest.raises(UserError, match=r"^file: .*t.safetensors: truncated, or not a safetensors file"):
         load_tensors(file)
 
 
 def test_absent_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_tensors(tmp_path / "none")
     with pytest.raises(UserError, match=r"^file: "):
         load_tensors(tmp_path)
@@ -183,6 +183,21 @@ def test_a_damaged_config_is_refused(tmp_path):
         Run.create(tmp_path / "run", CONFIG, resume=True)
 
 
+def test_a_run_without_a_schema_version_opens_and_a_newer_one_is_refused(tmp_path):
+    Run.create(tmp_path / "run", CONFIG).close()
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    assert values.pop("schema") == 1
+    for name in ("image_column", "label_column"):  # fields that an old run does not have
+        del values["data"][name]
+    file.write_text(json.dumps(values))
+    assert stored_config(tmp_path / "run") == CONFIG
+    Run.create(tmp_path / "run", CONFIG, resume=True).close()
+    file.write_text(json.dumps({**values, "schema": 2}))
+    with pytest.raises(UserError, match=r"^--resume: .*config.json: has schema version 2"):
+        Run.create(tmp_path / "run", CONFIG, resume=True)
+
+
 def test_a_run_killed_before_its_first_file_can_be_resumed(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
@@ -195,8 +210,8 @@ def test_a_run_killed_before_its_first_file_can_be_resumed(tmp_path):
 def test_two_processes_cannot_share_a_folder(tmp_path):
     script = f"""
 import os, sys, time
-from tadperf.merge import merge
-from tadperf.runs import Run
+from tadperf.config.merge import merge
+from tadperf.run.folder import Run
 run = Run.create({str(tmp_path / "run")!r}, merge("digits"))
 if os.fork() == 0:  # a worker that outlives its parent must not keep the folder
     print("locked", flush=True)

@@ -54,7 +54,7 @@ def read_npz(path: Path, image_size: int | None, progress: Progress = silent) ->
     def rows(key: str) -> Rows | None:
         assert file.zip is not None
         size = file.zip.getinfo(f"{key}.npy").file_size
-        return _member_rows(path, f"{key}.npy") if mapped.large((size,)) else None
+        return _member_rows(path, f"{key}.npy") if mapped.is_large((size,)) else None
 
     return _layout(get, file.files, names, path, rows, progress)
 
@@ -82,7 +82,7 @@ def read_safetensors(path: Path, image_size: int | None, progress: Progress = si
         tensor = tensors[key]  # mapped; as it is where it has our type and form
         if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] in (1, 3):
             return None
-        return (len(tensor), iter(tensor.split(CHUNK))) if mapped.large(tensor.shape) else None
+        return (len(tensor), iter(tensor.split(CHUNK))) if mapped.is_large(tensor.shape) else None
 
     return _layout(tensors.__getitem__, keys, names, path, rows, progress)
 

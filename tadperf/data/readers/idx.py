@@ -59,7 +59,7 @@ def _idx_file(path: Path, prefix: str, ndim: int) -> Path | None:
 
 def _read_idx_images(file: Path, progress: Progress) -> Tensor:
     """The images of an idx3 file; in parts where they are too large to be read as a whole."""
-    if not mapped.large((16 * file.stat().st_size,)):  # zipped images are hardly smaller than a sixteenth
+    if not mapped.is_large((16 * file.stat().st_size,)):  # zipped images are hardly smaller than a sixteenth
         return from_array(_read_idx(file, 3), str(file))
     with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
         _, count, height, width = (int(value) for value in np.frombuffer(stream.read(16), ">u4"))
