@@ -244,7 +244,7 @@ def _user_error(error: ValidationError, options: Mapping[str, Any]) -> UserError
 
 
 def _requirement(kind: str, values: Mapping[str, Any], field: FieldInfo) -> str:
-    """Says what the value of a field must be. An error without an entry in REQUIREMENTS gives the field's description."""
+    """Says what the value of a field must be, by REQUIREMENTS or else by the field's description."""
     return REQUIREMENTS.get(kind, f"must be {field.description}").format(**values)
 
 

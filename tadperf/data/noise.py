@@ -123,9 +123,9 @@ def _canonical(name: str, known: tuple[str, ...]) -> str:
 def _instance(dataset: Dataset, rate: float, generator: torch.Generator) -> Tensor:
     """Algorithm 2 of Xia et al. (2020): instance-dependent noise on the labels of `dataset`, int64 [N].
 
-    Sample i flips at rate q_i, drawn from N(rate, 0.1) truncated to [0, 1]. Its new class is drawn from softmax(x_i W_y)
-    without its own class y: x_i are its standardised pixels, W_y [D, C] is standard normal. Uses float64, so that a
-    rounding difference between machines practically never changes a draw.
+    Sample i flips at rate q_i, drawn from N(rate, 0.1) truncated to [0, 1]. Its new class is drawn from
+    softmax(x_i W_y) without its own class y: x_i are its standardised pixels, W_y [D, C] is standard normal. Uses
+    float64, so that a rounding difference between machines practically never changes a draw.
     """
     normaliser, labels = fit_normaliser(dataset.images, "meanstd"), dataset.labels
     draws = torch.rand(2, len(labels), generator=generator, dtype=torch.float64)

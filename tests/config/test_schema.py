@@ -30,11 +30,11 @@ def test_a_file_without_a_version_is_of_version_0_and_takes_defaults_for_newer_f
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema": 2}', "has schema version 2; this tadperf reads versions up to 1"),
+        ('{"schema": 2}', "has schema version 2; this tadperf reads up to 1"),
         ('{"schema": "1"}', "has schema version '1'"),
         ('{"schema": true}', "has schema version True"),
         ('{"schema": -1}', "has schema version -1"),
-        ('{"seed": -1}', "seed: Input should be greater than or equal to 0; another tadperf wrote the file"),
+        ('{"seed": -1}', "seed: Input should be greater than or equal to 0; another tadperf or an editor wrote it"),
         ('{"sed": 1}', "sed: Extra inputs are not permitted"),
         ("[]", "the file: "),
         ("{", "not valid JSON"),
