@@ -128,6 +128,21 @@ PRESETS: dict[str, Sections] = {
     "tiny-ipc10": _ftd("tiny-imagenet", 10, 20, 2, 40, 1e4, batch=500),
 }
 
+SUMMARIES = {  # preset -> one line for `tadperf config --list`
+    "digits": "the built-in digits, 10 images per class, minutes on a CPU; adds asymmetric label noise of 40 %",
+    "digits-ipc1": "the built-in digits, 1 image per class, otherwise as digits",
+    "quick": "any data on a CPU, 1 image per class: a small network, few experts, short matching",
+    **{
+        f"{name}-ipc{ipc}": f"{title}, {ipc} image{'s' * (ipc > 1)} per class, published settings; for a GPU"
+        for name, title, sizes in (
+            ("cifar10", "CIFAR-10", (1, 10, 50)),
+            ("cifar100", "CIFAR-100", (1, 10, 50)),
+            ("tiny", "Tiny ImageNet", (1, 10)),
+        )
+        for ipc in sizes
+    },
+}
+
 METHODS: dict[str, dict[str, Sections]] = {  # preset -> method -> what the method changes
     "digits": {"ftd": {"match": {"ema": 0.9}}},
     "digits-ipc1": {"ftd": {"match": {"ema": 0.9}}},
