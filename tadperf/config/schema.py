@@ -29,27 +29,34 @@ class DataConfig(Section):
     """The images and their labels."""
 
     path: str = Field(
-        "digits",
+        default="digits",
         description="'digits', or a file or folder: parquet, image folder, CIFAR pickles, npz, safetensors, idx.gz",
     )
-    format: str | None = Field(None, description="format of the path; by default it is detected")
+    format: str | None = Field(default=None, description="format of the path; by default it is detected")
     image_size: int | None = Field(
-        None, ge=1, description="resize every image: shorter side to N pixels, then centre crop to N x N"
+        default=None, ge=1, description="resize every image: shorter side to N pixels, then centre crop to N x N"
     )
-    image_column: str | None = Field(None, description="parquet column of the images; by default it is detected")
-    label_column: str | None = Field(None, description="parquet column of the labels; by default it is detected")
+    image_column: str | None = Field(
+        default=None, description="parquet column of the images; by default it is detected"
+    )
+    label_column: str | None = Field(
+        default=None, description="parquet column of the labels; by default it is detected"
+    )
     labels: str | None = Field(
-        None, description="file of labels that replace the given ones: CSV, .npy, CIFAR-N .pt (file.pt:key)"
+        default=None, description="file of labels that replace the given ones: CSV, .npy, CIFAR-N .pt (file.pt:key)"
     )
-    noise: str = Field("none", description="label noise for studies: none, symmetric:P, asymmetric:P, instance:P")
+    noise: str = Field(
+        default="none", description="label noise for studies: none, symmetric:P, asymmetric:P, instance:P"
+    )
     normalise: Literal["meanstd", "zca"] = Field(
-        "meanstd", description="by mean and standard deviation per channel, or by ZCA whitening (eps 0.1)"
+        default="meanstd", description="by mean and standard deviation per channel, or by ZCA whitening (eps 0.1)"
     )
     augment: str = Field(
-        "color_crop_cutout_flip_scale_rotate", description="differentiable augmentations joined with '_', or 'none'"
+        default="color_crop_cutout_flip_scale_rotate",
+        description="differentiable augmentations joined with '_', or 'none'",
     )
     holdout: float = Field(
-        0.1, gt=0, lt=0.5, description="share of the training samples that is held out to choose the checkpoint"
+        default=0.1, gt=0, lt=0.5, description="share of the training samples that is held out to choose the checkpoint"
     )
 
 
@@ -57,171 +64,201 @@ class TrustConfig(Section):
     """The dual loop that finds the labels to trust."""
 
     mode: Literal["on", "off", "oracle"] = Field(
-        "on",
+        default="on",
         description="on: find the labels to trust; off: trust all labels; oracle: use the clean labels, for comparison",
     )
-    rounds: int = Field(3, ge=1, description="largest number of rounds of the outer and inner loop")
-    proxies: int = Field(4, ge=1, description="networks trained in each round")
+    rounds: int = Field(default=3, ge=1, description="largest number of rounds of the outer and inner loop")
+    proxies: int = Field(default=4, ge=1, description="networks trained in each round")
     epochs: int = Field(
-        12, ge=1, description="epochs of a proxy: enough to learn patterns, too few to learn label errors"
+        default=12, ge=1, description="epochs of a proxy: enough to learn patterns, too few to learn label errors"
     )
-    batch: int = Field(64, ge=1, description="batch size of the proxies")
-    lr: float = Field(0.1, gt=0, description="learning rate of the proxies' SGD")
-    mixup: bool = Field(True, description="train proxies on mixed pairs of images")
-    consistency: float = Field(0.0, ge=0, description="weight of the KL divergence between two augmented views")
-    class_wise: bool = Field(True, description="split the losses of each class; false: of all classes together")
-    dynamic_threshold: bool = Field(True, description="a threshold per class and round; false: posterior 0.5")
-    recall: bool = Field(True, description="let untrusted samples return with their given label")
-    relabel: bool = Field(True, description="let untrusted samples return with another label")
-    graph: bool = Field(True, description="use labels propagated over neighbours in feature space")
-    transition: bool = Field(True, description="correct the neighbours' labels by the estimated confusion matrix")
-    held_out: bool = Field(True, description="score each sample with the proxy that was not trained on it")
-    memory: bool = Field(True, description="score each sample by its mean loss over all rounds so far")
+    batch: int = Field(default=64, ge=1, description="batch size of the proxies")
+    lr: float = Field(default=0.1, gt=0, description="learning rate of the proxies' SGD")
+    mixup: bool = Field(default=True, description="train proxies on mixed pairs of images")
+    consistency: float = Field(default=0.0, ge=0, description="weight of the KL divergence between two augmented views")
+    class_wise: bool = Field(default=True, description="split the losses of each class; false: of all classes together")
+    dynamic_threshold: bool = Field(default=True, description="a threshold per class and round; false: posterior 0.5")
+    recall: bool = Field(default=True, description="let untrusted samples return with their given label")
+    relabel: bool = Field(default=True, description="let untrusted samples return with another label")
+    graph: bool = Field(default=True, description="use labels propagated over neighbours in feature space")
+    transition: bool = Field(
+        default=True, description="correct the neighbours' labels by the estimated confusion matrix"
+    )
+    held_out: bool = Field(default=True, description="score each sample with the proxy that was not trained on it")
+    memory: bool = Field(default=True, description="score each sample by its mean loss over all rounds so far")
 
 
 class NetConfig(Section):
     """The network of the experts, of matching and of the students."""
 
-    name: Literal["convnet", "resnet18", "alexnet", "vgg11"] = Field("convnet", description="architecture")
-    depth: int | None = Field(None, ge=1, le=8, description="ConvNet blocks; by default they reduce the image to 4 x 4")
-    width: int = Field(128, ge=1, description="ConvNet channels")
-    norm: Literal["instance", "batch", "group", "layer", "none"] = Field("instance", description="normalisation layers")
+    name: Literal["convnet", "resnet18", "alexnet", "vgg11"] = Field(default="convnet", description="architecture")
+    depth: int | None = Field(
+        default=None, ge=1, le=8, description="ConvNet blocks; by default they reduce the image to 4 x 4"
+    )
+    width: int = Field(default=128, ge=1, description="ConvNet channels")
+    norm: Literal["instance", "batch", "group", "layer", "none"] = Field(
+        default="instance", description="normalisation layers"
+    )
 
 
 class ExpertConfig(Section):
     """The training trajectories that matching follows."""
 
-    count: int = Field(100, ge=1, description="number of experts, each with its own seed and file")
+    count: int = Field(default=100, ge=1, description="number of experts, each with its own seed and file")
     epochs: int | None = Field(
-        None, ge=1, description="epochs to train and store; by default as many as matching can use"
+        default=None, ge=1, description="epochs to train and store; by default as many as matching can use"
     )
-    batch: int = Field(256, ge=1, description="batch size")
-    lr: float = Field(0.01, gt=0, description="learning rate of SGD")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of SGD")
-    rho: float = Field(0.0, ge=0, description="GSAM's radius, relative to each weight; 0 is plain SGD")
-    alpha: float = Field(0.0, ge=0, description="GSAM's weight of the gap to the loss at that radius")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the stored snapshots")
-    path: str | None = Field(None, description="use the experts of the run in this folder; by default they are trained")
-    workers: int | None = Field(None, ge=1, description="processes on CPU; by default one per core")
+    batch: int = Field(default=256, ge=1, description="batch size")
+    lr: float = Field(default=0.01, gt=0, description="learning rate of SGD")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of SGD")
+    rho: float = Field(default=0.0, ge=0, description="GSAM's radius, relative to each weight; 0 is plain SGD")
+    alpha: float = Field(default=0.0, ge=0, description="GSAM's weight of the gap to the loss at that radius")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of the stored snapshots")
+    path: str | None = Field(
+        default=None, description="use the experts of the run in this folder; by default they are trained"
+    )
+    workers: int | None = Field(default=None, ge=1, description="processes on CPU; by default one per core")
 
 
 class MatchConfig(Section):
     """Trajectory matching: the synthetic images and how they are optimised."""
 
     method: Literal["mtt", "ftd", "datm"] = Field(
-        "mtt", description="distillation method; ftd and datm have their own defaults for several fields"
+        default="mtt", description="distillation method; ftd and datm have their own defaults for several fields"
     )
-    ipc: int = Field(10, ge=1, description="synthetic images per class")
-    iterations: int = Field(5000, ge=1, description="outer steps")
-    steps: int = Field(30, ge=1, description="T: inner steps on synthetic images per outer step")
-    expert_epochs: int = Field(2, ge=1, description="expert epochs that T inner steps must match")
+    ipc: int = Field(default=10, ge=1, description="synthetic images per class")
+    iterations: int = Field(default=5000, ge=1, description="outer steps")
+    steps: int = Field(default=30, ge=1, description="T: inner steps on synthetic images per outer step")
+    expert_epochs: int = Field(default=2, ge=1, description="expert epochs that T inner steps must match")
     trajectories: int = Field(
-        1, ge=1, description="expert trajectories averaged per outer step; several processes share them"
+        default=1, ge=1, description="expert trajectories averaged per outer step; several processes share them"
     )
-    min_start: int = Field(0, ge=0, description="earliest expert epoch to start from")
-    max_start: int = Field(20, ge=0, description="latest expert epoch to start from")
+    min_start: int = Field(default=0, ge=0, description="earliest expert epoch to start from")
+    max_start: int = Field(default=20, ge=0, description="latest expert epoch to start from")
     easy: float = Field(
-        1.0, ge=0, le=1, description="share of the start epochs, from the earliest, that is used at first"
+        default=1.0, ge=0, le=1, description="share of the start epochs, from the earliest, that is used at first"
     )
-    widen: float = Field(0.0, ge=0, le=1, description="share of the iterations after which all start epochs are used")
-    batch: int | None = Field(None, ge=1, description="synthetic images per inner step; by default all")
-    lr_img: float = Field(100.0, gt=0, description="learning rate of the images")
-    lr_lr: float = Field(0.05, ge=0, description="learning rate of the logarithm of the student's learning rate")
-    lr_init: float = Field(0.01, gt=0, description="initial value of the student's learning rate")
-    momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images' SGD")
-    soft_labels: bool = Field(False, description="learn the labels as logits")
-    lr_label: float = Field(1.0, gt=0, description="learning rate of the label logits")
+    widen: float = Field(
+        default=0.0, ge=0, le=1, description="share of the iterations after which all start epochs are used"
+    )
+    batch: int | None = Field(default=None, ge=1, description="synthetic images per inner step; by default all")
+    lr_img: float = Field(default=100.0, gt=0, description="learning rate of the images")
+    lr_lr: float = Field(
+        default=0.05, ge=0, description="learning rate of the logarithm of the student's learning rate"
+    )
+    lr_init: float = Field(default=0.01, gt=0, description="initial value of the student's learning rate")
+    momentum: float = Field(default=0.5, ge=0, lt=1, description="momentum of the images' SGD")
+    soft_labels: bool = Field(default=False, description="learn the labels as logits")
+    lr_label: float = Field(default=1.0, gt=0, description="learning rate of the label logits")
     momentum_label: float | None = Field(
-        None, ge=0, lt=1, description="momentum of the label logits' SGD; by default that of the images"
+        default=None, ge=0, lt=1, description="momentum of the label logits' SGD; by default that of the images"
     )
     ema: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         description="decay of the moving average of the images (the result); 0 takes the last images",
     )
     init: Literal["real", "kmeans", "noise"] = Field(
-        "real", description="initial images: random real images, the real images nearest to k-means centres, or noise"
+        default="real",
+        description="initial images: random real images, the real images nearest to k-means centres, or noise",
     )
-    init_correct: bool = Field(False, description="start only from samples that an expert classifies correctly")
+    init_correct: bool = Field(default=False, description="start only from samples that an expert classifies correctly")
     gradient: Literal["adjoint", "unroll", "tesla"] = Field(
-        "adjoint",
+        default="adjoint",
         description="adjoint: exact, constant memory; unroll: exact, more memory; tesla: TESLA's approximation",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile for the inner step and its second derivatives; auto: if it saves time"
+        default="auto",
+        description="torch.compile for the inner step and its second derivatives; auto: if it saves time",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of the convolutions in matching; sums and weights are float32"
+        default="float32", description="type of the convolutions in matching; sums and weights are float32"
     )
-    check_every: int = Field(500, ge=1, description="outer steps between checks on held-out training samples")
+    check_every: int = Field(default=500, ge=1, description="outer steps between checks on held-out training samples")
 
 
 class DetectorConfig(NetConfig):
     """The network that classifies generated images, and how it is trained."""
 
     path: str | None = Field(
-        None, description="safetensors file of its weights, with the names of the state_dict; by default it is trained"
+        default=None,
+        description="safetensors file of its weights, with the names of the state_dict; by default it is trained",
     )
-    epochs: int = Field(50, ge=1, description="epochs on the trusted samples")
-    batch: int = Field(64, ge=1, description="batch size")
-    lr: float = Field(0.05, gt=0, description="learning rate of SGD; multiplied by 0.1 after half of the epochs")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(5e-4, ge=0, description="weight decay of SGD")
+    epochs: int = Field(default=50, ge=1, description="epochs on the trusted samples")
+    batch: int = Field(default=64, ge=1, description="batch size")
+    lr: float = Field(
+        default=0.05, gt=0, description="learning rate of SGD; multiplied by 0.1 after half of the epochs"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(default=5e-4, ge=0, description="weight decay of SGD")
 
 
 class DiffusionConfig(Section):
     """The class-conditional diffusion model, which is trained if refine.source is train."""
 
     width: int = Field(
-        32, ge=8, multiple_of=8, description="channels of the UNet's first level; the others have twice as many"
+        default=32, ge=8, multiple_of=8, description="channels of the UNet's first level; the others have twice as many"
     )
-    layers: int = Field(1, ge=1, description="residual blocks per level")
-    iterations: int = Field(2000, ge=1, description="optimiser steps")
-    batch: int = Field(128, ge=1, description="images per step")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW, with warm-up and cosine decay to 0")
-    ema: float = Field(0.995, ge=0, lt=1, description="decay of the moving average of the weights, which is the result")
-    drop: float = Field(0.1, ge=0, lt=1, description="share of labels that is dropped, for classifier-free guidance")
+    layers: int = Field(default=1, ge=1, description="residual blocks per level")
+    iterations: int = Field(default=2000, ge=1, description="optimiser steps")
+    batch: int = Field(default=128, ge=1, description="images per step")
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate of AdamW, with warm-up and cosine decay to 0")
+    ema: float = Field(
+        default=0.995, ge=0, lt=1, description="decay of the moving average of the weights, which is the result"
+    )
+    drop: float = Field(
+        default=0.1, ge=0, lt=1, description="share of labels that is dropped, for classifier-free guidance"
+    )
 
 
 class RefineConfig(Section):
     """Images that a diffusion model makes from prototypes. Those that the detector rejects are made again."""
 
     source: str = Field(
-        "train", description="the diffusion model: train, a folder in the format of diffusers, or a name on the hub"
+        default="train",
+        description="the diffusion model: train, a folder in the format of diffusers, or a name on the hub",
     )
-    prompt: str = Field("a photo of a {name}", description="Stable Diffusion's prompt for a class; {name} is its name")
+    prompt: str = Field(
+        default="a photo of a {name}", description="Stable Diffusion's prompt for a class; {name} is its name"
+    )
     classes: tuple[int, ...] | None = Field(
-        None, description="the model's class for each class of the data; by default the same numbers"
+        default=None, description="the model's class for each class of the data; by default the same numbers"
     )
     prototypes: Literal["latents", "pixels"] = Field(
-        "latents",
+        default="latents",
         description="k-means centres per class: latents, or the samples nearest to centres in pixel space",
     )
     outliers: float = Field(
-        0.0, ge=0, lt=0.5, description="share of each class that is left out before k-means, by local outlier factor"
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="share of each class that is left out before k-means, by local outlier factor",
     )
-    strength: float = Field(0.7, gt=0, le=1, description="noise added to a prototype; 1 is pure noise")
+    strength: float = Field(default=0.7, gt=0, le=1, description="noise added to a prototype; 1 is pure noise")
     reach: float = Field(
-        1.0, gt=0, le=1, description="strength in the last round; it grows to this value in equal steps"
+        default=1.0, gt=0, le=1, description="strength in the last round; it grows to this value in equal steps"
     )
-    steps: int = Field(25, ge=1, description="denoising steps from pure noise to an image (DDIM)")
-    guidance: float = Field(2.0, ge=1, description="classifier-free guidance; 1 turns it off")
-    beta: float = Field(0.7, ge=0, le=1, description="an image with the right label is rejected below this confidence")
-    candidates: int = Field(8, ge=1, description="N: candidates for each rejected image")
-    top_k: int = Field(3, ge=1, description="the least similar of this many most confident candidates is taken")
+    steps: int = Field(default=25, ge=1, description="denoising steps from pure noise to an image (DDIM)")
+    guidance: float = Field(default=2.0, ge=1, description="classifier-free guidance; 1 turns it off")
+    beta: float = Field(
+        default=0.7, ge=0, le=1, description="an image with the right label is rejected below this confidence"
+    )
+    candidates: int = Field(default=8, ge=1, description="N: candidates for each rejected image")
+    top_k: int = Field(default=3, ge=1, description="the least similar of this many most confident candidates is taken")
     weight: float | None = Field(
-        None,
+        default=None,
         ge=0,
         description="lambda: take the largest confidence + lambda * dissimilarity instead",
     )
-    rounds: int = Field(5, ge=0, description="largest number of refinement rounds; 0 keeps the first images")
-    soft_labels: bool = Field(False, description="label the images with the detector's logits")
-    batch: int = Field(100, ge=1, description="images generated at a time; limits the memory")
-    backend: Backend = Field("auto", description="how the denoiser, the VAE decoder and the detector run")
+    rounds: int = Field(default=5, ge=0, description="largest number of refinement rounds; 0 keeps the first images")
+    soft_labels: bool = Field(default=False, description="label the images with the detector's logits")
+    batch: int = Field(default=100, ge=1, description="images generated at a time; limits the memory")
+    backend: Backend = Field(default="auto", description="how the denoiser, the VAE decoder and the detector run")
     start: str | None = Field(
-        None, description="folder of another run whose trusted samples, images, detector and diffusion model are used"
+        default=None,
+        description="folder of another run whose trusted samples, images, detector and diffusion model are used",
     )
 
 
@@ -229,29 +266,31 @@ class EvalConfig(Section):
     """The students that are trained on the distilled set to measure it."""
 
     networks: tuple[Literal["convnet", "resnet18", "alexnet", "vgg11"], ...] = Field(
-        ("convnet",), min_length=1, description="networks to train"
+        default=("convnet",), min_length=1, description="networks to train"
     )
-    repeats: int = Field(5, ge=1, description="students per network")
-    epochs: int = Field(1000, ge=1, description="epochs on the distilled set")
-    batch: int = Field(256, ge=1, description="batch size")
-    lr: float | None = Field(None, gt=0, description="learning rate; by default the one learned by matching")
-    real_lr: float = Field(0.01, gt=0, description="learning rate of the baselines trained on real images")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(5e-4, ge=0, description="weight decay of SGD")
-    full_epochs: int = Field(50, ge=1, description="epochs of the full-data baseline")
-    full_repeats: int = Field(3, ge=0, description="repeats of the full-data baseline; 0 skips it")
+    repeats: int = Field(default=5, ge=1, description="students per network")
+    epochs: int = Field(default=1000, ge=1, description="epochs on the distilled set")
+    batch: int = Field(default=256, ge=1, description="batch size")
+    lr: float | None = Field(default=None, gt=0, description="learning rate; by default the one learned by matching")
+    real_lr: float = Field(default=0.01, gt=0, description="learning rate of the baselines trained on real images")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(default=5e-4, ge=0, description="weight decay of SGD")
+    full_epochs: int = Field(default=50, ge=1, description="epochs of the full-data baseline")
+    full_repeats: int = Field(default=3, ge=0, description="repeats of the full-data baseline; 0 skips it")
 
 
 class Config(Section):
     """All settings of a run. A field that is not set takes the value of the method, else its default."""
 
-    seed: int = Field(0, ge=0, description="random seed; equal seeds give equal results")
+    seed: int = Field(default=0, ge=0, description="random seed; equal seeds give equal results")
     synthesis: Literal["matching", "generative", "hybrid"] = Field(
-        "matching",
+        default="matching",
         description="matching; generative: diffusion and refinement; hybrid: matching that starts from these",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
-    tf32: bool = Field(True, description="on CUDA, compute float32 matrix products and convolutions in TensorFloat-32")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
+    tf32: bool = Field(
+        default=True, description="on CUDA, compute float32 matrix products and convolutions in TensorFloat-32"
+    )
     data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
     net: NetConfig = NetConfig()  # pyright: ignore[reportCallIssue]
     trust: TrustConfig = TrustConfig()  # pyright: ignore[reportCallIssue]
