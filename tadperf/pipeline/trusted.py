@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tadperf.nets.problem import Problem
 from tadperf.pipeline.result import trust_report
 from tadperf.progress import Progress
 from tadperf.refine.start import starting_trust
@@ -46,18 +47,9 @@ def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress)
             state = starting_trust(Path(config.refine.start), train)
             rounds = [state]
         else:
-            state, rounds = dual_loop(
-                data.train,
-                train.labels,
-                train.class_names,
-                config.net,
-                config.trust,
-                config.data.augment,
-                config.seed,
-                task.device,
-                run.path / "trust",
-                progress,
-            )
+            names, augment = train.class_names, config.data.augment
+            problem = Problem(data.train, train.labels, names, config.net, augment, config.seed, task.device)
+            state, rounds = dual_loop(problem, config.trust, run.path / "trust", progress)
         state.save(run.path / "trust.safetensors")
         state.export(run.path / "labels.csv")
         save_trust_growth(run.path / "trust.png", rounds)
