@@ -188,7 +188,7 @@ def print_accuracy(result: Mapping[str, Any]) -> None:
     show(accuracy)
 
 
-def print_figures(result: Mapping[str, Any]) -> None:
+def print_experts(result: Mapping[str, Any]) -> None:
     """Plain figures, one a row."""
     figures = table("experts", "")
     for name, value in result.items():

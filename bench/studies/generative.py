@@ -31,7 +31,7 @@ from tadperf.config.merge import merge
 from tadperf.data.pick import pick_real
 from tadperf.nets import training
 from tadperf.nets.problem import Problem
-from tadperf.nets.students import Examples, Student, score_students
+from tadperf.nets.students import Examples, Student, StudentScorer, score_students
 from tadperf.pipeline.distill import distill_task
 from tadperf.pipeline.package import INITIAL, student_recipe
 from tadperf.pipeline.prepare import prepare
@@ -84,7 +84,7 @@ def distilled(config: Config, place: Path, donor: Path | None = None) -> dict[st
         task = prepare(config)
         if donor is not None:
             start.inherit(donor, task, run)
-        return distill_task(task, run, tested=False)
+        return distill_task(task, run, evaluate=False)
 
 
 def case(study: Study, seed: int) -> Case:
@@ -213,15 +213,8 @@ def matched(c: Case, study: Study, repeats: int) -> dict[str, float]:
 def tested(c: Case, students: Sequence[Student]) -> float:
     """Mean test accuracy; a student's seed is its number alone, so rows are compared on the same initial weights."""
     scores: list[float] = []
-    score_students(
-        students,
-        c.data.test,
-        c.data.test_labels,
-        c.task.train.num_classes,
-        c.task.config.seed,
-        c.task.device,
-        lambda _, score: scores.append(score),
-    )
+    scorer = StudentScorer(c.data.test, c.data.test_labels, c.task.train.num_classes, c.task.config.seed, c.task.device)
+    score_students(scorer, students, lambda _, score: scores.append(score))
     return statistics.fmean(sorted(scores))
 
 

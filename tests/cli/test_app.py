@@ -55,7 +55,7 @@ FROZEN = {  # a change here is a change for every user: names are added, not ren
     "evaluate": ["FILE", "DATA", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
     "info": ["--json", "--debug"],
-    "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", *OUTPUT],
+    "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", "--list", *OUTPUT],
     "bench": [
         "OPERATOR|STAGE",
         "--device",
@@ -73,13 +73,31 @@ FROZEN = {  # a change here is a change for every user: names are added, not ren
 }
 
 
-def test_the_command_line_is_frozen():
-    from tadperf.cli.app import app  # pyright: ignore[reportMissingImports]
+FLAGS = {"--compare", "--evaluate", "--resume", "--json", "--quiet", "--debug", "--schema", "--list", "--tune"}
+DEFAULTS = {  # of options that are neither a flag nor unset
+    "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
+}
+
+
+def commands() -> dict[str, dict[str, object]]:
+    """Returns the defaults of all options, by command and option."""
+    from tadperf.cli.app import app
 
     found = {}
     for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
-        found[name] = sorted(p.opts[0] if p.opts[0].startswith("-") else p.metavar for p in command.params)
-    assert found == {name: sorted(options) for name, options in FROZEN.items()}
+        found[name] = {p.opts[0] if p.opts[0].startswith("-") else p.metavar: p.default for p in command.params}
+    return found
+
+
+def test_the_command_line_is_frozen():
+    found = commands()
+    assert {name: sorted(options) for name, options in found.items()} == {
+        name: sorted(options) for name, options in FROZEN.items()
+    }
+    for name, options in found.items():
+        flags = {option: False for option in options if option in FLAGS and (name, option) != ("bench", "--json")}
+        expected = dict.fromkeys(options) | flags | DEFAULTS.get(name, {})
+        assert options == expected, name
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"]])
@@ -138,21 +156,21 @@ def test_no_arguments_and_version(tadperf):
         ("evaluate taken/file --network resnet19", "--network: resnet19: must be 'convnet'"),
         ("evaluate taken/file --repeats 0", "--repeats: 0: must be at least 1"),
         ("show taken/file", "file: taken/file: truncated, or not a safetensors file"),
-        ("sweep", 'FIELD=LIST: "": name a field and the values it is to take, such as match.ipc=1,10'),
+        ("sweep", 'FIELD=LIST: "": add a field and its values, such as match.ipc=1,10'),
         ("sweep match.ipc", "FIELD=LIST: match.ipc: must be section.key=value,value,..., such as match.ipc=1,10"),
-        ("sweep match.ipc=", 'match.ipc: "": must be a list of values without a gap, such as match.ipc=1,10'),
-        ("sweep match.ipc=1,,2", "match.ipc: 1,,2: must be a list of values without a gap"),
+        ("sweep match.ipc=", 'match.ipc: "": must be a list of values without empty ones, such as match.ipc=1,10'),
+        ("sweep match.ipc=1,,2", "match.ipc: 1,,2: must be a list of values without empty ones"),
         ("sweep match.setps=3,4", "match.setps: 3: unknown key; did you mean match.steps?"),
         ("sweep match=3", "match: 3: is a section; set one of its keys, such as match.method"),
         (
             "sweep refine.beta=0,1 --synthesis matching",
-            "--synthesis: matching: refine.beta would change nothing; generative and hybrid use it",
+            "--synthesis: matching: does not use refine.beta; choose generative or hybrid",
         ),
-        ("sweep match.ipc=1 match.ipc=2", "match.ipc: 2: is named twice"),
-        ("sweep match.lr_img=1,1.0", "match.lr_img: 1.0: comes twice; name every value once"),
+        ("sweep match.ipc=1 match.ipc=2", "match.ipc: 2: is given twice"),
+        ("sweep match.lr_img=1,1.0", "match.lr_img: 1.0: is given twice; give every value once"),
         ("sweep match.ipc=1,zero", "match.ipc: zero: must be an integer"),
         ("sweep match.ipc=1,1000", "--ipc: 1000: class"),
-        ("sweep seed=0,1 --seed 3", "seed: 0,1: is given by --seed too; leave one of them out"),
+        ("sweep seed=0,1 --seed 3", "FIELD=LIST: seed=0,1: --seed sets this field too; leave one of them out"),
         ("sweep seed=0,1 --out taken", "--out: taken: exists already; continue that run with --resume"),
         ("sweep --resume --out none", "--resume: none: there is no such folder; leave out --resume to start it"),
         ("sweep --resume --out taken", "--resume: taken: is not the folder of a sweep: there is no sweep.json in it"),
@@ -165,7 +183,7 @@ def test_no_arguments_and_version(tadperf):
         ("bench per_sample --base egaer", "--base: egaer: must be among eager, inductor, peer, "),
         ("bench --threads 0", "--threads: 0: must be a whole number of 1 or more"),
         ("bench --repeats many", "--repeats: many: must be a whole number of 1 or more"),
-        ("bench --device cpu --tune", "--tune: cpu: tunes launches on a CUDA device; use --device cuda"),
+        ("bench --device cpu --tune", "--tune: cpu: tunes the launches on a CUDA device; use --device cuda"),
         ("bench --json none/rows.json", "--json: none/rows.json: there is no folder none"),
         ("bench --plot rows.pdf", "--plot: rows.pdf: must be a folder or a file that ends in .png"),
     ],
@@ -182,11 +200,11 @@ def test_wrong_use_is_one_line_and_writes_nothing(tadperf, tmp_path, arguments, 
 
 
 def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, tmp_path, monkeypatch):
-    from tadperf.cli.common import settings  # pyright: ignore[reportMissingImports]
+    from tadperf.cli.options import invocation
     from tadperf.config.merge import merge
     from tadperf.run.folder import Run
 
-    monkeypatch.setattr(settings, "debug", False)
+    monkeypatch.setattr(invocation, "debug", False)
     with Run.create(tmp_path / "run", merge()) as run:
         run.finish({})
     (tmp_path / "run" / "result.json").write_text("{")
