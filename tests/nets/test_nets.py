@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tadperf.config import NetConfig
+from tadperf.errors import UserError
 from tadperf.nets.architectures import build, norm_layer
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.fused import fused_forward
@@ -106,7 +107,7 @@ def test_the_flat_network_is_the_module_bit_for_bit(name):
 
 
 def test_running_statistics_are_refused():
-    with pytest.raises(AssertionError, match="running statistics"):
+    with pytest.raises(UserError, match="has running statistics"):
         FlatNet(build(config(norm="batch"), (3, 8, 8), 4, 1))
 
 

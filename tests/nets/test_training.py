@@ -137,12 +137,15 @@ def test_weighted_steps_are_those_computed_by_hand(soft):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (torch.ones(11), "weights: torch.float32 [11]: expected floats [12], one per image"),
-        (torch.ones(12, 1), "weights: torch.float32 [12, 1]: expected floats [12], one per image"),
-        (torch.ones(12, dtype=torch.int64), "weights: torch.int64 [12]: expected floats [12], one per image"),
-        (-torch.ones(12), "weights: expected finite values from 0 up, not all of them 0"),
-        (torch.zeros(12), "weights: expected finite values from 0 up, not all of them 0"),
-        (torch.full((12,), math.nan), "weights: expected finite values from 0 up, not all of them 0"),
+        (torch.ones(11), "weights: torch.float32 [11]: must be floating point of shape [12], one per image"),
+        (torch.ones(12, 1), "weights: torch.float32 [12, 1]: must be floating point of shape [12], one per image"),
+        (
+            torch.ones(12, dtype=torch.int64),
+            "weights: torch.int64 [12]: must be floating point of shape [12], one per image",
+        ),
+        (-torch.ones(12), "must be finite and not negative, and not all may be 0"),
+        (torch.zeros(12), "must be finite and not negative, and not all may be 0"),
+        (torch.full((12,), math.nan), "must be finite and not negative, and not all may be 0"),
     ],
 )
 def test_wrong_weights_are_refused(wrong, message):
