@@ -20,6 +20,7 @@ class Dataset:
     images: uint8 [N, channels, H, W], in memory or memory-mapped, never copied as a whole.
     labels: int64 [N], the given labels, each an index into `class_names`.
     clean_labels: int64 [N] if the true labels are known. They are for measuring only: no method may read them.
+    file_names: for sets of files, the path of each image relative to the folder that was opened.
     source: what `open_data` needs to open the set again, as JSON values.
     Raises UserError if a tensor has another type or shape, if there is no image, or if a label is out of range.
     """
@@ -30,6 +31,7 @@ class Dataset:
     name: str
     clean_labels: Tensor | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    file_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.images.dtype, self.images.ndim) != (torch.uint8, 4):
@@ -37,6 +39,8 @@ class Dataset:
         for field_name, labels in (("labels", self.labels), ("clean_labels", self.clean_labels)):
             if labels is not None and (labels.dtype, labels.shape) != (torch.int64, self.images.shape[:1]):
                 raise UserError(field_name, describe_tensor(labels), f"must be int64 [{len(self.images)}]")
+        if self.file_names is not None and len(self.file_names) != len(self.images):
+            raise UserError("file_names", len(self.file_names), f"must be {len(self.images)} names, one per image")
         if len(self) == 0:
             raise UserError("data", self.name, "holds no image")
         low, high = int(self.labels.min()), int(self.labels.max())
@@ -69,9 +73,11 @@ class Dataset:
         return digest.hexdigest()
 
     def subset(self, index: Tensor) -> Dataset:
-        """Returns the samples at `index` (int64 [M]), with their clean labels."""
+        """Returns the samples at `index` (int64 [M]), with their clean labels and file names."""
         clean = None if self.clean_labels is None else self.clean_labels[index]
-        return replace(self, images=self.images[index], labels=self.labels[index], clean_labels=clean)
+        names = None if self.file_names is None else tuple(self.file_names[i] for i in index.tolist())
+        images, labels = self.images[index], self.labels[index]
+        return replace(self, images=images, labels=labels, clean_labels=clean, file_names=names)
 
     def with_labels(self, labels: Tensor, clean_labels: Tensor | None) -> Dataset:
         """Returns the same images with other given labels."""

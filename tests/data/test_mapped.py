@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tadperf.data import mapped, pixels
+from tadperf.data import decode, mapped
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
@@ -68,7 +68,7 @@ def idx(place: Path, colour: bool) -> Path:
 def test_the_same_pixels_from_a_mapped_file(tmp_path, cache, monkeypatch, make, colour, image_size):
     (tmp_path / "set").mkdir()
     path = make(tmp_path / "set", colour)
-    monkeypatch.setattr(pixels, "CHUNK", 2)
+    monkeypatch.setattr(decode, "CHUNK", 2)
     monkeypatch.setattr("tadperf.data.readers.arrays.CHUNK", 3)
     expected = open_data(path, image_size=image_size).train.images
     assert not list(cache.glob("*.npy"))
