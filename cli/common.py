@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tadperf.config.sources import ConfigSources
 
@@ -49,9 +50,11 @@ def print_note(message: str) -> None:
 
 
 def print_stderr(line: str) -> None:
-    """Prints a line on stderr. A run goes on if nobody reads stderr any more."""
-    with contextlib.suppress(OSError):
+    """Prints a line on stderr. If nobody reads stderr any more, the run goes on without its lines."""
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        redirect_to_null(sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -110,8 +113,15 @@ def distilled_file(path: Path) -> Path:
     return path / "distilled.safetensors" if path.is_dir() else path
 
 
-def redirect_to_null(descriptor: int) -> None:
-    """Makes a stream that nobody reads write nowhere, so that Python's last flush at exit cannot fail."""
+def has_no_reader(stream: TextIO) -> bool:
+    """Returns whether a stream is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def redirect_to_null(stream: TextIO) -> None:
+    """Makes a stream that cannot be written write nowhere, so that Python's last flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, descriptor)
+    os.dup2(null, stream.fileno())
     os.close(null)

@@ -40,7 +40,7 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
     again = tadperf("refine", "first", "--set=refine.beta=0.9", "--set=evaluate.repeats=1", "--evaluate")
     assert again.code == 0, again.err
     assert "preset" not in again.err
-    assert "anomalous images" in again.out
+    assert "rejected images" in again.out
     assert "images it started from" in again.out
     config = json.loads((tmp_path / "runs" / "first-refined" / "config.json").read_text())
     assert (config["refine"]["beta"], config["refine"]["batch"]) == (0.9, 7)
@@ -62,7 +62,7 @@ def test_a_sweep_of_refinement_generates(tadperf, options, tmp_path):
     own = [option for option in options if option != "--ipc=1"]
     code, out, err = tadperf("sweep", "refine.beta=0,.9", *own, "--set=match.ipc=1", "--out", "swept", "--json")
     assert code == 0, err
-    assert "images are generated, since refine.beta acts on nothing else" in err
+    assert "generating images, because matching does not use refine.beta" in err
     rows = json.loads(out)["rows"]
     assert [row["refine.beta"] for row in rows] == [0, 0.9]
     for row in rows:
