@@ -189,7 +189,8 @@ class DistilledSet:
         source = self.data.get("source", {})
         format = source.get("format") if path is None else None
         path = source.get("path", self.data.get("name")) if path is None else path
-        test = open_data(path, format=format, image_size=source.get("image_size"), need_train=False).test
+        columns = {name: source.get(name) for name in ("image_size", "image_column", "label_column")}
+        test = open_data(path, format=format, need_train=False, **columns).test
         if test is None:
             raise UserError("test", path, "has no test split; choose a data set with one")
         return self._check_test(test)

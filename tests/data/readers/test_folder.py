@@ -105,6 +105,6 @@ def test_an_undecodable_image_is_named(tmp_path, keep):
     save(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), tmp_path / "a/0.jpg")
     data = (tmp_path / "a/0.jpg").read_bytes()
     (tmp_path / "a/1.jpg").write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
-    with pytest.raises(UserError, match=r"1\.jpg: no image .*repair or remove") as caught:
+    with pytest.raises(UserError, match=r"1\.jpg: cannot be decoded .*repair or remove") as caught:
         open_data(tmp_path)
     assert "\n" not in str(caught.value)

@@ -119,7 +119,7 @@ def test_damaged_in_the_middle(tmp_path, classes):
 
 def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encoded):
     path = write(tmp_path / "a/set.parquet", [*encoded[:2], b"no image"], [0, 1, 0])
-    with pytest.raises(UserError, match="row 2: no image"):
+    with pytest.raises(UserError, match="row 2: cannot be decoded"):
         open_data(path)
     path = write(tmp_path / "b/set.parquet", [*encoded[:2], None], [0, 1, 0])
     with pytest.raises(UserError, match="row 2: no bytes"):
