@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadperf.files import write_bytes
+from tadperf.report.text import clean_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +41,7 @@ def save_curves(path: Path | str, fields: Sequence[str], rows: Sequence[Row]) ->
     for row in rows:
         x = row[field] if numeric else values.index(str(row[field]))
         label = _plain(", ".join(f"{name} = {row[name]}" for name in names))
-        lines.setdefault(label, []).append((x, 100 * row["accuracy"], 100 * (row["std"] or 0)))
+        lines.setdefault(label, []).append((x, _percent(row["accuracy"]), _percent(row["std"] or 0)))
     for label, points in lines.items():
         x, mean, deviation = zip(*sorted(points), strict=True)
         axes.errorbar(x, mean, yerr=deviation, label=label, marker="o", markersize=4, capsize=2)
@@ -52,7 +54,7 @@ def save_curves(path: Path | str, fields: Sequence[str], rows: Sequence[Row]) ->
     axes.set_xlabel(_plain(field))
     axes.set_ylabel("test accuracy, %")
     axes.set_title("mean and standard deviation over the repeats", fontsize="medium")
-    if names and len(lines) <= MAX_LEGEND:
+    if names and 0 < len(lines) <= MAX_LEGEND:
         axes.legend(fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture)
@@ -79,9 +81,14 @@ def _numeric_ticks(axes: Axes, places: list[float]) -> None:
         axes.minorticks_off()
 
 
+def _percent(share: float) -> float:
+    """A share in percent; infinite values become NaN, which matplotlib leaves out."""
+    return 100 * share if math.isfinite(share) else math.nan
+
+
 def _plain(text: str) -> str:
     """The text in one line of limited length, without matplotlib's markup for formulas."""
-    line = " ".join(text.split())
+    line = clean_text(text)
     line = line if len(line) <= MAX_LABEL else line[:MAX_LABEL] + "…"
     return line.replace("$", r"\$")
 

@@ -41,7 +41,7 @@ def drawable_names(names: Sequence[str]) -> Names:
     """Replaces names that no font of this machine can draw, and empty names, by "class 3"."""
     texts = [clean_text(name) for name in names]
     texts = [text if text and font_file(text) is not None else f"class {c}" for c, text in enumerate(texts)]
-    replaced = sum(text == f"class {c}" != names[c] for c, text in enumerate(texts))
+    replaced = sum(text == f"class {c}" != names[c] and clean_text(names[c]) != "" for c, text in enumerate(texts))
     note = f"{replaced} class name{'s' if replaced > 1 else ''} shown by number: no font here has the characters"
     return Names(texts, note if replaced else "")
 
