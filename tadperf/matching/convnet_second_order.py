@@ -6,7 +6,7 @@ student's mean cross-entropy.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from tadperf.kernels.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, cove
 from tadperf.kernels.norm_relu_pool import norm_relu_pool_gradient, norm_relu_pool_moments
 from tadperf.kernels.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual, norm_relu_pool_dual_gradient
 from tadperf.nets.flat import FlatNet
+from tadperf.nets.fused import fits_block, has_hooks, is_half_pool
 
 
 class Products(NamedTuple):
@@ -46,22 +47,49 @@ class ConvNetForm(NamedTuple):
 
 
 def convnet_form(module: nn.Module, dtype: torch.dtype = torch.float32) -> ConvNetForm | None:
-    """Returns the form of a ConvNet with instance norm, or None if the formulas of this file do not cover `module`."""
-    layers = list(module.named_children()) if isinstance(module, nn.Sequential) else []
+    """Returns the form of a ConvNet with instance norm, or None if the formulas of this file do not cover `module`.
+
+    They cover a plain Sequential of blocks, Flatten and Linear. A block is a 3 x 3 convolution of stride 1 with bias
+    and zero padding, instance norm with weight and bias, ReLU, and possibly a 2 x 2 average pool. No layer may have
+    hooks, be parametrized, or share parameters with another one.
+    """
+    if type(module) is not nn.Sequential or any(has_hooks(layer) for layer in module.modules()):
+        return None
+    layers = list(module.named_children())
+    if len(layers) != len(module):  # a layer that is used twice
+        return None
     blocks: list[Block] = []
     while len(layers) > 3:
         (conv_name, conv), (norm_name, norm), (_, relu), *layers = layers
-        pool = isinstance(layers[0][1], nn.AvgPool2d)
+        if not _is_covered(conv, norm, relu):
+            return None
+        pool = is_half_pool(layers[0][1])
         layers = layers[1:] if pool else layers
-        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and isinstance(relu, nn.ReLU)):
-            return None
-        if norm.num_groups != norm.num_channels or conv.bias is None or conv.kernel_size != (3, 3):
-            return None
-        padding = int(conv.padding[0]), int(conv.padding[1])
-        blocks.append(Block(conv_name, norm_name, padding, norm.eps, pool))
-    if [type(layer) for _, layer in layers] != [nn.Flatten, nn.Linear] or not blocks:
+        padding = cast(tuple[int, int], conv.padding)
+        blocks.append(Block(conv_name, norm_name, padding, cast(nn.GroupNorm, norm).eps, pool))
+    if not blocks or len(layers) != 2:
         return None
-    return ConvNetForm(tuple(blocks), layers[1][0], dtype)
+    (_, flatten), (classifier, linear) = layers
+    if type(flatten) is not nn.Flatten or (flatten.start_dim, flatten.end_dim) != (1, -1):
+        return None
+    if type(linear) is not nn.Linear or linear.bias is None:
+        return None
+    if len(list(module.parameters())) != 4 * len(blocks) + 2:  # shared parameters
+        return None
+    return ConvNetForm(tuple(blocks), classifier, dtype)
+
+
+def _is_covered(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
+    """Returns whether the formulas cover a block of these layers."""
+    if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and isinstance(relu, nn.ReLU)):
+        return False
+    return (
+        fits_block(conv, norm, relu)
+        and conv.bias is not None
+        and conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.padding[0] == conv.padding[1]
+    )
 
 
 def step_gradient(form: ConvNetForm, net: FlatNet, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:

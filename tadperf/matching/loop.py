@@ -80,7 +80,8 @@ def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBacke
     config, net = problem.config, problem.net
     batch = min(config.batch or len(state.images), len(state.images))
     shape, device = (batch, *state.images.shape[1:]), state.images.device
-    backend = choose_step_backend(config, net, shape, device, config.iterations - state.iteration)
+    # By all iterations of the run, not by those that are left: a resumed run must choose the same backend.
+    backend = choose_step_backend(config, net, shape, device, config.iterations)
     if device.type == "cuda" and config.compile != "off" and config.gradient != "unroll":
         return backend, GraphedSweep(net, backend, config.gradient == "adjoint")
     return backend, partial(GRADIENTS[config.gradient], net, backend=backend)

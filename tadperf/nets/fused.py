@@ -49,7 +49,7 @@ def fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _is_plain_sequential(module: nn.Module) -> bool:
     """Returns whether calling a network means calling its layers one by one, also on channels_last images."""
-    if type(module) is not nn.Sequential or any(_has_hooks(layer) for layer in (module, *module)):
+    if type(module) is not nn.Sequential or any(has_hooks(layer) for layer in (module, *module)):
         return False
     if any(type(layer).__module__.split(".")[0] not in ("torch", "tadperf") for layer in module.modules()):
         return False  # an unknown layer may depend on the memory format, for example by Tensor.view
@@ -57,7 +57,7 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     return implementations()["norm_relu_pool"].get(device) not in (None, "reference")
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
     """Returns whether a call of the layer does more than its class's `forward`."""
     hooks = (
         layer._forward_hooks,
@@ -75,13 +75,13 @@ def _has_hooks(layer: nn.Module) -> bool:
 def _fused_block(layers: list[nn.Module]) -> tuple[int, Callable[[Tensor], Tensor]]:
     """Returns one function for the first layers, and the number of layers that it replaces."""
     match layers:
-        case [nn.Conv2d() as conv, nn.GroupNorm() as norm, nn.ReLU() as relu, *rest] if _fits(conv, norm, relu):
-            pool = bool(rest) and _is_half_pool(rest[0])
+        case [nn.Conv2d() as conv, nn.GroupNorm() as norm, nn.ReLU() as relu, *rest] if fits_block(conv, norm, relu):
+            pool = bool(rest) and is_half_pool(rest[0])
             return 3 + pool, partial(_conv_norm_relu_pool, conv, norm, pool)
     return 1, layers[0]
 
 
-def _fits(conv: nn.Conv2d, norm: nn.GroupNorm, relu: nn.ReLU) -> bool:
+def fits_block(conv: nn.Conv2d, norm: nn.GroupNorm, relu: nn.ReLU) -> bool:
     """Returns whether the layers are a plain convolution, instance norm with weight and bias, and ReLU."""
     return (
         (type(conv), type(norm), type(relu)) == (nn.Conv2d, nn.GroupNorm, nn.ReLU)
@@ -96,7 +96,7 @@ def _fits(conv: nn.Conv2d, norm: nn.GroupNorm, relu: nn.ReLU) -> bool:
     )
 
 
-def _is_half_pool(layer: nn.Module) -> bool:
+def is_half_pool(layer: nn.Module) -> bool:
     """Returns whether the layer is a 2 x 2 average pool with stride 2 and no padding."""
     return (
         type(layer) is nn.AvgPool2d

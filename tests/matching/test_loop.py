@@ -18,7 +18,7 @@ from tadperf.experts.store import Experts
 from tadperf.experts.train import train_expert
 from tadperf.matching import loop
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.loop import Check, MatchProblem, draw_steps, match_trajectories
+from tadperf.matching.loop import Check, MatchProblem, choose_gradient, draw_steps, match_trajectories
 from tadperf.matching.starts import expert_soft_labels
 from tadperf.matching.state import (
     EXPLODED,
@@ -276,3 +276,13 @@ def test_soft_labels_are_the_mean_over_the_experts_that_are_correct(experts):
     for i, (one, two) in enumerate(says.t().tolist()):
         truth = logits[:, i].mean(0) if one == two else logits[0 if one else 1, i]
         torch.testing.assert_close(ours[i], truth)
+
+
+def test_the_backend_does_not_depend_on_the_iterations_that_are_left(experts):
+    """A resumed run must compute with the same backend to the end: another one would end with other bytes."""
+    net = FlatNet(build(NET.model_copy(update={"norm": "group", "width": 8}), SHAPE, CLASSES, 0))
+    iterations = 10**9  # enough that compiling pays
+    problem = MatchProblem(net, experts, match(iterations=iterations), "none", 0)
+    fresh = first(problem.config)
+    names = [choose_gradient(replace(fresh, iteration=i), problem)[0].name for i in (0, iterations - 1)]
+    assert names == ["compiled, functional"] * 2
