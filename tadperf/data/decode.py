@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import threading
 import warnings
@@ -195,6 +196,7 @@ def _formats() -> tuple[str, ...]:
 
     Image.init()
     _silence_libtiff()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints Pillow's log to stderr
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, overload
@@ -102,7 +104,8 @@ def open_data(
     if kind != "digits":
         kind, place = _locate(place, kind)
     options = ReadOptions(image_size, image_column, label_column, progress)
-    layout = READERS[kind](place, options)
+    with _reading(place):
+        layout = READERS[kind](place, options)
     origin = {"path": "digits" if kind == "digits" else str(place), "format": kind, "image_size": image_size}
     columns = {"image_column": image_column, "label_column": label_column}
     origin |= {name: column for name, column in columns.items() if column is not None}
@@ -110,7 +113,8 @@ def open_data(
     def read(split: str) -> Dataset | None:
         if split not in layout.splits:
             return None
-        content = layout.splits[split]()
+        with _reading(place):
+            content = layout.splits[split]()
         images, source = content.images, {**origin, "split": split, "labels": None}
         if image_size is not None:
             images = resize(images, image_size, [place] if place.exists() else [], progress)
@@ -130,6 +134,16 @@ def open_data(
         train = replace_labels(train, labels)
     require_every_class(train, "data", path)
     return _same_shape(train, read("test"))
+
+
+@contextlib.contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    """Turns errors of the file system into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else place
+        raise UserError("data", file, f"{error.strerror or error}; check the file and its permissions") from None
 
 
 def _single_class_remedy(place: Path, train: Dataset) -> str | None:

@@ -95,7 +95,10 @@ def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
 
 def _is_split_folder(folder: Path) -> bool:
     """Returns whether a folder can be a split: it has folders in it, or nothing. A class named "train" holds images."""
-    return bool(_visible_folders(folder)) or not any(_is_image(entry.name) for entry in os.scandir(folder))
+    if _visible_folders(folder):
+        return True
+    with os.scandir(folder) as entries:
+        return not any(_is_image(entry.name) for entry in entries)
 
 
 def _nested(folder: Path) -> Path:
@@ -115,7 +118,7 @@ def _classes(root: Path) -> dict[str, list[Path]]:
 
 def _visible_folders(path: Path) -> list[Path]:
     with os.scandir(path) as entries:
-        return [path / name for name in sorted(e.name for e in entries if _is_visible(e.name) and e.is_dir())]
+        return [path / name for name in sorted(e.name for e in entries if _is_visible(e.name) and _is_folder(e))]
 
 
 def _is_visible(name: str) -> bool:
@@ -147,10 +150,17 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
         for entry in entries:
             if not _is_visible(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(folder / entry.name, (*above, place))
             else:
                 yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _outside_of_classes(roots: set[Path]) -> Counter[str]:
@@ -160,6 +170,7 @@ def _outside_of_classes(roots: set[Path]) -> Counter[str]:
 
 def _report_skipped(path: Path, skipped: Counter[str]) -> None:
     if skipped:
-        listed = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(LISTED))
+        kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
+        listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:LISTED])
         more = f" and {len(skipped) - LISTED} other kinds" if len(skipped) > LISTED else ""
         warn_user(f"data: {path}: {skipped.total()} files are not used: {listed}{more}")

@@ -143,5 +143,5 @@ def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encode
     with pytest.raises(UserError, match=r"no column of encoded images.*a \(int64\), b \(int64\)"):
         open_data(tmp_path / "f.parquet")
     pq.write_table(pa.table({"i": encoded[:2], "a": [1, 2], "b": [1, 2]}), tmp_path / "g.parquet")
-    with pytest.raises(UserError, match="which column holds the labels, a or b. Use --set data.label_column=NAME"):
+    with pytest.raises(UserError, match=r"which column holds the labels, a or b\? Use --set data.label_column=NAME"):
         open_data(tmp_path / "g.parquet")
