@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import shlex
@@ -18,6 +19,10 @@ T = TypeVar("T")
 
 class RunInterruptedError(Exception):
     """Ctrl-C or SIGTERM during a run; the text says how to continue."""
+
+
+class RunFailedError(Exception):
+    """A run cannot write or read one of its files; the text says which one, what to do and how to continue."""
 
 
 class RunLostError(Exception):
@@ -75,14 +80,20 @@ def print_preset(sources: ConfigSources, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[None]:
-    """Adds to an interruption, or to the loss of another process, how the run continues."""
+    """Adds to an interruption, the loss of another process, or a full or failing disk how the run continues."""
     try:
         yield
-    except (KeyboardInterrupt, RunLostError) as error:
+    except (KeyboardInterrupt, RunLostError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename is None or isinstance(error, BrokenPipeError)):
+            raise
         options = f"--devices {devices} --resume" if devices else "--resume"
         hint = f"; continue with: tadperf {command} {options} --out {shlex.quote(str(out))}" if out.exists() else ""
         if isinstance(error, KeyboardInterrupt):
             raise RunInterruptedError(f"interrupted{hint}") from None
+        if isinstance(error, OSError):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "free some space" if is_full else "check the disk and its permissions"
+            raise RunFailedError(f"{error.filename}: {error.strerror}; {remedy}{hint}") from error
         raise RunLostError(f"{error}{hint}") from None
 
 
