@@ -19,6 +19,7 @@ from tadperf.data.readers.digits import read_digits
 from tadperf.data.readers.folder import read_folder
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
+from tadperf.data.text import display_name
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 
@@ -118,7 +119,7 @@ def open_data(
         images, source = content.images, {**origin, "split": split, "labels": None}
         if image_size is not None:
             images = resize(images, image_size, [place] if place.exists() else [], progress)
-        name = place.stem or place.name
+        name = display_name(place.stem or place.name)
         clean, files = content.clean_labels, content.file_names
         return Dataset(images, content.labels, layout.class_names, name, clean, source, files)
 

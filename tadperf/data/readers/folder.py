@@ -11,7 +11,8 @@ import torch
 
 from tadperf.data.decode import SUFFIXES, BitDepth, Encoded, decode
 from tadperf.data.layout import Content, Layout, ReadOptions
-from tadperf.data.splits import choose_splits, look_like_splits, nfc, split_of_folder
+from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
+from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
 
 MAX_DESCENT = 2  # folders with nothing but one folder in them that are passed through
@@ -54,11 +55,6 @@ def read_folder(path: Path, options: ReadOptions) -> Layout:
         return Content(images, torch.tensor([c for _, c in files[split]]), file_names=file_names)
 
     return Layout(names, {split: lambda split=split: read(split) for split in files})
-
-
-def display_name(name: str) -> str:
-    """Returns a file name as text in Unicode form NFC. Bytes that are not UTF-8 become escapes: "caf\\xe9.png"."""
-    return nfc(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _encoded(file: Path) -> Encoded:
