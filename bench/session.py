@@ -183,7 +183,7 @@ def _by_kind(words: Sequence[str]) -> tuple[list[Bench], list[str]]:
         if word not in catalogue.NAMES:
             names = ", ".join((*catalogue.NAMES, *runner.STAGES))
             raise UserError("OPERATOR|STAGE", word, f"must be one of {names}")
-    return catalogue.chosen(operators) if operators or not words else [], stages
+    return catalogue.load_benches(operators) if operators or not words else [], stages
 
 
 def _refuse_operator_options(request: Request) -> None:
