@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tadperf.compute import ranks
 from tadperf.compute.compile import save_compile_cache
 from tadperf.config import MatchConfig
 from tadperf.data import augment
+from tadperf.errors import UserError
 from tadperf.experts.store import Experts
 from tadperf.matching.cuda_graph_sweep import GraphedSweep
 from tadperf.matching.gradient import GRADIENTS, Gradient, Step
@@ -120,7 +122,7 @@ def match_trajectories(
     config = problem.config
     previous, best, score, losses = None, state, -1.0, []
     file = run.path / "checkpoints" / "matching.safetensors"
-    checkpoint = ranks.once(lambda: load_checkpoint(file, state.images.device) if file.exists() else None)
+    checkpoint = ranks.once(lambda: load_checkpoint(file, state.images.device, state) if file.exists() else None)
     if checkpoint:
         state, previous, best, score = checkpoint
     run.rewind("matching", state.iteration)
@@ -132,6 +134,7 @@ def match_trajectories(
             backend = _save_compiled_code(backend)
         loss = float(gradient.loss)
         updated = apply_gradient(state, gradient, config)
+        _check_learned_rate(updated, config)
         if has_diverged(gradient, updated):
             state, previous = step_back(state, previous), None
             run.log("matching", state.iteration, loss=loss, undone=True, lr_img=state.lr_img)
@@ -151,6 +154,14 @@ def match_trajectories(
             save_checkpoint(file, state, previous, best, score)
             last_save = time.monotonic()
     return best
+
+
+def _check_learned_rate(state: MatchState, config: MatchConfig) -> None:
+    """Raises UserError if the learned learning rate has become 0 or infinite, although its logarithm is finite."""
+    lr = float(state.log_lr.exp())
+    if state.log_lr.isfinite() and not 0 < lr < math.inf:
+        remedy = f"too large: it drove the students' learning rate to {lr} at iteration {state.iteration}"
+        raise UserError("match.lr_lr", config.lr_lr, f"{remedy}; use a smaller value, such as 0.05")
 
 
 def _save_compiled_code(backend: StepBackend) -> StepBackend:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tadperf import files
 from tadperf.config import MatchConfig
+from tadperf.errors import UserError
 from tadperf.matching.gradient import Gradient
 
 EXPLODED = 10.0  # a matching loss from here up counts as diverged (1: the student did not move); not tuned
@@ -111,12 +112,27 @@ def save_checkpoint(path: Path, state: MatchState, previous: MatchState | None, 
     files.save_tensors(path, tensors, {"score": repr(score)})
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[MatchState, MatchState | None, MatchState, float]:
-    """Reads what `save_checkpoint` wrote: state, previous, best, score."""
-    tensors, metadata = files.load_tensors(path)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        part, field = name.split(".", 1)
-        parts.setdefault(part, {})[field] = value
-    states = {part: MatchState.from_tensors(fields, device) for part, fields in parts.items()}
-    return states["state"], states.get("previous"), states["best"], float(metadata["score"])
+def load_checkpoint(
+    path: Path, device: torch.device, like: MatchState | None = None
+) -> tuple[MatchState, MatchState | None, MatchState, float]:
+    """Reads what `save_checkpoint` wrote: state, previous, best, score.
+
+    like: a state whose shapes and dtypes the file must have. Raises UserError if the file is damaged or does not fit.
+    """
+    try:
+        tensors, metadata = files.load_tensors(path)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, field = name.split(".", 1)
+            parts.setdefault(part, {})[field] = value
+        states = {part: MatchState.from_tensors(fields, device) for part, fields in parts.items()}
+        if like is not None and any(_kinds(state) != _kinds(like) for state in states.values()):
+            raise ValueError("other shapes or types")
+        return states["state"], states.get("previous"), states["best"], float(metadata["score"])
+    except (KeyError, TypeError, ValueError):  # a UserError of load_tensors is a ValueError
+        remedy = "is damaged, or belongs to another run; delete it, then use --resume: matching starts again"
+        raise UserError("--resume", path, remedy) from None
+
+
+def _kinds(state: MatchState) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in state.tensors().items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from tadperf import artifact, files
+from tadperf import files
 from tadperf.artifact import DistilledSet
 from tadperf.compute import ranks
 from tadperf.compute.torch_settings import torch_settings
@@ -16,7 +16,7 @@ from tadperf.matching.state import initial_state
 from tadperf.pipeline.context import RunContext, open_context
 from tadperf.pipeline.experts import get_experts
 from tadperf.pipeline.matching import match
-from tadperf.pipeline.package import INITIAL, package_set
+from tadperf.pipeline.package import DISTILLED, INITIAL, load_stored_set, package_set
 from tadperf.pipeline.result import REFINED, build_result
 from tadperf.pipeline.scoring import (
     BackgroundScoring,
@@ -24,6 +24,7 @@ from tadperf.pipeline.scoring import (
     baseline_students,
     distilled_students,
     score_all_students,
+    warn_at_chance,
 )
 from tadperf.progress import Progress, silent
 from tadperf.refine.loop import RefinedImages, refine
@@ -55,6 +56,7 @@ def distill_task(
             distilled = _distilled_set(context, scoring)
             save_safely(save_grid, run.path / "grid.png", distilled)
             scores = _evaluate(context, distilled, scoring) if evaluate else {}
+            warn_at_chance(scores, task.train.num_classes)
         result = build_result(context, distilled, scores)
         run.finish(result)
         return result
@@ -89,19 +91,19 @@ def _package_refined(context: RunContext, refined: RefinedImages) -> DistilledSe
 
 
 def _distilled_set(context: RunContext, scoring: BackgroundScoring) -> DistilledSet:
-    """Loads the run's distilled set. Makes and saves it first if it does not exist."""
-    file = context.run.path / "distilled.safetensors"
-    if not ranks.once(file.exists):
+    """Loads the run's distilled set. Makes it first if it, or a file that is written with it, does not exist."""
+    names = [DISTILLED, INITIAL] + [REFINED] * (context.task.config.synthesis != "matching")
+    if not ranks.once(lambda: all((context.run.path / name).exists() for name in names)):
         # Background students are forked processes: on Linux only, and without CUDA or other ranks.
         can_fork = context.task.device.type == "cpu" and ranks.world_size() == 1 and sys.platform.startswith("linux")
-        synthesise(context, scoring if can_fork else None).save(file)
+        synthesise(context, scoring if can_fork else None).save(context.run.path / DISTILLED)
         ranks.barrier()
-    return artifact.load(file)
+    return load_stored_set(context.run.path / DISTILLED)
 
 
 def _evaluate(context: RunContext, distilled: DistilledSet, scoring: BackgroundScoring) -> dict[str, list[float]]:
     """The stage "evaluate": returns the test accuracies of all students by row."""
-    config, initial = context.task.config.evaluate, artifact.load(context.run.path / INITIAL)
+    config, initial = context.task.config.evaluate, load_stored_set(context.run.path / INITIAL)
     with context.run.stage("evaluate"):
         students = distilled_students(distilled, config.networks, config.repeats, context.task.device)
         students += baseline_students(context, initial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tadperf.compute.torch_settings import torch_settings
+from tadperf.errors import UserError
 from tadperf.experts.store import Experts
 from tadperf.experts.train import train_experts
 from tadperf.nets.problem import Problem
@@ -33,7 +34,12 @@ def get_experts(context: RunContext) -> Experts:
         samples.weights,
     )
     train_experts(folder, problem, config.experts, task.epochs, expert_identity(task), context.progress)
-    return Experts.open(folder, config.experts.count)
+    experts = Experts.open(folder, config.experts.count)
+    for index in range(len(experts)):
+        if not experts.snapshot(index, task.epochs).isfinite().all():
+            remedy = f"expert {index} diverged; delete {folder}, and start again with a smaller value"
+            raise UserError("experts.lr", config.experts.lr, remedy)
+    return experts
 
 
 def train_shared_experts(task: Task, run: Run, progress: Progress = silent) -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tadperf import artifact
 from tadperf.artifact import DistilledSet
 from tadperf.compute.versions import versions
 from tadperf.config import Config
 from tadperf.data.normalise import Normaliser
+from tadperf.errors import UserError
 from tadperf.matching.state import MatchState
 from tadperf.nets.training import Recipe
 from tadperf.task.task import Task
 
+DISTILLED = "distilled.safetensors"
 INITIAL = Path("checkpoints", "initial.safetensors")  # the set before the first iteration, also as a DistilledSet
 MACHINE_FIELDS = {"experts": {"path", "workers"}, "refine": {"start"}}  # they differ by machine, so the file omits them
 
@@ -46,3 +49,12 @@ def package_set(task: Task, normaliser: Normaliser, state: MatchState, lr: float
         versions(),
         {"name": task.train.name, "source": task.train.source, "fingerprint": task.train.fingerprint},
     )
+
+
+def load_stored_set(file: Path) -> DistilledSet:
+    """Loads a set that the run has saved. Raises UserError if the file is damaged."""
+    try:
+        return artifact.load(file)
+    except UserError:
+        remedy = "is damaged; delete it, then use --resume to make it again from the run's checkpoint"
+        raise UserError("--resume", file, remedy) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from tadperf import files
@@ -11,6 +10,7 @@ from tadperf.compute.device import describe_device
 from tadperf.nets.students import summarise
 from tadperf.pipeline.context import RunContext
 from tadperf.pipeline.scoring import BASELINES
+from tadperf.run.folder import read_json
 from tadperf.trust.metrics import round_metrics
 
 REFINED = "refined.json"  # the report of refinement
@@ -43,7 +43,8 @@ def build_result(context: RunContext, distilled: DistilledSet, scores: dict[str,
     config, train, stages = task.config, task.train, run.stages()
     refinement = {}
     if config.synthesis != "matching":
-        refinement = {"refine": json.loads((run.path / REFINED).read_bytes())}
+        remedy = "delete it, then use --resume to write it again"
+        refinement = {"refine": read_json(run.path / REFINED, remedy)}
     return {
         "data": {
             **distilled.data,

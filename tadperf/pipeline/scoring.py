@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from tadperf import artifact, files, seeds
+from tadperf import files, seeds
 from tadperf.artifact import DistilledSet
 from tadperf.compute import ranks
 from tadperf.compute.workers import BackgroundTasks
 from tadperf.data.images import ImageSubset
 from tadperf.data.pick import pick_real
+from tadperf.errors import UserError
 from tadperf.nets.students import Examples, Student, StudentScorer, score_students
 from tadperf.pipeline.context import RunContext
-from tadperf.pipeline.package import INITIAL, student_recipe
-from tadperf.run.folder import Run
+from tadperf.pipeline.package import INITIAL, load_stored_set, student_recipe
+from tadperf.run.folder import Run, read_json
 
 BASELINES = ("initial", "random_real", "full_data", "full_trusted")
+REAL_IMAGES = ("random_real", "full_data", "full_trusted")  # rows that train at evaluate.real_lr
+
+log = logging.getLogger(__name__)
 
 
 def distilled_students(
@@ -73,9 +78,7 @@ class ScoreStore:
     def __init__(self, run: Run, known: Mapping[str, Sequence[float]]) -> None:
         """known: accuracies of complete rows, in the order of their repeats, that need no students."""
         self._run, self._file = run, run.path / "checkpoints" / "evaluate.json"
-        self._scores: dict[str, dict[str, float]] = ranks.once(
-            lambda: json.loads(self._file.read_text()) if self._file.exists() else {}
-        )
+        self._scores: dict[str, dict[str, float]] = ranks.once(lambda: _read_scores(self._file))
         self._scores |= {row: {str(r): score for r, score in enumerate(scores)} for row, scores in known.items()}
 
     def missing(self, students: Sequence[Student]) -> list[Student]:
@@ -95,6 +98,17 @@ class ScoreStore:
         return [scores[str(repeat)] for repeat in range(len(scores))]
 
 
+def _read_scores(file: Path) -> dict[str, dict[str, float]]:
+    if not file.exists():
+        return {}
+    remedy = "delete it, then use --resume to train its students again"
+    scores = read_json(file, remedy)
+    for row in scores.values():
+        if not isinstance(row, dict) or not all(isinstance(score, float) for score in row.values()):
+            raise UserError("--resume", file, f"is damaged; {remedy}")
+    return scores
+
+
 class BackgroundScoring:
     """Trains baseline students on cores that another stage leaves idle."""
 
@@ -109,7 +123,7 @@ class BackgroundScoring:
         The set before the first iteration must be saved.
         """
         context = self._context
-        students = baseline_students(context, artifact.load(context.run.path / INITIAL))
+        students = baseline_students(context, load_stored_set(context.run.path / INITIAL))
         self._students = self.scores.missing(students)
         if self._students and cores > 0:
             task, data = context.task, context.data
@@ -153,3 +167,19 @@ def score_all_students(
     for student, score in scoring.wait():
         done(student, score)
     return {row: scores.row(row) for row in dict.fromkeys(s.row for s in students)}
+
+
+def warn_at_chance(scores: Mapping[str, Sequence[float]], num_classes: int) -> None:
+    """Logs a warning for every row whose mean accuracy is not above that of a guess, 1 / `num_classes`."""
+    for row, runs in scores.items():
+        mean = sum(runs) / len(runs)
+        if mean <= 1 / num_classes:
+            field = "evaluate.real_lr" if row in REAL_IMAGES else "evaluate.lr"
+            log.warning(
+                "students of %s reach %.1f %%, which is not better than a guess (%.1f %%); "
+                "if their loss diverged, use a smaller %s",
+                row,
+                100 * mean,
+                100 / num_classes,
+                field,
+            )

@@ -22,7 +22,7 @@ from tadperf.progress import Progress, silent
 from tadperf.refine import start
 from tadperf.report.curves import save_curves
 from tadperf.report.drawing import save_safely
-from tadperf.run.folder import Run, finished_result, stored_config
+from tadperf.run.folder import Run, finished_result, read_json, stored_config
 from tadperf.task.task import Task, shared_experts_folder
 
 CELLS_FILE = "sweep.json"  # the cells of the sweep in a folder
@@ -100,14 +100,29 @@ def _file_name(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:60]
 
 
-def stored_cells(out: Path) -> list[Cell]:
-    """Returns the cells of the sweep in `out`. Raises UserError if there is no sweep."""
+def check_sweep_folder(out: Path) -> None:
+    """Raises UserError if `out` is not the folder of a sweep."""
     if not out.is_dir():
         raise UserError("--resume", out, "there is no such folder; leave out --resume to start it")
     if not (out / CELLS_FILE).exists():
         raise UserError("--resume", out, f"is not the folder of a sweep: there is no {CELLS_FILE} in it; check --out")
-    stored = json.loads((out / CELLS_FILE).read_bytes())
-    return [Cell(cell["values"], cell["folder"], Config.model_validate(cell["config"])) for cell in stored["cells"]]
+
+
+def stored_cells(out: Path) -> list[Cell]:
+    """Returns the cells of the sweep in `out`. Raises UserError if there is no sweep, or if its file is damaged."""
+    check_sweep_folder(out)
+    file, remedy = out / CELLS_FILE, "give the fields and values again, with --resume; finished runs are only read"
+    stored = read_json(file, remedy)
+    try:
+        cells = [
+            Cell(dict(cell["values"]), str(cell["folder"]), Config.model_validate(cell["config"]))
+            for cell in stored["cells"]
+        ]
+    except (KeyError, TypeError, ValueError):
+        cells = []
+    if not cells:
+        raise UserError("--resume", file, f"is damaged; {remedy}")
+    return cells
 
 
 def check_cells(cells: Sequence[Cell], out: Path) -> None:
