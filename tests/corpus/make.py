@@ -288,7 +288,7 @@ CORPUS: dict[str, Odd] = {
     "floats": Odd(floats, test=None),
     "names that are not UTF-8": Odd(windows_names, test=None),
     "names of a Mac": Odd(mac_names, names=("cross", "disqu\u00e9", "square")),
-    "other files": Odd(mixed, test=None, warns="3 files are not used: .heic (1), .txt (1), images outside of"),
+    "other files": Odd(mixed, test=None, warns="3 other files are not used: .heic (1), .txt (1), images outside of"),
     "links": Odd(linked, test=None),
     "a folder around": Odd(around),
     "a class called train": Odd(class_called_train, test=None, names=("bus", "car", "train")),

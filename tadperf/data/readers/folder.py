@@ -15,7 +15,7 @@ from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
 from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
 
-MAX_DESCENT = 2  # folders with nothing but one folder in them that are passed through
+MAX_DESCENT = 2  # levels of folders that hold one folder only; the classes may be below them
 LISTED = 8  # kinds of files that a warning names
 
 
@@ -84,7 +84,7 @@ def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
     suspects = look_like_splits(folder.name for folder in folders)
     if suspects and all(_is_split_folder(path / name) for name in suspects):
         raise UserError("data", path, f"{', '.join(suspects)} look like splits; rename them to train and test")
-    if len(folders) == 1 and descent < MAX_DESCENT and len(_visible_folders(folders[0])) > 1:
+    if len(folders) == 1 and descent < MAX_DESCENT and _visible_folders(folders[0]):
         return _split_roots(folders[0], descent + 1)
     return {"train": path}
 
@@ -169,4 +169,4 @@ def _report_skipped(path: Path, skipped: Counter[str]) -> None:
         kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
         listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:LISTED])
         more = f" and {len(skipped) - LISTED} other kinds" if len(skipped) > LISTED else ""
-        warn_user(f"data: {path}: {skipped.total()} files are not used: {listed}{more}")
+        warn_user(f"data: {path}: {skipped.total()} other files are not used: {listed}{more}")
