@@ -156,7 +156,7 @@ def choose_step_backend(
     if device.type == "cuda":
         backend, reason = compiled(net, precision), "it runs on CUDA"
     elif backend.name == "formulas":
-        # Norm, ReLU and pool are native there. Inductor's form of these lines is slower (bench/results/distil.md).
+        # Norm, ReLU and pool are native there. Inductor's form of these lines is slower (bench/results/matching.md).
         reason = "on a CPU no compiled form of this network is faster"
     else:
         saved = COMPILE_SAVING * iterations * config.steps * 10 * flops(net, shape) / EAGER_FLOPS

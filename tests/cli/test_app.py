@@ -1,4 +1,4 @@
-"""The frozen command line, the time that help takes, and how errors are answered."""
+"""The frozen command line, the time of --help, and the messages about errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMON = [
     "--set",
 ]
 OUTPUT = ["--json", "--quiet", "--debug"]
-FROZEN = {  # a change here is a change for every user: names are added, not renamed
+FROZEN = {  # a change here is a change for every user: add names, do not rename them
     "distill": [
         *COMMON,
         "--devices",

@@ -1,4 +1,4 @@
-"""Plain progress lines."""
+"""Progress on stderr: plain lines and live bars."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_quiet_and_other_outputs(capsys):
     with progress.display(quiet=True) as show:
         show("data", 1, 1)
     assert capsys.readouterr().err == ""
-    with progress.display(quiet=False) as show:  # captured: not a terminal
+    with progress.display(quiet=False) as show:  # stderr is captured, so it is not a terminal
         assert isinstance(show, progress.PlainProgress)
 
 

@@ -99,7 +99,7 @@ def test_the_adjoint_in_float32_equals_the_unroll_to_1e_5(problem):
 
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_the_error_of_bfloat16_convolutions_stays_below_10_percent(problem, norm):
-    """Error of the images' gradient over 4 steps. bench/results/distil.md has the measured figures."""
+    """Error of the images' gradient over 4 steps. bench/results/matching.md has the measured figures."""
     config = NetConfig(depth=2, width=16, norm=norm)  # pyright: ignore[reportCallIssue]
     p = problem(steps=4, size=8, count=8, batch=8, config=config, strategy="none")
     net = FlatNet(build(config, (3, 8, 8), 4, 3))
