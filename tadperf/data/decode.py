@@ -274,7 +274,8 @@ def _pillow_warnings() -> Iterator[None]:
             shown(message, category, *rest, **more)
         elif category.__name__ != "DecompressionBombWarning":  # MAX_PIXELS decides what is too large
             count += 1
-            caught.append(reason(message)) if not caught and isinstance(message, Warning) else None
+            if not caught:
+                caught.append(" ".join(str(message).split())[:120])
 
     with warnings.catch_warnings():
         shown = warnings.showwarning
