@@ -46,13 +46,6 @@ def _only(count: int) -> str:
     return f"only {count} CUDA device{'s' if count > 1 else ''} found"
 
 
-def set_tf32(allowed: bool) -> None:
-    """Allows or forbids TF32 in float32 products and convolutions on CUDA, for the rest of the process."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
 def describe_device(device: torch.device) -> str:
     """Returns the product name of the device, for example "NVIDIA H200" or the CPU's model name."""
     if device.type == "cuda":

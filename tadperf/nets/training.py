@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +190,7 @@ def fit(
     target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
     share = None if weights is None else _scale_to_mean_one(weights, len(images)).to(device)
     if device.type == "cuda":
-        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
     predict, parameters = fused_forward(module.train()), tuple(module.parameters())
     velocity = tuple(map(torch.zeros_like, parameters))
 

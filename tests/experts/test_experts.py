@@ -23,7 +23,7 @@ from tadperf.nets.training import Recipe, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, SHAPE, CLASSES, EPOCHS = torch.device("cpu"), (1, 8, 8), 3, 3
-NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+NET = NetConfig(depth=1, width=4)
 SIZE = FlatNet(build(NET, SHAPE, CLASSES, 0)).num_parameters
 IDENTITY = {"data": "abc", "net": {"depth": 1}, "lr": 0.1}
 
@@ -39,7 +39,7 @@ def problem() -> Problem:
 
 def train(folder: Path, count: int = 3, epochs: int = EPOCHS, **values: Any) -> list[int]:
     """Trains the missing experts; returns the number of experts at each progress report."""
-    config = ExpertConfig(count=count, batch=20, lr=0.1, **values)  # pyright: ignore[reportCallIssue]
+    config = ExpertConfig(count=count, batch=20, lr=0.1, **values)
     counts: list[int] = []
     train_experts(folder, problem(), config, epochs, IDENTITY, lambda stage, done, total, **_: counts.append(done))
     return counts

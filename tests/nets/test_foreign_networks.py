@@ -71,50 +71,50 @@ class Shifted(nn.Conv2d):
         return super().forward(input.roll(1, 3))
 
 
-def with_hook() -> nn.Module:
+def with_hook() -> nn.Sequential:
     module = network()
     module[5].register_forward_hook(lambda _, inputs, output: output.roll(1, 1))
     return module
 
 
-def with_pre_hook() -> nn.Module:
+def with_pre_hook() -> nn.Sequential:
     module = network()
     module.register_forward_pre_hook(lambda _, inputs: (inputs[0].flip(3),))
     return module
 
 
-def with_parametrized_weight() -> nn.Module:
+def with_parametrized_weight() -> nn.Sequential:
     module = network()
     parametrize.register_parametrization(module[4], "weight", Doubled())
     return module
 
 
-def with_own_convolution() -> nn.Module:
+def with_own_convolution() -> nn.Sequential:
     module = network()
     module[4] = Shifted(WIDTH, WIDTH, 3, padding=1)
     return module
 
 
-def with_view() -> nn.Module:
+def with_view() -> nn.Sequential:
     module = network()
     module[9] = View()
     return module
 
 
-def with_first_layer(**settings: Any) -> nn.Module:
+def with_first_layer(**settings: Any) -> nn.Sequential:
     module = network()
     module[0] = nn.Conv2d(1, WIDTH, **{"kernel_size": 3, "padding": 1, **settings})
     return module
 
 
-def with_replaced_forward() -> nn.Module:
+def with_replaced_forward() -> nn.Sequential:
     module = network()
     forward = module[4].forward
-    module[4].forward = lambda x: forward(x.flip(2))
+    module[4].forward = lambda input: forward(input.flip(2))
     return module
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
     "circular padding": lambda: network({"padding_mode": "circular"}),
     "reflected padding": lambda: network({"padding_mode": "reflect"}),
     "padding by name": lambda: network({"padding": "same"}),
@@ -152,8 +152,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def digits() -> tuple[Tensor, Tensor]:
     """Returns images uint8 [N, 1, 8, 8] and labels of the built-in digits."""
-    raw = load_digits()
-    return torch.from_numpy(raw.images * 15.9).byte()[:, None], torch.from_numpy(raw.target)
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(pixels * 15.9).byte().view(-1, 1, 8, 8), torch.from_numpy(labels)
 
 
 @pytest.fixture(scope="module")
