@@ -189,6 +189,10 @@ class DistilledSet:
         source = self.data.get("source", {})
         format = source.get("format") if path is None else None
         path = source.get("path", self.data.get("name")) if path is None else path
+        if path is None:
+            raise UserError(
+                "test", path, "the set does not say which data it is made from; give the path of a test set"
+            )
         columns = {name: source.get(name) for name in ("image_size", "image_column", "label_column")}
         test = open_data(path, format=format, need_train=False, **columns).test
         if test is None:

@@ -99,13 +99,14 @@ def test_repr_is_one_short_line():
 def test_accuracy_takes_numpy_arrays_and_restores_the_mode():
     ds, test = distilled(), photos(9, 1)
     net = ds.train(epochs=1).train()
-    net[0].eval()
+    layers = list(net.children())
+    layers[0].eval()
     expected = ds.accuracy(net, test)
     images, labels = test.images.numpy(), test.labels.numpy()
     assert ds.accuracy(net, (images, labels)) == expected
     assert ds.accuracy(net, (images[::-1], labels[::-1].astype("uint8"))) == expected
     assert ds.accuracy(net, (images, labels.tolist())) == expected
-    assert [module.training for module in net] == [False] + [True] * (len(net) - 1)
+    assert [layer.training for layer in layers] == [False] + [True] * (len(layers) - 1)
     with pytest.raises(UserError, match=r"label -1: must be in 0\.\.2"):
         ds.accuracy(net, (images, labels - 1))
     with pytest.raises(UserError, match="and integer labels"):
