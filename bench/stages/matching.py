@@ -107,7 +107,7 @@ def make_problem(case: Case, device: torch.device, dtype: torch.dtype = torch.fl
     config = MatchConfig.model_validate({"steps": case.steps, "batch": case.batch})
     drawn = draw_steps(config, count, case.shape[-1], AUGMENT, generator)
     labels = torch.arange(10, device=device).repeat_interleave(case.ipc)
-    steps = [inner._replace(index=inner.index.to(device)) for inner in drawn]
+    steps = [inner._replace(rows=inner.rows.to(device)) for inner in drawn]
     return MatchingProblem(net, start, start + 0.01 * step, images, labels, torch.tensor(0.01).to(start), steps)
 
 
