@@ -104,11 +104,11 @@ def _run() -> int:
             common.redirect_to_null(sys.stdout)
             return 0  # the reader of stdout, such as `head`, has all that it wanted
         return _report_failure(error)
-    except common.RunInterruptedError:
-        raise
     except common.RunFailedError as error:
         common.print_error(error)
         return 1
+    except common.RunInterruptedError:
+        raise  # `main` prints it
     except Exception as error:
         return _report_failure(error)
     if code == 130:  # typer returns this for a KeyboardInterrupt
