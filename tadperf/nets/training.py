@@ -222,8 +222,12 @@ def accuracy(module: nn.Module, images: Images, labels: Tensor, batch: int = 102
     """Returns the share of images whose largest logit is that of the label; a row that is not finite counts as wrong.
 
     The network computes in eval mode. Afterwards each of its layers is in train or eval mode as before.
+    Raises UserError if there are no images.
     """
-    device, correct = next(module.parameters()).device, 0
+    if not len(images):
+        raise UserError("images", 0, "there are none to test the network on; give at least one")
+    parameter = next(module.parameters(), None)
+    device, correct = torch.device("cpu") if parameter is None else parameter.device, 0
     batch = min(batch, cache_batch_size(module, images[torch.zeros(1, dtype=torch.int64)][0, 0].numel()))
     with _eval_mode(module):
         predict = fused_forward(module)

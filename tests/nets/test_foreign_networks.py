@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config, NetConfig
 from tadperf.data.normalise import Normaliser
+from tadperf.errors import UserError
 from tadperf.nets.architectures import build
 from tadperf.nets.fused import fused_forward
-from tadperf.nets.training import Recipe
+from tadperf.nets.training import Recipe, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 32
@@ -215,3 +216,14 @@ def test_networks_of_tadperf_are_fused(name):
 def test_a_single_image_without_a_batch_dimension_is_passed_on():
     module, image = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(144, 3)), torch.randn(1, 8, 8)
     torch.testing.assert_close(fused_forward(module)(image), module(image))
+
+
+def test_a_network_without_parameters_has_an_accuracy():
+    images, labels = torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    for module in (nn.Flatten(), nn.Sequential(nn.Flatten(), nn.ReLU())):
+        assert accuracy(module, images, labels) == 0.75
+
+
+def test_an_accuracy_needs_images():
+    with pytest.raises(UserError, match=r"^images: 0: there are none to test the network on"):
+        accuracy(nn.Flatten(), torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64))
