@@ -106,7 +106,7 @@ def checkpoints(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--set refine.source={}/empty", "model_index.json is missing; give a folder saved by diffusers' save_pretrained"),
+        ("--set refine.source={}/empty", "model_index.json is missing; give a folder saved by diffusers"),
         ("--set refine.source={}/seven", "the model has 7 classes, the data have 10; map them with refine.classes"),
         ("--set refine.source={}/latents", "its transformer takes 4 latent channels, its VAE makes 3"),
         ("--set refine.source={}/none", "no such folder"),
