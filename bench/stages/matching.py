@@ -230,9 +230,9 @@ def first_iterations(size: str, device: torch.device) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def main(size: str, place: str) -> None:
+def main(size: str, device_name: str) -> None:
     """Runs the first compiled iteration of this process, with the compiler's cache; saves what it has compiled."""
-    device = torch.device(place)
+    device = torch.device(device_name)
     p = make_problem(SIZES[size], device)
     backend = step_backends.compiled(p.net)
     adjoint(p, backend)
