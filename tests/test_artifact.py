@@ -38,11 +38,19 @@ def distilled(kind: str = "meanstd", soft: bool = False) -> DistilledSet:
     normaliser = fit_normaliser(data.images, kind)
     labels = nn.functional.one_hot(data.labels[:6], 3).float() * 5 if soft else data.labels[:6]
     return DistilledSet(
-        images=normaliser(data.images[:6]), labels=labels, lr=0.0213, class_names=NAMES, normaliser=normaliser,
-        augment="color_flip", net=NetConfig.model_validate({"depth": 1, "width": 8}), recipe=RECIPE,
-        config=merge("digits").model_dump(mode="json"), seed=3, versions={"tadperf": "0.1.0"},
+        images=normaliser(data.images[:6]),
+        labels=labels,
+        lr=0.0213,
+        class_names=NAMES,
+        normaliser=normaliser,
+        augment="color_flip",
+        net=NetConfig.model_validate({"depth": 1, "width": 8}),
+        recipe=RECIPE,
+        config=merge("digits").model_dump(mode="json"),
+        seed=3,
+        versions={"tadperf": "0.1.0"},
         data={"name": "colours", "source": {"path": "colours"}, "fingerprint": data.fingerprint},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("kind", "soft"), [("meanstd", False), ("zca", True)])
@@ -155,10 +163,14 @@ def test_the_recorded_data_set_gives_the_default_test_split():
     normaliser = fit_normaliser(digits.train.images)
     index = torch.cat([(digits.train.labels == c).nonzero()[:2, 0] for c in range(10)])
     ds = replace(
-        distilled(), images=normaliser(digits.train.images[index]), labels=digits.train.labels[index],
-        normaliser=normaliser, class_names=digits.train.class_names, augment="none",
+        distilled(),
+        images=normaliser(digits.train.images[index]),
+        labels=digits.train.labels[index],
+        normaliser=normaliser,
+        class_names=digits.train.class_names,
+        augment="none",
         data={"name": "digits", "source": digits.train.source, "fingerprint": digits.train.fingerprint},
-    )  # fmt: skip
+    )
     assert digits.test is not None
     assert torch.equal(ds.test_split().images, digits.test.images)
     net = ds.train(epochs=3)

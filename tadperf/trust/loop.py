@@ -49,8 +49,8 @@ def dual_loop(
 
     problem: its labels are the given labels, int64 [N]. The loop never needs clean labels.
     folder: stores each finished round there; a killed run continues after the last one. One seed gives one result.
-    With mode "off" or a single class, nothing is trained and every label is trusted. Raises ValueError for mode "oracle"; use
-    `as_given(labels, class_names, clean)` instead.
+    With mode "off" or a single class, nothing is trained and every label is trusted. Raises ValueError for mode
+    "oracle" (use `as_given(labels, class_names, clean)` instead), and UserError if the proxies diverge.
     """
     if config.mode == "oracle":
         raise ValueError("config.mode: oracle: must be on or off: the loop takes no clean labels; use as_given instead")
@@ -146,9 +146,7 @@ def assign_verdicts(
 def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
     for name, values in zip(outputs._fields, outputs, strict=True):
         if values.isnan().any():
-            raise UserError(
-                "trust.lr", config.lr, f"the proxies have diverged ({name}: NaN); use a lower learning rate"
-            )
+            raise UserError("trust.lr", config.lr, f"the proxies have diverged ({name}: NaN); use a lower value")
 
 
 def label_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
