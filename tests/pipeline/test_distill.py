@@ -238,24 +238,29 @@ def test_datm_starts_from_samples_that_an_expert_classifies_correctly(whole, tmp
         assert mask[chosen_index].all()
 
 
-@pytest.mark.parametrize("job", ["matching", "hybrid"])
-def test_killed_runs_end_with_the_same_bytes(tmp_path, job):
-    duration = kill_resume.finish(job, tmp_path / "whole")
-    stages = [kill_resume.kill(job, tmp_path / "run", moment) for moment in kill_resume.moments(4, duration, seed=0)]
-    kill_resume.finish(job, tmp_path / "run")
-    assert stages[0] != "ended before the signal", stages
-    assert kill_resume.differences(tmp_path / "run", tmp_path / "whole") == []
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[float, Path]:
+    """Returns the seconds and the folder of an undisturbed run by the command line."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return kill_resume.finish("matching", folder), folder
 
 
-@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
-def test_an_interrupted_run_ends_with_an_error_code(tmp_path, name):
-    """kill_resume.kill raises RuntimeError if a run that is not done ends with exit code 0."""
-    duration = kill_resume.finish("matching", tmp_path / "whole")
-    number = signal.Signals[f"SIG{name}"]
-    for moment in (0.4 * duration, 0.7 * duration):
-        kill_resume.kill("matching", tmp_path / "run", moment, number)
+def test_killed_runs_end_with_the_same_bytes(undisturbed, tmp_path):
+    duration, folder = undisturbed
+    times = kill_resume.moments(4, duration, seed=0)
+    stages = [kill_resume.kill("matching", tmp_path / "run", moment) for moment in times]
     kill_resume.finish("matching", tmp_path / "run")
-    assert kill_resume.differences(tmp_path / "run", tmp_path / "whole") == []
+    assert stages[0] != "ended before the signal", stages
+    assert kill_resume.differences(tmp_path / "run", folder) == []
+
+
+def test_interrupted_runs_end_with_an_error_code_and_the_same_bytes(undisturbed, tmp_path):
+    """kill_resume.kill raises RuntimeError if a run that is not done ends with exit code 0."""
+    duration, folder = undisturbed
+    for number, share in ((signal.SIGINT, 0.3), (signal.SIGTERM, 0.5), (signal.SIGHUP, 0.7)):
+        kill_resume.kill("matching", tmp_path / "run", share * duration, number)
+    kill_resume.finish("matching", tmp_path / "run")
+    assert kill_resume.differences(tmp_path / "run", folder) == []
 
 
 def test_an_interrupt_while_students_train_in_the_background(tmp_path):
