@@ -1,4 +1,4 @@
-// The Python module tadperf.kernels._native: the instruction sets of this machine, and one binding per operator.
+// The Python module tadperf.kernels._native: the instruction sets of this machine, and the bindings of each operator.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Those that this machine runs, the best one last.
+// The instruction sets that this machine runs, the best one last.
 std::vector<std::string> supported() {
   std::vector<std::string> found{"baseline"};
 #ifdef TADPERF_X86
