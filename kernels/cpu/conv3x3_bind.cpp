@@ -2,9 +2,9 @@
 // Tensors come as addresses; types and shapes are checked by the caller in Python.
 #include "conv3x3.h"
 
-#include "dispatch.h"
-#include "images.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/images.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 

@@ -2,8 +2,8 @@
 // threads with the GIL released.
 #include "diverse_pick.h"
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 #include <vector>
 

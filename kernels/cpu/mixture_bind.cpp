@@ -2,7 +2,7 @@
 #include <cstring>
 #include <memory>
 
-#include "dispatch.h"
+#include "common/dispatch.h"
 #include "mixture_fit.h"
 
 using namespace nb::literals;

@@ -2,7 +2,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "dispatch.h"
+#include "common/dispatch.h"
 
 namespace {
 

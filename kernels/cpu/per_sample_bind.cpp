@@ -2,8 +2,8 @@
 // crossing by DLPack took 5 us for each of the seven. Types, devices and shapes are checked by the caller in Python.
 #include "per_sample.h"
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 

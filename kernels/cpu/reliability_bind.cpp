@@ -4,8 +4,8 @@
 
 #include <limits>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 #include <vector>
 

@@ -2,8 +2,8 @@
 // over threads with the GIL released.
 #include "trajectory_distance.h"
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 #include <tuple>
 

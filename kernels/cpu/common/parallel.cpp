@@ -1,12 +1,12 @@
 // The threads of parallel_for: those of PyTorch's OpenMP where they are to be had, else a pool of our own.
 //
-// After each of PyTorch's own loops its threads spin for some milliseconds, so that a pool beside them gets half of a core:
-// on 2 cores, taking turns with eager code, 64 x 320 010 of trajectory_distance took 7.1 ms in a pool of our own.
+// After each of PyTorch's own loops its threads spin for some milliseconds, so that a pool beside them gets half of a
+// core: on 2 cores, taking turns with eager code, 64 x 320 010 of trajectory_distance took 7.1 ms in a pool of our own.
 //
 // OpenMP hangs in a forked child. Our own pool starts when first asked for and sleeps between calls; nothing ever joins
 // its threads, so that they hold up neither the interpreter's exit nor, since a forked child makes a pool of its own,
 // anything after a fork.
-#include "parallel.h"
+#include "common/parallel.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -35,7 +35,8 @@ std::atomic<Pool *> current{nullptr};
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr, forked = true; });
 
-// libgomp's entry into a parallel region, part of its stable ABI; LLVM's libomp has it too. PyTorch loads either globally.
+// libgomp's entry into a parallel region, part of its stable ABI; LLVM's libomp has it too. PyTorch loads either
+// globally.
 using OpenMP = void(void (*work)(void *), void *arg, unsigned threads, unsigned flags);
 OpenMP *openmp() {
   static auto *const found = reinterpret_cast<OpenMP *>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -43,7 +44,8 @@ OpenMP *openmp() {
 }
 
 // Waits for `ready`, but no longer than falling asleep and waking up would take; returns whether it came.
-template <class Ready> bool spin(Ready ready) {
+template <class Ready>
+bool spin(Ready ready) {
   using clock = std::chrono::steady_clock;
   for (auto end = clock::now() + std::chrono::microseconds(20); !ready();) {
     if (clock::now() > end) return false;
@@ -89,8 +91,10 @@ Pool &pool_of_this_process() {
   Pool *pool = current;
   if (!pool) {
     auto *fresh = new Pool;
-    if (current.compare_exchange_strong(pool, fresh)) pool = fresh;
-    else delete fresh;
+    if (current.compare_exchange_strong(pool, fresh))
+      pool = fresh;
+    else
+      delete fresh;
   }
   return *pool;
 }
