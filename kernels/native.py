@@ -7,15 +7,19 @@ import os
 from functools import cache
 from types import ModuleType
 
+from tadperf.kernels import thread_pool
+
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("TADPERF_KERNELS") == "reference":
         return None, "switched off by TADPERF_KERNELS=reference"
     try:
-        return importlib.import_module("tadperf.kernels._native"), ""
+        native = importlib.import_module("tadperf.kernels._native")
     except ImportError as error:
         return None, f"not built or not loadable: {error}"
+    thread_pool.configure(native)
+    return native, ""
 
 
 def module() -> ModuleType | None:

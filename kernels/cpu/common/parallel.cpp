@@ -1,14 +1,12 @@
-// The threads of parallel_for: those of PyTorch's OpenMP where they are to be had, else a pool of our own.
+// The threads of parallel_for: those of PyTorch's OpenMP library, or a pool of our own.
 //
-// After each of PyTorch's own loops its threads spin for some milliseconds, so that a pool beside them gets half of a
-// core: on 2 cores, taking turns with eager code, 64 x 320 010 of trajectory_distance took 7.1 ms in a pool of our own.
+// After each of PyTorch's own loops its threads spin for some milliseconds. A separate pool then gets only half of a
+// core: on 2 cores, in turns with eager code, 64 x 320 010 of trajectory_distance took 7.1 ms in a pool of our own.
 //
-// OpenMP hangs in a forked child. Our own pool starts when first asked for and sleeps between calls; nothing ever joins
-// its threads, so that they hold up neither the interpreter's exit nor, since a forked child makes a pool of its own,
-// anything after a fork.
+// OpenMP hangs in a forked child, so a child uses the pool. The pool starts at its first use and sleeps between calls.
+// Its threads are detached: they do not block the exit of the interpreter, and a forked child creates a new pool.
 #include "common/parallel.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -21,33 +19,35 @@
 namespace {
 
 struct Pool {
-  std::atomic<bool> taken{false};  // by the one caller it serves at a time
-  std::mutex mutex;                // of all below; `running` may be read without it
+  std::atomic<bool> busy{false};  // it serves one caller at a time
+  std::mutex mutex;               // guards everything below; `running` may be read without it
   std::condition_variable posted, finished;
   void (*work)(void *) = nullptr;
   void *arg = nullptr;
   int open = 0;                 // places in the present call that no thread has taken yet
-  std::atomic<int> running{0};  // threads at work on it, without the caller
+  std::atomic<int> running{0};  // threads that work on the call, without the caller
   int size = 0, asleep = 0;
 };
 
+// The function GOMP_parallel is part of libgomp's stable ABI. LLVM's libomp has it, too.
+using GompParallel = void(void (*work)(void *), void *arg, unsigned threads, unsigned flags);
+
+std::atomic<GompParallel *> openmp{nullptr};
 std::atomic<Pool *> current{nullptr};
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr, forked = true; });
 
-// libgomp's entry into a parallel region, part of its stable ABI; LLVM's libomp has it too. PyTorch loads either
-// globally.
-using OpenMP = void(void (*work)(void *), void *arg, unsigned threads, unsigned flags);
-OpenMP *openmp() {
-  static auto *const found = reinterpret_cast<OpenMP *>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return forked ? nullptr : found;
+// In a forked child, neither OpenMP nor the parent's pool may be used.
+void forget_threads() {
+  openmp = nullptr;
+  current = nullptr;
 }
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
 
-// Waits for `ready`, but no longer than falling asleep and waking up would take; returns whether it came.
+// Waits for `ready`, but no longer than it takes to fall asleep and to wake up. Returns whether `ready` became true.
 template <class Ready>
 bool spin(Ready ready) {
   using clock = std::chrono::steady_clock;
-  for (auto end = clock::now() + std::chrono::microseconds(20); !ready();) {
+  auto end = clock::now() + std::chrono::microseconds(20);
+  while (!ready()) {
     if (clock::now() > end) return false;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -62,7 +62,8 @@ bool spin(Ready ready) {
     pool.asleep++;
     pool.posted.wait(lock, [&] { return pool.open > 0; });
     pool.asleep--;
-    pool.open--, pool.running++;
+    pool.open--;
+    pool.running++;
     auto *work = pool.work;
     void *arg = pool.arg;
     lock.unlock();
@@ -72,7 +73,7 @@ bool spin(Ready ready) {
   }
 }
 
-// Signals go to the threads that Python knows of.
+// Blocks all signals in the new threads, so that signals go to the threads that Python knows of.
 void grow(Pool &pool, int size) {
   sigset_t all, before;
   sigfillset(&all);
@@ -80,7 +81,7 @@ void grow(Pool &pool, int size) {
   try {
     for (; pool.size < size; pool.size++) std::thread(serve, std::ref(pool)).detach();
   } catch (const std::system_error &) {
-    // No more threads to be had: those that started, and the caller's, do the work.
+    // The system gives no more threads. Those that started and the caller's do the work.
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
@@ -101,14 +102,20 @@ Pool &pool_of_this_process() {
 
 }  // namespace
 
-void run_in_pool(int helpers, void (*work)(void *), void *arg) {
-  if (OpenMP *parallel = openmp()) return parallel(work, arg, unsigned(helpers) + 1, 0);
+void set_openmp(uintptr_t address) { openmp = reinterpret_cast<GompParallel *>(address); }
+
+std::string thread_pool() { return openmp.load() ? "openmp" : "pool"; }
+
+void run_on_threads(int team, int shares, void (*work)(void *), void *arg) {
+  if (GompParallel *parallel = openmp) return parallel(work, arg, unsigned(team), 0);
   Pool &pool = pool_of_this_process();
-  if (pool.taken.exchange(true)) return work(arg);  // by a call on another thread: this one works alone
+  if (pool.busy.exchange(true)) return work(arg);  // another thread's call uses the pool: this thread works alone
   {
     std::lock_guard<std::mutex> lock(pool.mutex);
-    if (pool.size < helpers) grow(pool, helpers);
-    pool.work = work, pool.arg = arg, pool.open = std::min(helpers, pool.size);
+    if (pool.size < shares - 1) grow(pool, shares - 1);
+    pool.work = work;
+    pool.arg = arg;
+    pool.open = std::min(shares - 1, pool.size);
     for (int i = std::min(pool.open, pool.asleep); i > 0; i--) pool.posted.notify_one();
   }
   work(arg);
@@ -120,5 +127,5 @@ void run_in_pool(int helpers, void (*work)(void *), void *arg) {
     std::unique_lock<std::mutex> lock(pool.mutex);
     pool.finished.wait(lock, [&] { return pool.running == 0; });
   }
-  pool.taken = false;
+  pool.busy = false;
 }
