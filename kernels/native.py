@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from tadperf.kernels import thread_pool as threads_of
+
 # The element types that compiled code reads, on a CPU and in Triton. The C++ side of this table is `kind_of`.
 ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,9 +24,11 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("TADPERF_KERNELS") == "reference":
         return None, "switched off by TADPERF_KERNELS=reference"
     try:
-        return importlib.import_module("tadperf.kernels._native"), ""
+        native = importlib.import_module("tadperf.kernels._native")
     except ImportError as error:
         return None, f"not built or not loadable: {error}"
+    threads_of.configure(native)
+    return native, ""
 
 
 def module() -> ModuleType | None:
@@ -40,6 +44,12 @@ def available() -> bool:
 def reason() -> str:
     """Returns in one line why the compiled part is absent, or an empty string if it is present."""
     return _load()[1]
+
+
+def thread_pool() -> str:
+    """Returns which threads compiled code uses and why: "libgomp of torch (path)", "own pool (why)", or "none"."""
+    native = module()
+    return "none" if native is None else threads_of.configure(native)
 
 
 @cache

@@ -2,14 +2,14 @@
 #include "conv3x3.h"
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 
 namespace {
 
-using Maps = Typed<const float, 4>;       // [images, channels, height, width] in channels_last
+using Maps = Typed<const float, 4>;  // [images, channels, height, width] in channels_last
 using MapsOut = Typed<float, 4>;
 
 Conv3x3 arguments_for(const Maps &x, int64_t out_channels) {

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 

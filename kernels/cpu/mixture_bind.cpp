@@ -2,7 +2,7 @@
 #include <memory>
 
 #include "common/arrays.h"
-#include "dispatch.h"
+#include "common/dispatch.h"
 #include "mixture_fit.h"
 
 using namespace nb::literals;
@@ -37,14 +37,19 @@ Sorted sort(View<float> losses, View<G> groups, int64_t n, int64_t num_groups, i
   Sorted out;
   int64_t block = std::max<int64_t>(16384, num_groups), blocks = (n + block - 1) / block;
   std::vector<int64_t> next(blocks * num_groups), wrong(blocks, -1);
-  parallel_for(n, block, threads, [&](int64_t begin, int64_t end) {
-    int64_t *count = next.data() + begin / block * num_groups;
-    for (int64_t i = begin; i < end; i++) {
-      int64_t g = groups[i];
-      if (g >= 0 && g < num_groups) count[g] += std::isfinite(losses[i]);
-      else if (g != -1 && wrong[begin / block] < 0) wrong[begin / block] = i;
-    }
-  }, 2);
+  parallel_for(
+      n, block, threads,
+      [&](int64_t begin, int64_t end) {
+        int64_t *count = next.data() + begin / block * num_groups;
+        for (int64_t i = begin; i < end; i++) {
+          int64_t g = groups[i];
+          if (g >= 0 && g < num_groups)
+            count[g] += std::isfinite(losses[i]);
+          else if (g != -1 && wrong[begin / block] < 0)
+            wrong[begin / block] = i;
+        }
+      },
+      2);
   for (int64_t found : wrong)
     if (found >= 0 && out.wrong < 0) out.wrong = found;
   if (out.wrong >= 0) return out;
@@ -60,19 +65,22 @@ Sorted sort(View<float> losses, View<G> groups, int64_t n, int64_t num_groups, i
   out.begin.push_back(used);
   out.losses.reset(new double[used]);
   out.sample.reset(new int64_t[used]);
-  parallel_for(n, block, threads, [&](int64_t begin, int64_t end) {
-    int64_t *at = next.data() + begin / block * num_groups;
-    for (int64_t i = begin; i < end; i++) {
-      int64_t g = groups[i];
-      float x = losses[i];
-      if (g >= 0 && std::isfinite(x)) {
-        out.losses[at[g]] = x;
-        out.sample[at[g]++] = i;
-      } else {
-        posterior[i] = g < 0 || std::isnan(x) ? NAN : x < 0 ? 1.0f : 0.0f;
-      }
-    }
-  }, 2);
+  parallel_for(
+      n, block, threads,
+      [&](int64_t begin, int64_t end) {
+        int64_t *at = next.data() + begin / block * num_groups;
+        for (int64_t i = begin; i < end; i++) {
+          int64_t g = groups[i];
+          float x = losses[i];
+          if (g >= 0 && std::isfinite(x)) {
+            out.losses[at[g]] = x;
+            out.sample[at[g]++] = i;
+          } else {
+            posterior[i] = g < 0 || std::isnan(x) ? NAN : x < 0 ? 1.0f : 0.0f;
+          }
+        }
+      },
+      2);
   return out;
 }
 
@@ -84,7 +92,7 @@ Sorted sort_by(const Losses &losses, const Groups &groups, int64_t num_groups, i
 }
 
 struct Results {
-  float *posterior;  // [samples]
+  float *posterior;                  // [samples]
   double *weight, *mean, *variance;  // [groups, 2]
   int64_t *iterations;
   double *log_likelihood;  // [groups]
@@ -114,7 +122,7 @@ void fit_group(const MixtureLoops &loops, const MixtureOptions &options, const S
     return;
   }
   for (int64_t i = 0; i < count; i++) z[i] = (z[i] - range.lowest) / span;
-  MixtureFit fit = MixtureGroup(loops, z, count, options.floor, threads).fit(options);
+  MixtureFit fit = MixtureGroup(loops, options, z, count, threads).fit();
   MixtureTheta &t = fit.theta;
   if (t[1] > t[2]) t = {-t[0], t[2], t[1], t[4], t[3]};
   double variance[2] = {std::exp(t[3]), std::exp(t[4])};
@@ -141,8 +149,9 @@ void fit_group(const MixtureLoops &loops, const MixtureOptions &options, const S
 }
 
 int64_t mixture(Losses losses, Groups groups, Dense<float, 1> posterior, Pairs weight, Pairs mean, Pairs variance,
-                Dense<int64_t, 1> iterations, Dense<double, 1> log_likelihood, int64_t max_iterations,
-                double tolerance, double floor, bool monotone, int isa, int threads) {
+                Dense<int64_t, 1> iterations, Dense<double, 1> log_likelihood, int64_t max_iterations, double tolerance,
+                double floor, bool monotone, double slack, double tiny, int64_t max_cuts, double smallest_part, int isa,
+                int threads) {
   int64_t num_groups = size_of(weight, 0), samples = size_of(losses, 0);
   check_shape("groups", groups, {samples});
   check_shape("posterior", posterior, {samples});
@@ -155,7 +164,7 @@ int64_t mixture(Losses losses, Groups groups, Dense<float, 1> posterior, Pairs w
                      pick<MixtureAbove>(isa, TADPERF_BY_ISA(mixture_above)),
                      pick<MixtureStep>(isa, TADPERF_BY_ISA(mixture_step)),
                      pick<MixturePosterior>(isa, TADPERF_BY_ISA(mixture_posterior))};
-  MixtureOptions options{max_iterations, tolerance, floor, monotone};
+  MixtureOptions options{max_iterations, tolerance, floor, monotone, slack, tiny, max_cuts, smallest_part};
   Results out{posterior.data(), weight.data(), mean.data(), variance.data(), iterations.data(), log_likelihood.data()};
 
   nb::gil_scoped_release release;
@@ -166,10 +175,13 @@ int64_t mixture(Losses losses, Groups groups, Dense<float, 1> posterior, Pairs w
   for (int64_t g = 0; g < num_groups; g++)
     if (large(g)) fit_group(loops, options, sorted, g, threads, out);
   int64_t used = sorted.begin.back(), together = std::max<int64_t>(1, 1024 * num_groups / (used + 1));
-  parallel_for(num_groups, together, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; g++)
-      if (!large(g)) fit_group(loops, options, sorted, g, 1, out);
-  }, 1);
+  parallel_for(
+      num_groups, together, threads,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; g++)
+          if (!large(g)) fit_group(loops, options, sorted, g, 1, out);
+      },
+      1);
   return -1;
 }
 
@@ -178,6 +190,6 @@ int64_t mixture(Losses losses, Groups groups, Dense<float, 1> posterior, Pairs w
 void bind_mixture(nb::module_ &m) {
   m.def("mixture", &mixture, array("losses"), array("groups"), array("posterior"), array("weight"), array("mean"),
         array("variance"), array("iterations"), array("log_likelihood"), "max_iterations"_a, "tolerance"_a, "floor"_a,
-        "monotone"_a, "isa"_a, "threads"_a,
+        "monotone"_a, "slack"_a, "tiny"_a, "max_cuts"_a, "smallest_part"_a, "isa"_a, "threads"_a,
         "Fills the six results; returns the first sample whose group is out of range, or -1.");
 }

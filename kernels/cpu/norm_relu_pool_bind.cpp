@@ -4,9 +4,9 @@
 #include <memory>
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "images.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/images.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 
@@ -22,7 +22,8 @@ constexpr int64_t LARGE = int64_t(1) << 24;
 
 bool writes_past_caches(const NormReluPool &a, int64_t written, const void *to) {
   bool whole_lines = a.channels_last ? a.channels % 16 == 0 : true;
-  return a.kind == Kind::float32 && written * 4 >= LARGE && whole_lines && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  return a.kind == ElementType::float32 && written * 4 >= LARGE && whole_lines &&
+         reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
 void run(const NormReluPool &a, int isa, int threads) {

@@ -4,9 +4,9 @@
 #include <memory>
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "images.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/images.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 

@@ -4,8 +4,8 @@
 #include <nanobind/stl/optional.h>
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 
@@ -21,9 +21,9 @@ Labels labels_of(const Strided<1> &labels, int64_t rows) {
   return {labels.data(), is_int64("labels", labels), stride_of(labels, 0)};
 }
 
-int64_t per_sample(Strided<2> logits, Strided<1> labels, Results loss, Results confidence,
-                   Dense<int64_t, 1> prediction, Results margin, Results entropy, int64_t first, int64_t classes,
-                   std::optional<Results> state, std::optional<Results> top, int isa, int threads) {
+int64_t per_sample(Strided<2> logits, Strided<1> labels, Results loss, Results confidence, Dense<int64_t, 1> prediction,
+                   Results margin, Results entropy, int64_t first, int64_t classes, std::optional<Results> state,
+                   std::optional<Results> top, int isa, int threads) {
   int64_t rows = size_of(logits, 0), columns = size_of(logits, 1);
   if (columns < 1 || classes > INT32_MAX) throw nb::value_error("logits: expected 1 to 2^31 - 1 classes");
   if (first < 0 || first + columns > classes) throw nb::value_error("first: the columns must be among the classes");
@@ -34,11 +34,21 @@ int64_t per_sample(Strided<2> logits, Strided<1> labels, Results loss, Results c
   if (state) check_shape("state", *state, {6 * rows});
   if (top) check_shape("top", *top, {rows});
   auto *fill_rows = pick<PerSampleRows>(isa, TADPERF_BY_ISA(per_sample));
-  PerSample a{logits.data(),      kind_of(logits.dtype()),          rows,
-              columns,            stride_of(logits, 0),             first,
-              classes,            state ? state->data() : nullptr,  labels_of(labels, rows),
-              loss.data(),        confidence.data(),                prediction.data(),
-              margin.data(),      entropy.data(),                   top ? top->data() : nullptr};
+  PerSample a{logits.data(),
+              kind_of(logits.dtype()),
+              rows,
+              columns,
+              stride_of(logits, 0),
+              first,
+              classes,
+              state ? state->data() : nullptr,
+              labels_of(labels, rows),
+              loss.data(),
+              confidence.data(),
+              prediction.data(),
+              margin.data(),
+              entropy.data(),
+              top ? top->data() : nullptr};
   std::atomic<int64_t> wrong{INT64_MAX};
   nb::gil_scoped_release release;
   parallel_for(rows, block_of_rows(columns), threads, [&](int64_t begin, int64_t end) {
@@ -59,9 +69,9 @@ void per_sample_gradient(Typed<const float, 2> logits, Strided<1> labels, Dense<
   for (const Dense<const float, 1> *values : {&top, &confidence, &scale})
     check_shape("top, confidence and scale", *values, {rows});
   auto *fill_rows = pick<PerSampleGradientRows>(isa, TADPERF_BY_ISA(per_sample_gradient));
-  PerSampleGradient a{logits.data(), out.data(),          rows,
-                      columns,       stride_of(logits, 0), first,
-                      labels_of(labels, rows), top.data(), confidence.data(), scale.data()};
+  PerSampleGradient a{
+      logits.data(), out.data(),        rows,        columns, stride_of(logits, 0), first, labels_of(labels, rows),
+      top.data(),    confidence.data(), scale.data()};
   nb::gil_scoped_release release;
   parallel_for(rows, block_of_rows(columns), threads, [&](int64_t begin, int64_t end) { fill_rows(a, begin, end); });
 }

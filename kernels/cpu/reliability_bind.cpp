@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 
@@ -15,10 +15,6 @@ namespace {
 using Matrix = Dense<const float, 2>;
 
 int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
-
-Reliability::Type type_of(Kind kind) {
-  return kind == Kind::float32 ? Reliability::FLOAT : kind == Kind::float16 ? Reliability::HALF : Reliability::BFLOAT;
-}
 
 // Packs rows in tiles (see reliability.h). Rows beyond the last one are NaN.
 std::vector<float> pack(const float *matrix, int64_t rows, int64_t width) {
@@ -73,7 +69,7 @@ void reliability(Strided<2> features, Matrix anchors, Matrix directions, Dense<c
   auto *fill_rows = pick<ReliabilityRows>(isa, TADPERF_BY_ISA(reliability));
 
   Reliability a{};
-  a.type = type_of(kind_of(features.dtype()));
+  a.type = kind_of(features.dtype());
   a.features = features.data();
   a.rows = rows;
   a.width = width;
@@ -95,7 +91,7 @@ void reliability(Strided<2> features, Matrix anchors, Matrix directions, Dense<c
   std::vector<float> factor = pack_triangle(cholesky.data(), width), whitened(classes * width);
   a.factor = factor.data();
   Reliability of_anchors = a;
-  of_anchors.type = Reliability::FLOAT;
+  of_anchors.type = ElementType::float32;
   of_anchors.features = anchors.data();
   of_anchors.row_stride = width;
   of_anchors.column_stride = 1;
@@ -114,9 +110,10 @@ void reliability(Strided<2> features, Matrix anchors, Matrix directions, Dense<c
 }  // namespace
 
 void bind_reliability(nb::module_ &m) {
-  m.def("reliability", &reliability, array("features"), array("anchors"), array("directions"), array("centre"),
-        array("cholesky"), array("nearest"), array("distance"), array("second"), array("second_distance"),
-        array("most_similar"), array("similarity"), array("second_similar"), array("second_similarity"), "isa"_a,
-        "threads"_a,
-        "Fills the eight results from features, anchors, anchors of length 1, the mean anchor and the Cholesky factor.");
+  m.def(
+      "reliability", &reliability, array("features"), array("anchors"), array("directions"), array("centre"),
+      array("cholesky"), array("nearest"), array("distance"), array("second"), array("second_distance"),
+      array("most_similar"), array("similarity"), array("second_similar"), array("second_similarity"), "isa"_a,
+      "threads"_a,
+      "Fills the eight results from features, anchors, anchors of length 1, the mean anchor and the Cholesky factor.");
 }

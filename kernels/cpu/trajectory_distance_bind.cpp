@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "common/arrays.h"
-#include "dispatch.h"
-#include "parallel.h"
+#include "common/dispatch.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 
@@ -52,7 +52,8 @@ std::vector<Block> cut(const Lengths &lengths, int64_t size) {
   int64_t begin = 0;
   for (int64_t s = 0; s < int64_t(lengths.size()); s++) {
     int64_t length = lengths[s];
-    if (length < 0 || length > size - begin) throw nb::value_error("lengths: expected lengths that sum to the length of a row");
+    if (length < 0 || length > size - begin)
+      throw nb::value_error("lengths: expected lengths that sum to the length of a row");
     for (int64_t end = begin + length; begin < end; begin = std::min(begin + BLOCK, end))
       blocks.push_back({begin, std::min(begin + BLOCK, end), s});
   }
@@ -107,9 +108,9 @@ void trajectory_distance_gradient(Input student, Input target, Input start, cons
   TrajectoryGradient a{{rows_of(student), rows_of(target), rows_of(start)},
                        {rows_of(grad_student), rows_of(grad_target), rows_of(grad_start)}};
   bool shared = false;  // whether a gradient is a sum over the rows
-  for (auto [in, out, grad] : {std::tuple{&student, &grad_student, &a.grads.student},
-                               std::tuple{&target, &grad_target, &a.grads.target},
-                               std::tuple{&start, &grad_start, &a.grads.start}}) {
+  for (auto [in, out, grad] :
+       {std::tuple{&student, &grad_student, &a.grads.student}, std::tuple{&target, &grad_target, &a.grads.target},
+        std::tuple{&start, &grad_start, &a.grads.start}}) {
     if (out->shape(0) == 0) {
       grad->data = nullptr;
       continue;
@@ -117,7 +118,8 @@ void trajectory_distance_gradient(Input student, Input target, Input start, cons
     if (out->shape(0) != in->shape(0) || out->shape(1) != in->shape(1))
       throw nb::value_error("a gradient must have the shape of its input, or no rows if it is not needed");
     bool sums = size_of(*in, 0) < rows;
-    if (sums && grad->kind != Kind::float32) throw nb::value_error("a gradient that is a sum over the rows must be float32");
+    if (sums && grad->kind != ElementType::float32)
+      throw nb::value_error("a gradient that is a sum over the rows must be float32");
     shared |= sums;
   }
   auto *write_block = pick<TrajectoryGradients>(isa, TADPERF_BY_ISA(trajectory_gradients));

@@ -270,7 +270,7 @@ def _empty(losses: Tensor, num_groups: int) -> Mixture:
 def _native(losses: Tensor, groups: Tensor, num_groups: int, *options: float) -> Mixture:
     out = _empty(losses, num_groups)
     flat = losses.detach().float().reshape(-1), groups.reshape(-1), out.posterior.view(-1)
-    if native.call("mixture", *flat, *out[1:], *options) >= 0:
+    if native.call("mixture", *flat, *out[1:], *options, SLACK, TINY, MAX_CUTS, SMALLEST_PART) >= 0:
         raise ValueError(_out_of_range(groups, num_groups))
     return out
 

@@ -14,7 +14,16 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from tadperf.kernels import mixture, mixture_reference, native
-from tadperf.kernels.ops.mixture import Mixture, _empty, _operator, _start
+from tadperf.kernels.ops.mixture import (
+    MAX_CUTS,
+    SLACK,
+    SMALLEST_PART,
+    TINY,
+    Mixture,
+    _empty,
+    _operator,
+    _start,
+)
 
 INF, NAN = float("inf"), float("nan")
 compiled = native.module()
@@ -79,7 +88,7 @@ def assert_agrees(posterior, wanted, atol=1e-4):
 
 def run_native(losses, groups, num_groups, isa, threads, monotone=False):
     out = _empty(losses, num_groups)
-    options = 10_000, 1e-7, 1e-6, monotone
+    options = 10_000, 1e-7, 1e-6, monotone, SLACK, TINY, MAX_CUTS, SMALLEST_PART
     assert native.call("mixture", losses, groups, *out, *options, isa=isa, threads=threads) == -1
     return out
 

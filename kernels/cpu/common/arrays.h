@@ -1,5 +1,5 @@
-// The tensors that Python passes to a binding: DLPack arrays in CPU memory. Every binding takes them with noconvert(), so
-// that nanobind refuses a tensor of another type instead of working on a copy of it.
+// The tensors that Python passes to a binding: DLPack arrays in CPU memory. Every binding takes them with noconvert(),
+// so that nanobind refuses a tensor of another type instead of working on a copy of it.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -42,7 +42,8 @@ void check_shape(const char *name, const Array &x, std::initializer_list<int64_t
     if (size_of(x, axis++) != size) throw nanobind::value_error((std::string(name) + ": wrong shape").c_str());
 }
 
-// Raises ValueError unless the elements lie without gaps, with the axes in this order from the outermost to the innermost.
+// Raises ValueError unless the elements lie without gaps, with the axes in this order from the outermost to the
+// innermost.
 template <class Array>
 void check_order(const char *name, const Array &x, std::initializer_list<int> axes) {
   int64_t step = 1;
