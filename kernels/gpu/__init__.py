@@ -1,4 +1,4 @@
-"""Triton twins of the operators, one file each; imported when a CUDA tensor first needs one, never before."""
+"""Triton kernels of the operators, one file each. A file is imported when a CUDA tensor first needs it."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from functools import cache
 
 @cache
 def available() -> bool:
-    """Whether Triton is installed (it has no macOS build); without it CUDA tensors run the PyTorch reference."""
+    """Whether Triton is installed (it has no macOS build). Without it CUDA tensors run the PyTorch reference."""
     return importlib.util.find_spec("triton") is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import norm_relu_pool_reference
-from tadperf.kernels.norm_relu_pool_dual import (
+from tadperf.kernels.ops.norm_relu_pool_dual import (
     Affine,
     Dual,
     norm_relu_pool_dual,

@@ -2,31 +2,32 @@
 
 With p = softmax(x) over the C classes of one row x, and its given label y:
 
-    loss        -log p_y               0 where y is -1
+    loss        -log p_y               0 if y is -1
     confidence  max p
-    prediction  argmax x               the lowest index among equals; -1 where p is undefined
+    prediction  argmax x               the lowest index of equal maxima; -1 if p is undefined
     margin      largest p minus second largest p
     entropy     -sum p log p           a class of probability 0 adds 0
 
-A logit of -inf is a class of probability 0. Where softmax is undefined (a NaN or +inf in the row, or all -inf), every
-result is NaN and the prediction is -1; the loss of an ignored row is 0 even there. Only the loss has a gradient:
-softmax(x) - onehot(y), 0 for an ignored row.
+A logit of -inf is a class of probability 0. If softmax is undefined (a NaN or +inf in the row, or all -inf), every
+result is NaN and the prediction is -1. The loss of an ignored row is 0 even then. Only the loss has a gradient:
+softmax(x) - onehot(y), and 0 for an ignored row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tadperf.kernels import gpu, native
+from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.native import ELEMENT_TYPES
 
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels/cpu/per_sample.h numbers them
+registry.register("per_sample")
 
 
 class PerSample(NamedTuple):
-    """What `per_sample` gives, each in the batch shape of its logits; `prediction` is int64, the others floats."""
+    """Results of `per_sample`, each in the batch shape of the logits. `prediction` is int64, the others are floats."""
 
     loss: Tensor
     confidence: Tensor
@@ -36,13 +37,14 @@ class PerSample(NamedTuple):
 
 
 def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
-    """Loss, confidence, prediction, margin and entropy of each sample (tadperf; see this module's first lines).
+    """Loss, confidence, prediction, margin and entropy of each sample (tadperf; formulas at the top of this file).
 
-    logits: float [..., C], C >= 2, any strides. labels: int32 or int64 [...], in 0..C-1, or -1 to ignore.
-    Returns float32 (float64 for float64 logits) [...]; losses and entropies are in nats. float32, bfloat16 and float16
-    run compiled code on a CPU, on torch.get_num_threads() threads with the same bits for any number of them, and a
-    Triton kernel on CUDA; the rest runs `per_sample_reference`. Raises ValueError for shapes, types or labels that do
-    not fit. On CUDA labels out of range are not looked for, as that would wait for the device: their loss is NaN.
+    logits: float [..., C] with C >= 2, any strides. labels: int32 or int64 [...], 0 to C-1, or -1 to ignore the sample.
+    Returns float32 (float64 for float64 logits) [...]. Losses and entropies are in nats.
+    float32, bfloat16 and float16 run compiled code on a CPU, on torch.get_num_threads() threads, with the same bits
+    for any number of threads. On CUDA they run a Triton kernel. Everything else runs `per_sample_reference`.
+    Raises ValueError for wrong shapes, types or labels. CUDA does not check labels, because that would wait for the
+    device: the loss of a label out of range is NaN.
     """
     _check(logits, labels)
     if logits.ndim != 2:
@@ -55,7 +57,7 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
 
 
 def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
-    """`per_sample` in plain PyTorch, on any device and float dtype; differentiable by autograd to any order."""
+    """`per_sample` in plain PyTorch, on any device and float type. Autograd differentiates it to any order."""
     _check(logits, labels)
     x = logits if logits.dtype == torch.float64 else logits.float()
     if ((labels < -1) | (labels >= x.shape[-1])).any():
@@ -63,7 +65,7 @@ def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
     log_p = x.log_softmax(-1)
     defined = ~log_p.isnan().any(-1)
     valid = labels >= 0
-    picked = log_p.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+    label_log_p = log_p.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         p = log_p.exp()
         two = p.topk(2, -1).values
@@ -72,7 +74,7 @@ def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
         entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
         undefined = torch.where(defined, 0.0, float("nan")).to(x.dtype)
     return PerSample(
-        loss=torch.where(valid, 0 - picked, 0),
+        loss=torch.where(valid, 0 - label_log_p, 0),
         confidence=two[..., 0] + undefined,
         prediction=torch.where(defined, prediction, -1),
         margin=two[..., 0] - two[..., 1] + undefined,
@@ -88,7 +90,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
             f"labels: {labels.dtype} {tuple(labels.shape)}: expected int32 or int64 {tuple(logits.shape[:-1])}"
         )
     if labels.device != logits.device:
-        raise ValueError(f"labels: on {labels.device}: expected {logits.device}, where the logits are")
+        raise ValueError(f"labels: on {labels.device}: expected {logits.device}, like the logits")
 
 
 def _out_of_range(labels: Tensor, classes: int) -> str:
@@ -97,7 +99,7 @@ def _out_of_range(labels: Tensor, classes: int) -> str:
 
 
 def empty_results(labels: Tensor) -> PerSample:
-    """Room for float32 results of labels [N], on their device whatever the default one is."""
+    """Returns uninitialised float32 results for labels [N], on the device of the labels."""
     n = labels.shape
     return PerSample(
         loss=labels.new_empty(n, dtype=torch.float32),
@@ -108,39 +110,38 @@ def empty_results(labels: Tensor) -> PerSample:
     )
 
 
-def fill_native(logits: Tensor, labels: Tensor, out: PerSample, isa: int, threads: int, *part: int) -> None:
-    """Runs the compiled loops on checked CPU tensors; `part`: first column, classes, addresses of state and top."""
-    module = native.module()
-    assert module is not None
-    assert logits.stride(1) == 1 or 0 in logits.shape or logits.shape[1] == 1
-    wrong = module.per_sample(
-        logits.data_ptr(),
-        ELEMENTS[logits.dtype],
-        *logits.shape,
-        logits.stride(0),
-        labels.data_ptr(),
-        labels.dtype == torch.int64,
-        labels.stride(0),
-        *[result.data_ptr() for result in out],
-        isa,
-        threads,
-        *part,
-    )
+def fill_native(
+    logits: Tensor,
+    labels: Tensor,
+    out: PerSample,
+    first: int = 0,
+    classes: int | None = None,
+    state: Tensor | None = None,
+    top: Tensor | None = None,
+    **options: int,
+) -> None:
+    """Fills the results by compiled code. Raises ValueError for a label out of range.
+
+    The logits may be columns first..first+columns of all `classes`. `state`, float32 [6 N], then carries the rows from
+    one call to the next. top: float32 [N], receives the largest logits. options: `isa` and `threads` of `native.call`.
+    """
+    classes = logits.shape[1] if classes is None else classes
+    wrong = native.call("per_sample", logits, labels, *out, first, classes, state, top, **options)
     if wrong >= 0:
-        raise ValueError(_out_of_range(labels, part[1] if part else logits.shape[1]))
+        raise ValueError(_out_of_range(labels, classes))
 
 
 def _forward(logits: Tensor, labels: Tensor) -> PerSample:
-    if logits.dtype in ELEMENTS and logits.is_cpu and native.available():
-        if logits.stride(1) != 1 or logits.is_neg():
-            logits = logits.resolve_neg().contiguous()
+    if logits.dtype in ELEMENT_TYPES and logits.is_cpu and native.available():
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
         out = empty_results(labels)
-        fill_native(logits, labels, out, native.isa_index(), torch.get_num_threads())
+        fill_native(logits, labels, out)
         return out
-    if logits.dtype in ELEMENTS and logits.is_cuda and gpu.available():
-        from tadperf.kernels.gpu import per_sample as twin
+    if logits.dtype in ELEMENT_TYPES and logits.is_cuda and gpu.available():
+        from tadperf.kernels.gpu import per_sample as triton
 
-        return twin.per_sample(logits.detach(), labels)
+        return triton.per_sample(logits.detach(), labels)
     with torch.no_grad():
         return per_sample_reference(logits, labels)
 
@@ -167,34 +168,22 @@ def loss_gradient(
     first: int = 0,
     classes: int | None = None,
 ) -> Tensor:
-    """Fills `out` with (exp(logits - top) * confidence - onehot(labels)) * scale, 0 where a label is -1 (tadperf).
+    """Fills `out` with (exp(logits - top) * confidence - onehot(labels)) * scale, and 0 where a label is -1 (tadperf).
 
-    logits: [N, C], or columns first..first+C of more `classes`; out: [N, C], contiguous, or `logits` itself; top (the
-    largest logit of all classes), confidence, scale: float32 [N], contiguous. Compiled for float32.
+    logits: [N, C], or columns first..first+C of `classes` in all. out: [N, C], contiguous; may be `logits` itself.
+    top (the largest logit of all classes), confidence, scale: float32 [N], contiguous. Compiled for float32.
     """
     if logits.is_cuda and gpu.available():
-        from tadperf.kernels.gpu import per_sample as twin
+        from tadperf.kernels.gpu import per_sample as triton
 
-        return twin.loss_gradient(logits, labels, top, confidence, scale, out, first, classes)
-    module = native.module()
-    if module is None or not logits.is_cpu or not logits.dtype == out.dtype == torch.float32 or logits.stride(1) != 1:
+        return triton.loss_gradient(logits, labels, top, confidence, scale, out, first, classes)
+    compiled = native.available() and logits.is_cpu and logits.dtype == out.dtype == torch.float32
+    if not compiled or logits.stride(1) != 1:
         p = (logits.float() - top[:, None]).exp_().mul_(confidence[:, None])
         index = torch.arange(first, first + logits.shape[1], device=labels.device)
         gradient = (p - (index == labels[:, None]).float()) * scale[:, None]
         return out.copy_(torch.where(labels[:, None] >= 0, gradient, 0))
-    module.per_sample_gradient(
-        logits.data_ptr(),
-        out.data_ptr(),
-        *logits.shape,
-        logits.stride(0),
-        first,
-        labels.data_ptr(),
-        labels.dtype == torch.int64,
-        labels.stride(0),
-        *[of_row.data_ptr() for of_row in (top, confidence, scale)],
-        native.isa_index(),
-        torch.get_num_threads(),
-    )
+    native.call("per_sample_gradient", logits, labels, top, confidence, scale, out, first)
     return out
 
 
@@ -210,13 +199,13 @@ def _(logits: Tensor, labels: Tensor, prediction: Tensor, confidence: Tensor, sc
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_for_second(ctx, inputs, output) -> None:
+def _save_for_second(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     logits, labels, _, _, scale = inputs
     ctx.save_for_backward(logits, labels, scale)
 
 
-def _second_backward(ctx, upstream: Tensor):
-    """Through (p - onehot) * scale, in plain PyTorch, which differentiates it in its turn."""
+def _second_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiates (p - onehot) * scale in plain PyTorch, so that autograd can differentiate the result again."""
     logits, labels, scale = ctx.saved_tensors
     counts = (labels >= 0).unsqueeze(-1)
     p, v = logits.float().softmax(-1), upstream.float()
@@ -229,14 +218,14 @@ def _second_backward(ctx, upstream: Tensor):
 _gradient.register_autograd(_second_backward, setup_context=_save_for_second)
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor], output) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
     _, confidence, prediction, *_ = output
     ctx.save_for_backward(*inputs, prediction, confidence)
 
 
-def _backward(ctx, loss_grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
+def _backward(ctx: Any, loss_grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
     logits, labels, prediction, confidence = ctx.saved_tensors
-    if logits.dtype in ELEMENTS and logits.ndim == 2:
+    if logits.dtype in ELEMENT_TYPES and logits.ndim == 2:
         return _gradient(logits, labels, prediction, confidence, loss_grad), None
     scale = torch.where(labels >= 0, loss_grad, 0).unsqueeze(-1)
     p = logits.to(loss_grad.dtype).softmax(-1)

@@ -1,18 +1,18 @@
-"""One candidate for each anomalous image: of the best by score, the one least like what its class already holds.
+"""Picks one candidate for each anomalous image: of the best scores, the one least similar to the images of its class.
 
-Label-consistent distillation with detector-guided refinement (arXiv 2507.13074) takes, from a pool of the k candidates
-of highest confidence, the one least similar to the qualified images of its class. With s(x) = max cos(x, u) over the
-images u that the class holds, the winner has
+Label-consistent distillation with detector-guided refinement (arXiv 2507.13074) takes a pool of the k candidates with
+the highest confidence. From it, it picks the one least similar to the qualified images of the class. With
+s(x) = max cos(x, u) over all images u of the class, the winner has
 
-    the smallest s                          where weight is None
+    the smallest s                          if weight is None
     the largest score + weight * (1 - s)    otherwise (tadperf)
 
-and joins its class at once. The anomalies of a class are visited in order; classes do not touch each other. Among
-equals the lowest candidate wins. While a class holds nothing the best score wins, and its similarity is -inf.
+The winner joins its class at once. The anomalies of a class are handled in order; classes are independent. The lowest
+index wins among equal candidates. If a class has no image yet, the best score wins, and its similarity is -inf.
 
-A score of -inf or NaN, or a feature that is not finite, excludes a candidate; an anomaly without any candidate left
-gets index -1 and similarity NaN. Qualified images with features that are not finite are passed over. An image whose
-features are all 0 has cosine 0 with every other. Lengths are computed in float64, so that any finite features have one.
+A score of -inf or NaN, or a feature that is not finite, excludes a candidate. An anomaly without candidates gets index
+-1 and similarity NaN. Qualified images with features that are not finite are ignored. An image with all features 0 has
+cosine 0 with every other. Lengths are computed in float64, so any finite features have a finite length.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf.kernels import gpu, native
+from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.native import ELEMENT_TYPES
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what compiled code reads
+registry.register("diverse_pick")
 
 
 class DiversePick(NamedTuple):
-    """What `diverse_pick` gives for each anomaly: the winner's place among its candidates, and its s when it won."""
+    """Results of `diverse_pick` for each anomaly: the index of its winner, and the similarity s of the winner."""
 
     index: Tensor
     similarity: Tensor
@@ -45,13 +46,14 @@ def diverse_pick(
     top_k: int | None = None,
     weight: float | None = None,
 ) -> DiversePick:
-    """Greedy choice of the least similar candidate, class by class (arXiv 2507.13074; see this module's first lines).
+    """Greedy choice of the least similar candidate, class by class (arXiv 2507.13074; rules at the top of this file).
 
     candidates: features, float [A, K, D], of A anomalous images with K candidates each. scores: float [A, K],
-    confidence of the wanted class. qualified: features, float [Q, D]. classes [A], qualified_classes [Q]: int32 or
-    int64, any values. top_k: size of the pool; None is all. weight: of diversity against score; None is diversity
-    alone. Returns index int64 [A] and similarity [A], float32 (float64 for float64 candidates); no gradient. On a CPU
-    compiled code gives the same bits for any number of threads. Raises ValueError for what does not fit.
+    confidence of the target class. qualified: features, float [Q, D]. classes [A], qualified_classes [Q]: int32 or
+    int64, any values. top_k: size of the pool; None takes all candidates. weight: weight of diversity against score;
+    None ignores the score. Returns index int64 [A] and similarity [A], float32 (float64 for float64 candidates),
+    without a gradient. On a CPU compiled code gives the same bits for any number of threads. Raises ValueError for
+    wrong shapes, types, devices or settings.
     """
     _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
     tensors = candidates.detach(), scores.detach(), qualified.detach(), classes, qualified_classes
@@ -70,7 +72,7 @@ def diverse_pick_reference(
     top_k: int | None = None,
     weight: float | None = None,
 ) -> DiversePick:
-    """`diverse_pick` as a loop over the anomalies in plain PyTorch, on any device and float dtype."""
+    """`diverse_pick` as a loop over the anomalies in plain PyTorch, on any device and float type."""
     _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
     units, usable = unit_rows(candidates.detach())
     held_units, held_usable = unit_rows(qualified.detach().to(candidates.dtype))
@@ -78,7 +80,7 @@ def diverse_pick_reference(
     usable &= scores > -math.inf
     index = classes.new_full(classes.shape, -1, dtype=torch.int64)
     similarity = units.new_full(classes.shape, math.nan)
-    held: dict[int, Tensor] = {}
+    held: dict[int, Tensor] = {}  # unit rows of the images of each class
     for anomaly, label in enumerate(classes.tolist()):
         if label not in held:
             held[label] = held_units[held_usable & (qualified_classes == label)]
@@ -99,14 +101,25 @@ def diverse_pick_reference(
 
 
 def unit_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [..., D] scaled to length 1 in float32 (float64 from float64), and whether all of a row are finite."""
+    """Returns features [..., D] scaled to length 1, and whether all features of a row are finite [...].
+
+    The scaled features are float32 (float64 for float64 features).
+    """
     length = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=torch.float64)
     units = features / torch.where(length > 0, length, 1)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     return units.to(dtype), length.isfinite().squeeze(-1)
 
 
-def _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight) -> None:
+def _check(
+    candidates: Tensor,
+    scores: Tensor,
+    qualified: Tensor,
+    classes: Tensor,
+    qualified_classes: Tensor,
+    top_k: int | None,
+    weight: float | None,
+) -> None:
     if candidates.ndim != 3 or not candidates.is_floating_point():
         raise ValueError(f"candidates: {candidates.dtype} {tuple(candidates.shape)}: expected floats [A, K, D]")
     count, choices, size = candidates.shape
@@ -117,11 +130,10 @@ def _check(candidates, scores, qualified, classes, qualified_classes, top_k, wei
     for name, x, length in (("classes", classes, count), ("qualified_classes", qualified_classes, len(qualified))):
         if tuple(x.shape) != (length,) or x.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}: expected int32 or int64 {(length,)}")
-    for name, x in (("scores", scores), ("qualified", qualified), ("classes", classes)):
+    others = {"scores": scores, "qualified": qualified, "classes": classes, "qualified_classes": qualified_classes}
+    for name, x in others.items():
         if x.device != candidates.device:
-            raise ValueError(f"{name}: on {x.device}: expected {candidates.device}, where candidates are")
-    if qualified_classes.device != candidates.device:
-        raise ValueError(f"qualified_classes: on {qualified_classes.device}: expected {candidates.device}")
+            raise ValueError(f"{name}: on {x.device}: expected {candidates.device}, like the candidates")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: {top_k}: expected 1 or more, or None")
     if weight is not None and not (math.isfinite(weight) and weight >= 0):
@@ -138,20 +150,17 @@ def _native(
     weight: float | None,
 ) -> DiversePick:
     count, choices, _ = candidates.shape
-    out = DiversePick(torch.empty(count, dtype=torch.int64), torch.empty(count))
-    module = native.module()
-    assert module is not None
-    module.diverse_pick(
+    out = DiversePick(*(candidates.new_empty(count, dtype=dtype) for dtype in (torch.int64, torch.float32)))
+    native.call(
+        "diverse_pick",
         candidates if candidates.stride(-1) == 1 else candidates.contiguous(),
         scores.double().contiguous(),
         qualified if qualified.stride(-1) == 1 else qualified.contiguous(),
         classes.long().contiguous(),
         qualified_classes.long().contiguous(),
+        *out,
         max(choices, 1) if top_k is None else top_k,
         math.nan if weight is None else weight,
-        *out,
-        native.isa_index(),
-        torch.get_num_threads(),
     )
     return out
 
@@ -165,14 +174,14 @@ def _forward(
     top_k: int | None,
     weight: float | None,
 ) -> DiversePick:
-    narrow = candidates.dtype in NARROW and qualified.dtype in NARROW
+    supported = candidates.dtype in ELEMENT_TYPES and qualified.dtype in ELEMENT_TYPES
     arguments = (candidates, scores, qualified, classes, qualified_classes)
-    if narrow and candidates.device.type == "cpu" and native.available():
+    if supported and candidates.device.type == "cpu" and native.available():
         return _native(*arguments, top_k, weight)
-    if narrow and candidates.device.type == "cuda" and gpu.available() and candidates.numel():
-        from tadperf.kernels.gpu import diverse_pick as twin
+    if supported and candidates.device.type == "cuda" and gpu.available() and candidates.numel():
+        from tadperf.kernels.gpu import diverse_pick as triton
 
-        return DiversePick(*twin.diverse_pick(*arguments, top_k, weight))
+        return DiversePick(*triton.diverse_pick(*arguments, top_k, weight))
     return diverse_pick_reference(*arguments, top_k=top_k, weight=weight)
 
 

@@ -1,12 +1,12 @@
-"""The Triton twins of per_sample and per_sample_linear: in the interpreter, and compiled ahead of time."""
+"""The Triton kernels of per_sample: in the interpreter, and compiled ahead of time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tadperf.kernels import per_sample_linear_reference, per_sample_reference
-from tadperf.kernels.launch import every
+from tadperf.kernels import per_sample_reference
+from tadperf.kernels.gpu.launch_configs import shipped
 
 pytest.importorskip("triton")
 INF, NAN = float("inf"), float("nan")
@@ -90,50 +90,9 @@ def test_gradient(rows, classes, dtype):
         assert torch.equal(found, out[:, first : first + part.shape[1]])
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("rows", "classes", "depth"), [(0, 3, 2), (1, 2, 1), (70, 129, 33), (3, 507, 70), (2, 3000, 5)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter's dot takes bfloat16 for integers
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_per_sample_linear(rows, classes, depth, dtype, with_bias):
-    """Also where the classes are shared out over several programs, and with operands of any stride."""
-    from tadperf.kernels.gpu.per_sample_linear import per_sample_linear
-
-    _, labels = random_case(rows, classes)
-    features, weight = torch.randn(depth, rows).t().to(dtype), torch.randn(classes, 2 * depth)[:, ::2].to(dtype)
-    bias = torch.randn(classes, 2)[:, 0].to(dtype) if with_bias else None
-    *results, top = per_sample_linear(features, weight, labels, bias)
-    assert_close(results, per_sample_linear_reference(features, weight, labels, bias), 2e-5)
-    logits = features.float() @ weight.float().t() + (0 if bias is None else bias.float())
-    torch.testing.assert_close(top, logits.amax(1), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("labels", [[250, 3, 7, 299], [-1, -1, -1, -1]])
-def test_per_sample_linear_hard_values(labels):
-    """Ties between programs, classes of probability 0 by a bias of -inf, undefined rows: as the logits give it."""
-    from tadperf.kernels.gpu.per_sample_linear import per_sample_linear
-
-    def check(features, weight, bias):
-        *results, _ = per_sample_linear(features, weight, torch.tensor(labels), bias)
-        assert_close(results, per_sample_reference(features @ weight.t() + bias, torch.tensor(labels)))
-
-    features, weight, bias = torch.eye(4), torch.zeros(300, 4), torch.zeros(300)
-    weight[[100, 250], 0] = 1
-    weight[:, 1] = -3e38
-    weight[3, 1] = 3e38
-    check(features, weight, bias)
-    bias[:200] = -INF
-    check(features, weight, bias)
-    weight[:, 2] = INF
-    weight[200, 3] = NAN
-    check(features, weight, bias)
-    check(features, torch.zeros(300, 4), torch.full((300,), -INF))
-
-
 KERNEL_RESULTS = {
-    "loss": "*fp32", "confidence": "*fp32", "prediction": "*i64", "margin": "*fp32", "entropy": "*fp32",
+    "loss_ptr": "*fp32", "confidence_ptr": "*fp32", "prediction_ptr": "*i64", "margin_ptr": "*fp32",
+    "entropy_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -143,55 +102,36 @@ def no_spills(found):
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("how", every("per_sample"), ids=str)
+@pytest.mark.parametrize("how", shipped("per_sample"), ids=str)
 @pytest.mark.parametrize("chunks", ["one", "many"])
 def test_per_sample_compiles_without_spills(aot, name, how, chunks):
     from tadperf.kernels.gpu.per_sample import per_sample_kernel
 
-    signature = {"logits": f"*{name}", "labels": "*i64", **KERNEL_RESULTS}
-    signature |= {"rows": "i32", "classes": "i32", "stride": "i32", "class_stride": "i32", "label_stride": "i32"}
+    signature = {"logits_ptr": f"*{name}", "labels_ptr": "*i64", **KERNEL_RESULTS}
+    signature |= {
+        "n_rows": "i32",
+        "n_classes": "i32",
+        "row_stride": "i32",
+        "class_stride": "i32",
+        "label_stride": "i32",
+    }
     constants = {"ROWS": how["tile"] // how["block"], "BLOCK": how["block"], "ONE_CHUNK": chunks == "one"}
     no_spills(aot(per_sample_kernel, signature, constants, num_warps=how["num_warps"]))
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("how", every("per_sample_gradient"), ids=str)
+@pytest.mark.parametrize("how", shipped("per_sample_gradient"), ids=str)
 def test_gradient_compiles_without_spills(aot, name, how):
     from tadperf.kernels.gpu.per_sample import loss_gradient_kernel
 
-    signature = {"logits": f"*{name}", "labels": "*i64", "top": "*fp32", "confidence": "*fp32", "scale": "*fp32"}
-    signature |= {"out": f"*{name}", "rows": "i32", "columns": "i32", "first": "i32", "classes": "i32"}
-    signature |= {"stride": "i32", "class_stride": "i32", "label_stride": "i32"}
+    signature = {
+        "logits_ptr": f"*{name}",
+        "labels_ptr": "*i64",
+        "top_ptr": "*fp32",
+        "confidence_ptr": "*fp32",
+        "scale_ptr": "*fp32",
+    }
+    signature |= {"out_ptr": f"*{name}", "n_rows": "i32", "n_columns": "i32", "first": "i32", "n_classes": "i32"}
+    signature |= {"row_stride": "i32", "class_stride": "i32", "label_stride": "i32"}
     constants = {"ROWS": how["tile"] // how["block"], "BLOCK": how["block"]}
     no_spills(aot(loss_gradient_kernel, signature, constants, num_warps=how["num_warps"]))
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_per_sample_linear_compiles_without_spills(aot, name):
-    """With the launch entry that this type takes, and within the shared memory of the smallest of the GPUs."""
-    from tadperf.kernels.gpu.per_sample_linear import linear_kernel
-
-    size = TYPES[name].itemsize
-    how = next(entry for entry in every("per_sample_linear") if entry["up_to"] is None or size <= entry["up_to"])
-    signature = {"features": f"*{name}", "weight": f"*{name}", "bias": f"*{name}", "labels": "*i64", "state": "*fp32"}
-    signature |= dict.fromkeys(["rows", "classes", "depth", "f_stride", "w_stride"], "i32")
-    signature |= {"label_stride": "i32", "per_split": "i32"}
-    constants = {
-        "HAS_BIAS": True,
-        "ROWS": how["rows"],
-        "BLOCK": how["block"],
-        "DEPTH": how["depth"],
-        "PRECISION": "ieee",
-    }
-    found = aot(linear_kernel, signature, constants, num_warps=how["num_warps"], num_stages=how["num_stages"])
-    no_spills(found)
-    assert found["sm_80"].shared <= 163 * 1024
-    assert found["gfx942"].shared <= 64 * 1024
-
-
-def test_join_compiles_without_spills(aot):
-    from tadperf.kernels.gpu.per_sample_linear import SPLITS, join_kernel
-
-    signature = {"state": "*fp32", "labels": "*i64", **KERNEL_RESULTS, "tops": "*fp32"}
-    signature |= {"rows": "i32", "classes": "i32", "label_stride": "i32", "splits": "i32"}
-    no_spills(aot(join_kernel, signature, {"ROWS": 512 // SPLITS, "SPLITS": SPLITS}, num_warps=4))

@@ -1,25 +1,27 @@
-"""Two-component Gaussian mixtures of losses, one to a group, all groups in one call: which labels look clean.
+"""Gaussian mixtures of two components, one for the losses of each group, all groups in one call.
 
-In a group the losses follow w_0 N(m_0, v_0) + w_1 N(m_1, v_1), fitted by EM (Dempster, Laird and Rubin, 1977); samples
-whose label is wrong gather in the component of the higher mean (DivideMix; Li, Socher and Hoi, 2020). One step over n
-samples, p_ik being the probability that sample i is from component k:
+In a group the losses follow w_0 N(m_0, v_0) + w_1 N(m_1, v_1), fitted by EM (Dempster, Laird and Rubin, 1977). Samples
+with a wrong label gather in the component of the higher mean (DivideMix; Li, Socher and Hoi, 2020). One step of EM over
+n samples, with p_ik the probability that sample i comes from component k:
 
     p_ik ~ w_k N(x_i; m_k, v_k)    w_k = sum_i p_ik / n    m_k = sum_i p_ik x_i / n w_k
     v_k = sum_i p_ik (x_i - m_k)^2 / n w_k + floor V
 
-V is the variance of the whole group, so that shifting or scaling its losses shifts or scales the fit and changes no
-posterior; it is sklearn's reg_covar on standardised losses. EM starts from the group cut in two, each part with its
-moments: cut at the mean, then by two-means (Lloyd) as long as both parts keep 2 % of the samples, else one outlier
-could be a part. Plain steps may take thousands, so every third is extrapolated (SQUAREM; Varadhan and Roland, 2008, S3)
-and undone where the likelihood falls. The fixed points are EM's own.
+V is the variance of the group. With this floor, shifting or scaling the losses shifts or scales the fit and changes no
+posterior. It equals sklearn's reg_covar on standardised losses.
 
-A loss that is not finite takes no part: posterior NaN for NaN, 0 for +inf, 1 for -inf. Where all losses of a group are
-equal, one component remains: weights (1, 0), both means that loss, variances 0, posterior 1, log-likelihood NaN. A
-group without losses has NaN everywhere.
+Start: the group is cut in two parts, and each component takes the moments of one part. The first cut is the mean. It
+then moves by two-means (Lloyd) as long as both parts keep 2 % of the samples; otherwise one outlier could be a part.
+Acceleration: plain EM may take thousands of steps, so every third step is extrapolated (SQUAREM; Varadhan and Roland,
+2008, S3) and undone if the likelihood falls. The fixed points are those of EM.
 
-The wider of two Gaussians is the denser one on both sides, so the posterior is not monotone: far below m_0 it falls
-again where v_0 < v_1, and far above m_1 it rises where v_0 > v_1. `monotone` holds it at its turning point from there
-on, which lies outside of the means; nothing else changes.
+Losses that are not finite are not part of the fit. Their posterior is NaN for NaN, 0 for +inf, 1 for -inf. If all
+losses of a group are equal, one component remains: weights (1, 0), both means that loss, variances 0, posterior 1,
+log-likelihood NaN. A group without losses has NaN everywhere.
+
+The wider of two Gaussians has the higher density on both sides, so the posterior is not monotone. Far below m_0 it
+falls again if v_0 < v_1, and far above m_1 it rises if v_0 > v_1. With `monotone` the posterior is constant beyond the
+turning point, which does not lie between the means. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -31,14 +33,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tadperf.kernels import gpu, native
+from tadperf.kernels import gpu, native, registry
 
-# What the floor on the variances lets EM itself take off the mean log-density; 2e-7 was seen.
-SLACK = 1e-6
+registry.register("mixture")
+
+# The constants of the fit. Compiled code and Triton take them from here.
+SLACK = 1e-6  # a step may lower the mean log-density this much: the floor on the variances lowers it too, 2e-7 was seen
+TINY = 10 * torch.finfo(torch.float64).eps  # added to the weight of a component, as in sklearn: no division by 0
+MAX_CUTS = 20  # cuts by two-means; not tuned
+SMALLEST_PART = 50  # a part keeps at least one in 50 samples: 2 %
 
 
 class Mixture(NamedTuple):
-    """What `mixture` gives: posterior [...] of the component of the lower mean; the rest by group, lower mean first."""
+    """Results of `mixture`: the posterior [...] of the component of the lower mean. The others are per group.
+
+    weight, mean and variance hold the component of the lower mean first.
+    """
 
     posterior: Tensor
     weight: Tensor
@@ -58,18 +68,19 @@ def mixture(
     floor: float = 1e-6,
     monotone: bool = False,
 ) -> Mixture:
-    """Posterior of the low-loss component for each sample, group by group (tadperf; see this module's first lines).
+    """Posterior of the low-loss component for each sample, group by group (tadperf; formulas at the top of this file).
 
-    losses: float [...], any strides. groups: int32 or int64 [...], in 0..G-1 for G = num_groups, or -1 to ignore the
-    sample (its posterior is NaN). iterations: at most so many steps of EM for a group. tolerance: a group is done when
-    the distance left to its fixed point, as the last steps foretell it, is below this: in deviations for a mean, in
-    natural logarithms for a variance or the weights' ratio. floor: share of the group's variance that is added to each
-    component's. Returns posterior float32 (float64 for float64 losses) [...], weight, mean and variance float64 [G, 2],
-    iterations int64 [G] (steps taken) and log_likelihood float64 [G] (total over the group's samples, nats). No result
-    has a gradient. float32, bfloat16 and float16 are computed in float64: on a CPU by compiled code on
-    torch.get_num_threads() threads, with the same bits for any number of them, on a GPU by Triton. Raises ValueError
-    for shapes, types, groups or settings that do not fit; on a GPU, which is not waited for, a group out of range is
-    not found and counts as -1.
+    losses: float [...], any strides. groups: int32 or int64 [...], 0 to G-1 for G = num_groups, or -1 to ignore the
+    sample (its posterior is NaN). iterations: maximum number of EM steps of a group. tolerance: a group is done when
+    its estimated distance to the fixed point is below this. The distance counts standard deviations for a mean, and
+    natural logarithms for a variance or the ratio of the weights. floor: share of the variance of the group that is
+    added to the variance of each component. monotone: see the top of this file.
+    Returns posterior float32 (float64 for float64 losses) [...], weight, mean and variance float64 [G, 2], iterations
+    int64 [G] (steps taken) and log_likelihood float64 [G] (sum over the samples of the group, nats). No result has a
+    gradient. All types are computed in float64. float32, bfloat16 and float16 run compiled code on a CPU, on
+    torch.get_num_threads() threads, with the same bits for any number of threads, and Triton on CUDA.
+    Raises ValueError for wrong shapes, types, groups or settings. CUDA does not check groups, because that would wait
+    for the device: a group out of range counts as -1.
     """
     _check(losses, groups, num_groups, iterations, tolerance, floor)
     run = _operator if torch.compiler.is_compiling() else _forward  # the dispatcher would cost tens of microseconds
@@ -87,7 +98,7 @@ def mixture_reference(
     floor: float = 1e-6,
     monotone: bool = False,
 ) -> Mixture:
-    """`mixture` in plain PyTorch, on any device and float dtype; every step is taken in float64, for all groups."""
+    """`mixture` in plain PyTorch, on any device and float type. Every step runs in float64, for all groups at once."""
     _check(losses, groups, num_groups, iterations, tolerance, floor)
     if ((groups < -1) | (groups >= num_groups)).any():
         raise ValueError(_out_of_range(groups, num_groups))
@@ -105,7 +116,7 @@ def mixture_reference(
     theta = torch.where(
         (theta[:, 1] > theta[:, 2])[:, None], theta[:, [0, 2, 1, 4, 3]] * theta.new_tensor([-1, 1, 1, 1, 1]), theta
     )
-    shares, density = _shares(theta, _held(theta, z, g) if monotone else z, g)
+    shares, density = _shares(theta, _clamp_at_turn(theta, z, g) if monotone else z, g)
     if monotone:
         density = _shares(theta, z, g)[1]
     posterior = torch.where(x == -math.inf, 1.0, torch.where(x == math.inf, 0.0, math.nan)).double()
@@ -130,15 +141,15 @@ def mixture_reference(
 
 
 def _sums(g: Tensor, num_groups: int, *terms: Tensor) -> tuple[Tensor, ...]:
-    """Each group's sum of each of the terms [N], as [G]."""
-    # three times as fast as index_add_ of all together; of no samples at all it is int64
+    """Sums of the terms [N] over each group, as [G]."""
+    # bincount is three times as fast as one index_add_ of all terms. Without samples it returns int64.
     return tuple(g.bincount(term, minlength=num_groups).to(term.dtype) for term in terms)
 
 
 def _start(z: Tensor, g: Tensor, count: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Each group cut in two: (theta [G, 5], what is added to variances [G]).
+    """Cuts each group in two parts. Returns theta [G, 5] and the floor of the variances [G].
 
-    theta is log(w_0 / w_1), m_0, m_1, log v_0, log v_1: unbounded, so that an extrapolation stays a mixture.
+    theta is log(w_0 / w_1), m_0, m_1, log v_0, log v_1. These are unbounded, so any extrapolation is a mixture.
     """
     groups = len(count)
     mean = _sums(g, groups, z)[0] / count
@@ -151,10 +162,10 @@ def _start(z: Tensor, g: Tensor, count: Tensor, floor: float) -> tuple[Tensor, T
 
     cut = torch.zeros_like(mean)
     n, first, second = above(cut)
-    for _ in range(20):
+    for _ in range(MAX_CUTS):
         following = (first / n - first / (count - n)) / 2
         found = above(following)
-        moves = torch.minimum(found[0], count - found[0]) * 50 >= count
+        moves = torch.minimum(found[0], count - found[0]) * SMALLEST_PART >= count
         cut = torch.where(moves, following, cut)
         n, first, second = (torch.where(moves, new, old) for new, old in zip(found, (n, first, second), strict=True))
     low, high, added = -first / (count - n), first / n, floor * square / count
@@ -164,7 +175,7 @@ def _start(z: Tensor, g: Tensor, count: Tensor, floor: float) -> tuple[Tensor, T
 
 
 def _shares(theta: Tensor, z: Tensor, g: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(probability of components 0 and 1, log-density but for log(2 pi) / 2) of each sample."""
+    """Returns the probabilities of components 0 and 1, and the log-density plus log(2 pi) / 2, of each sample."""
     odds, m0, m1, log_v0, log_v1 = theta.unbind(1)
     a = (logsigmoid(odds) - log_v0 / 2)[g] - (z - m0[g]) ** 2 * (0.5 * (-log_v0).exp())[g]
     b = (logsigmoid(-odds) - log_v1 / 2)[g] - (z - m1[g]) ** 2 * (0.5 * (-log_v1).exp())[g]
@@ -172,12 +183,12 @@ def _shares(theta: Tensor, z: Tensor, g: Tensor) -> tuple[tuple[Tensor, Tensor],
 
 
 def _step(theta: Tensor, z: Tensor, g: Tensor, count: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of EM: (the next theta, the mean log-density at this one)."""
+    """One step of EM. Returns the next theta, and the mean log-density at the present one."""
     means = theta[:, 1:3]
     (p, q), density = _shares(theta, z, g)
     u, w = (z - means[g, k] for k in (0, 1))
     sums = torch.stack(_sums(g, len(count), p, q, p * u, q * w, p * u * u, q * w * w, density), 1)
-    owned = sums[:, :2] + 10 * torch.finfo(torch.float64).eps  # as sklearn: never a division by 0
+    owned = sums[:, :2] + TINY
     shift = sums[:, 2:4] / owned
     log_v = ((sums[:, 4:6] / owned - shift**2).clamp(min=0) + added[:, None]).log()
     log_owned = owned.log()
@@ -188,8 +199,8 @@ def _step(theta: Tensor, z: Tensor, g: Tensor, count: Tensor, added: Tensor) -> 
 def _fit(
     theta: Tensor, z: Tensor, g: Tensor, count: Tensor, added: Tensor, fits: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """EM from theta in rounds of three steps, the third one extrapolated: (theta, steps taken [G])."""
-    limit = torch.ones_like(added)  # of an extrapolation; 1 is a plain step
+    """EM in rounds of three steps, the third one extrapolated. Returns theta and the number of steps [G]."""
+    limit = torch.ones_like(added)  # the longest extrapolation; 1 is a plain step
     steps = torch.zeros_like(count)
     going = fits
     for _ in range(iterations // 3):
@@ -201,7 +212,7 @@ def _fit(
         unit = torch.cat([torch.ones_like(theta[:, :1]), (-theta[:, 3:] / 2).exp(), torch.ones_like(r[:, :2])], 1)
         step, change = (r * unit).norm(dim=1), (v * unit).norm(dim=1)
         reach = torch.where(change > 0, step / change, 1).clamp(min=1)
-        done = step * reach < tolerance  # step / (1 - rate of convergence) is the distance left
+        done = step * reach < tolerance  # step / (1 - rate of convergence) estimates the distance
         reach = torch.minimum(reach, limit)
         far, after = _step(theta + 2 * reach[:, None] * r + reach[:, None] ** 2 * v, z, g, count, added)
         better = after >= before - SLACK
@@ -212,8 +223,8 @@ def _fit(
     return theta, steps
 
 
-def _held(theta: Tensor, z: Tensor, g: Tensor) -> Tensor:
-    """z, but no further out than where the odds of component 0 turn: below m_0 or above m_1, by the wider one."""
+def _clamp_at_turn(theta: Tensor, z: Tensor, g: Tensor) -> Tensor:
+    """Clamps z where the odds of component 0 turn: below m_0 or above m_1, whichever component is wider."""
     _, m0, m1, log_v0, log_v1 = theta.unbind(1)
     v0, v1 = log_v0.exp(), log_v1.exp()
     turn = (m0 * v1 - m1 * v0) / (v1 - v0)
@@ -230,11 +241,11 @@ def _check(losses: Tensor, groups: Tensor, num_groups: int, iterations: int, tol
     if num_groups < 1:
         raise ValueError(f"num_groups: {num_groups}: expected 1 or more")
     if iterations < 3:
-        raise ValueError(f"iterations: {iterations}: expected 3 or more, the steps of one round")
+        raise ValueError(f"iterations: {iterations}: expected 3 or more (one round has 3 steps)")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: {tolerance}: expected 0 or more")
     if not floor > 0:
-        raise ValueError(f"floor: {floor}: expected a share above 0")
+        raise ValueError(f"floor: {floor}: expected more than 0")
 
 
 def _out_of_range(groups: Tensor, num_groups: int) -> str:
@@ -258,10 +269,8 @@ def _empty(losses: Tensor, num_groups: int) -> Mixture:
 
 def _native(losses: Tensor, groups: Tensor, num_groups: int, *options: float) -> Mixture:
     out = _empty(losses, num_groups)
-    module, isa = native.module(), native.isa_index()
-    assert module is not None
-    flat = losses.detach().reshape(-1), groups.reshape(-1), out.posterior.view(-1)
-    if module.mixture(*flat, *out[1:], *options, isa, torch.get_num_threads()) >= 0:
+    flat = losses.detach().float().reshape(-1), groups.reshape(-1), out.posterior.view(-1)
+    if native.call("mixture", *flat, *out[1:], *options, SLACK, TINY, MAX_CUTS, SMALLEST_PART) >= 0:
         raise ValueError(_out_of_range(groups, num_groups))
     return out
 
@@ -274,9 +283,9 @@ def _forward(
         if losses.device.type == "cpu" == groups.device.type and native.available():
             return _native(losses, groups, *options)
         if losses.is_cuda and groups.is_cuda and gpu.available():
-            from tadperf.kernels.gpu.mixture import mixture as twin
+            from tadperf.kernels.gpu import mixture as triton
 
-            posterior, *others = twin(losses.detach().reshape(-1), groups.reshape(-1), *options)
+            posterior, *others = triton.mixture(losses.detach().reshape(-1), groups.reshape(-1), *options)
             return Mixture(posterior.view(losses.shape), *others)
     return mixture_reference(
         losses, groups, num_groups, iterations=iterations, tolerance=tolerance, floor=floor, monotone=monotone

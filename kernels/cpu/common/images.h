@@ -1,13 +1,11 @@
-// What the bindings of operators on images share: tensors by their addresses, sums over the images.
+// Shared by the bindings of the operators on images: sums over the images.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-template <class T> inline T *at(uintptr_t address) { return reinterpret_cast<T *>(address); }
-
-// Sums over the images, one after another: [images, channels] -> [channels].
+// Adds the images, one after another, in float64: [images, channels] -> [channels].
 inline void add_images(const float *shares, int64_t images, int64_t channels, float *out) {
   std::vector<double> sums(channels);
   for (int64_t i = 0; i < images; i++)

@@ -1,19 +1,19 @@
-"""Nearest and most similar class anchors of every sample, with the runners-up, without the [N, C] tables between them.
+"""The two nearest and the two most similar class anchors of every sample, without [N, C] tables.
 
 With z the features of one sample, mu_c the anchor (mean feature) of class c, and L the lower Cholesky factor of the
-covariance Sigma that the classes share:
+covariance Sigma, which all classes share:
 
     distance     |L^-1 (z - mu_c)|          Mahalanobis, not squared: sqrt((z - mu_c)' Sigma^-1 (z - mu_c))
-    similarity   z'mu_c / (|z| |mu_c|)      cosine, within -1..1; 0 where z or mu_c has length 0
+    similarity   z'mu_c / (|z| |mu_c|)      cosine, -1 to 1; 0 if z or mu_c has length 0
 
 `nearest` and `second` have the smallest two distances, `most_similar` and `second_similar` the largest two
-similarities; of equal ones the lowest class comes first. Where there is none the class is -1 and the value NaN: no
-runner-up of a single anchor, nothing at all of a sample with a NaN, an infinity or a square beyond its float type. An
+similarities. Of equal values the lowest class comes first. If there is no value, the class is -1 and the value NaN: a
+single anchor has no second, and a sample with a NaN, an infinity or a square beyond its float type has nothing. An
 anchor with a NaN or an infinity (a class without samples) is never chosen.
 
-z - mu_c is whitened as L^-1 (z - m) - L^-1 (mu_c - m), m the mean of the anchors. Classes are ranked by the expanded
-square, which costs one product, and the distances of the first two are then computed from their differences, to the
-rounding of L^-1 (z - m).
+z - mu_c is whitened as L^-1 (z - m) - L^-1 (mu_c - m), where m is the mean of the anchors. Classes are ranked by the
+expanded square, which costs one matrix product. The distances of the first two classes are then computed again from
+differences, so that they are as exact as the rounding of L^-1 (z - m).
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf.kernels import gpu, native
+from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.native import ELEMENT_TYPES
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+registry.register("reliability")
 
 
 class Reliability(NamedTuple):
-    """What `reliability` gives, each in the batch shape of its features; classes are int64, values floats."""
+    """Results of `reliability`, each in the batch shape of the features. Classes are int64, values are floats."""
 
     nearest: Tensor
     distance: Tensor
@@ -42,14 +43,14 @@ class Reliability(NamedTuple):
 
 
 def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """Two nearest anchors by Mahalanobis distance and by cosine (tadperf; see this module's first lines).
+    """Two best anchors by Mahalanobis distance and by cosine (tadperf; formulas at the top of this file).
 
     features: float [..., D], any strides. anchors: float [C, D], C >= 1. cholesky: float [D, D], lower triangular with
-    a positive diagonal; what stands above the diagonal is not read. Returns float32 (float64 for float64 features) and
-    int64 [...], without a gradient. float32, bfloat16 and float16, computed in float32, run compiled code on a CPU, on
-    torch.get_num_threads() threads with the same bits for any number of them, and Triton on CUDA, without a wait for
-    the device; the rest runs `reliability_reference`.
-    Raises ValueError for shapes and types that do not fit and, on a CPU, for a diagonal that is not positive.
+    a positive diagonal; values above the diagonal are not read. Returns float32 (float64 for float64 features) and
+    int64 [...], without a gradient. float32, bfloat16 and float16 are computed in float32. They run compiled code on a
+    CPU, on torch.get_num_threads() threads, with the same bits for any number of threads. On CUDA they run Triton
+    and do not wait for the device. Everything else runs `reliability_reference`.
+    Raises ValueError for wrong shapes and types and, on a CPU, for a diagonal that is not positive.
     """
     _check(features, anchors, cholesky)
     if features.ndim != 2:
@@ -62,9 +63,9 @@ def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliabil
 
 @torch.no_grad()
 def reliability_reference(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """`reliability` in plain PyTorch, on any device and float dtype, in blocks of 2^20 elements.
+    """`reliability` in plain PyTorch, on any device and float type, in blocks of 2^20 elements.
 
-    Its matrix products may round equal anchors differently, so that of those not always the lowest class comes first.
+    Its matrix products may round equal anchors differently. Then the lowest class does not always come first.
     """
     _check(features, anchors, cholesky)
     _check_diagonal(cholesky)
@@ -79,7 +80,10 @@ def reliability_reference(features: Tensor, anchors: Tensor, cholesky: Tensor) -
 
 
 def centre_and_directions(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean anchor [D], and the anchors at length 1 [C, D]; of length 0 stay so, not finite ones are NaN."""
+    """Returns the mean anchor [D] and the anchors scaled to length 1 [C, D].
+
+    Anchors of length 0 stay zero. Anchors that are not finite become NaN and do not count in the mean.
+    """
     exact = anchors.double()
     usable = exact.isfinite().all(-1, keepdim=True)
     exact = torch.where(usable, exact, 0)
@@ -96,7 +100,7 @@ def _whiten(differences: Tensor, cholesky: Tensor) -> Tensor:
 
 
 def _top_two(scores: Tensor) -> Tensor:
-    """Columns of the largest two scores of each row [N, 2], the lowest among equals; -1 where there is none."""
+    """Returns the columns of the two largest scores of each row [N, 2]: the lowest of equals, -1 if there is none."""
     scores = torch.where(scores.isnan(), -float("inf"), scores)
     columns = []
     for _ in range(2):
@@ -146,12 +150,12 @@ def _check(features: Tensor, anchors: Tensor, cholesky: Tensor) -> None:
         raise ValueError(f"cholesky: {cholesky.dtype} {tuple(cholesky.shape)}: expected floats [{width}, {width}]")
     for name, tensor in (("anchors", anchors), ("cholesky", cholesky)):
         if tensor.device != features.device:
-            raise ValueError(f"{name}: on {tensor.device}: expected on {features.device} as the features are")
+            raise ValueError(f"{name}: on {tensor.device}: expected {features.device}, like the features")
 
 
 def _check_diagonal(cholesky: Tensor) -> None:
     if cholesky.device.type != "cpu":
-        return  # reading a value there would wait for the device
+        return  # reading a value would wait for the device
     diagonal = cholesky.diagonal()
     wrong = ~((diagonal > 0) & diagonal.isfinite())
     if wrong.any():
@@ -162,19 +166,18 @@ def _check_diagonal(cholesky: Tensor) -> None:
 def _native(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
     _check_diagonal(cholesky)
     centre, directions = centre_and_directions(anchors, torch.float32)
-    out = Reliability(*(torch.empty(len(features), dtype=dtype) for dtype in (torch.int64, torch.float32) * 4))
-    module, isa = native.module(), native.isa_index()
-    assert module is not None
-    floats = [anchors.float().contiguous(), directions, centre, cholesky.float().contiguous()]
-    module.reliability(features, *floats, *out, isa, torch.get_num_threads())
+    rows, types = len(features), (torch.int64, torch.float32) * 4
+    out = Reliability(*(features.new_empty(rows, dtype=dtype) for dtype in types))
+    matrices = anchors.float().contiguous(), directions, centre, cholesky.float().contiguous()
+    native.call("reliability", features, *matrices, *out)
     return out
 
 
 def _forward(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
     features, anchors, cholesky = features.detach(), anchors.detach(), cholesky.detach()
-    if features.dtype in FLOATS and features.device.type == "cpu" and native.available():
+    if features.dtype in ELEMENT_TYPES and features.device.type == "cpu" and native.available():
         return _native(features, anchors, cholesky)
-    if features.dtype in FLOATS and features.device.type == "cuda" and gpu.available():
+    if features.dtype in ELEMENT_TYPES and features.device.type == "cuda" and gpu.available():
         from tadperf.kernels.gpu import reliability as triton
 
         return triton.reliability(features, anchors, cholesky)

@@ -1,22 +1,25 @@
-"""per_sample of a linear classifier's logits, which are never stored whole.
+"""`per_sample` on the logits of a linear classifier, without storing all logits.
 
     per_sample_linear(f, W, y, b) = per_sample(f W^T + b, y)
 
-With N samples and C classes the logits alone would take 4 N C bytes, and their gradient as much again. On a CPU a block
-of rows times a block of classes is made at a time, in one small buffer that the compiled loops read from the cache;
-what is known of a row is carried from one block of classes to the next (the online softmax). On CUDA one Triton kernel
-makes tiles of logits and forgets them. The gradient of the loss makes the logits again, block by block.
+For N samples and C classes the logits alone would take 4 N C bytes, and their gradient the same again. On a CPU the
+operator computes one block of rows and classes at a time, in a small buffer that the compiled loops read from the
+cache. The running state of a row (the online softmax) goes from one block of classes to the next. On CUDA one Triton
+kernel computes tiles of logits, reduces them and never stores them. The gradient of the loss computes the logits again,
+block by block.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tadperf.kernels import gpu, native
-from tadperf.kernels.per_sample import (
-    ELEMENTS,
+from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.native import ELEMENT_TYPES
+from tadperf.kernels.ops.per_sample import (
     PerSample,
     empty_results,
     fill_native,
@@ -25,27 +28,29 @@ from tadperf.kernels.per_sample import (
     per_sample_reference,
 )
 
-CPU_BLOCK = 1 << 20  # logits: 4 MB; half types take up to as much again for float32 copies of their operands
-GPU_BLOCK = 1 << 26  # logits of the backward: 256 MB, so that matrix products are large ones
-ROWS, CLASSES = 4096, 1024  # at most, of a block on a CPU
+registry.register("per_sample_linear")
+
+CPU_BLOCK = 1 << 20  # logits, 4 MB; for half types the float32 copies of the operands take up to the same again
+GPU_BLOCK = 1 << 26  # logits of the backward pass, 256 MB, so that the matrix products are large
+MAX_ROWS, MAX_CLASSES = 4096, 1024  # of a block on a CPU
 
 
 def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> PerSample:
     """Loss, confidence, prediction, margin and entropy under the logits features @ weight.T + bias (tadperf).
 
-    features: float [..., D]; weight: [C, D], C >= 2, of the same type; labels: int32 or int64 [...], in 0..C-1, or -1
-    to ignore; bias: [C] or None. Returns what `per_sample` does. The loss has a gradient with respect to features,
-    weight and bias. Half types are multiplied and summed in float32. Besides results and gradients a CPU takes 8 MB,
-    whatever N and C; for half types the gradient of the weight is summed in float32, 4 C D bytes. On CUDA the backward
-    takes 256 MB. Without compiled code the logits are stored whole, and float64 runs
-    `per_sample` on them. Raises ValueError for shapes, types or labels that do
-    not fit; on CUDA a label out of range has loss NaN.
+    features: float [..., D]. weight: [C, D], C >= 2, of the same type. labels: int32 or int64 [...], 0 to C-1, or -1 to
+    ignore the sample. bias: [C] or None. Returns the same as `per_sample`. The loss has a gradient for features, weight
+    and bias. Half types are multiplied and summed in float32.
+    Memory besides results and gradients: 8 MB on a CPU, for any N and C. For half types the gradient of the weight is
+    summed in float32, 4 C D bytes. On CUDA the backward pass takes 256 MB. Without compiled code all logits are stored.
+    float64 stores all logits and runs `per_sample` on them.
+    Raises ValueError for wrong shapes, types or labels. On CUDA the loss of a label out of range is NaN.
     """
     _check(features, weight, labels, bias)
     if features.ndim != 2:
         flat = per_sample_linear(features.reshape(-1, features.shape[-1]), weight, labels.reshape(-1), bias)
         return PerSample(*(result.view(labels.shape) for result in flat))
-    if features.dtype not in ELEMENTS:
+    if features.dtype not in ELEMENT_TYPES:
         return per_sample(_all_logits(features, weight, bias), labels)
     needs_grad = any(t is not None and t.requires_grad for t in (features, weight, bias))
     if torch.compiler.is_compiling() or (needs_grad and torch.is_grad_enabled()):
@@ -58,7 +63,7 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
 def per_sample_linear_reference(
     features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
 ) -> PerSample:
-    """`per_sample_linear` in plain PyTorch, with all logits at once; any device and float type."""
+    """`per_sample_linear` in plain PyTorch, with all logits at once, on any device and float type."""
     _check(features, weight, labels, bias)
     return per_sample_reference(_all_logits(features, weight, bias), labels)
 
@@ -83,7 +88,7 @@ def _check(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
         raise wrong("bias", bias, f"{dtype} {tuple(weight.shape[:1])}")
     for name, t in (("weight", weight), ("labels", labels), ("bias", bias)):
         if t is not None and t.device != device:
-            raise wrong(name, t, f"{device}, where the features are")
+            raise wrong(name, t, f"{device}, like the features")
 
 
 def _blocks(n: int, size: int) -> list[slice]:
@@ -91,17 +96,17 @@ def _blocks(n: int, size: int) -> list[slice]:
 
 
 def _block_sizes(features: Tensor, classes: int) -> tuple[int, int]:
-    """Rows and classes of a block of logits."""
+    """Returns the number of rows and of classes of a block of logits."""
     if features.is_cuda:
         return max(1, GPU_BLOCK // classes), classes
-    rows, columns = ROWS, min(classes, CLASSES)
-    if features.dtype != torch.float32:  # their float32 copies: [rows, D] and [columns, D]
+    rows, columns = MAX_ROWS, min(classes, MAX_CLASSES)
+    if features.dtype != torch.float32:  # limits their float32 copies [rows, D] and [columns, D]
         rows, columns = (max(1, min(n, CPU_BLOCK // 2 // features.shape[1])) for n in (rows, columns))
     return min(rows, CPU_BLOCK // columns), columns
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """features @ weight.T + bias in float32, in the buffer where this is a CPU."""
+    """features @ weight.T + bias in float32; on a CPU inside the buffer."""
     if features.is_cuda and features.dtype != torch.float32:
         logits = torch.mm(features, weight.t(), out_dtype=torch.float32)
         return logits if bias is None else logits.add_(bias)
@@ -112,11 +117,11 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tenso
 
 
 def _forward(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """The five results, and the largest logit of each row."""
+    """Returns the five results, and the largest logit of each row."""
     if features.is_cuda and gpu.available():
-        from tadperf.kernels.gpu import per_sample_linear as twin
+        from tadperf.kernels.gpu import per_sample_linear as triton
 
-        return twin.per_sample_linear(features, weight, labels, bias)
+        return triton.per_sample_linear(features, weight, labels, bias)
     if not (features.is_cpu and native.available()):
         logits = _all_logits(features, weight, bias)
         return *per_sample_reference(logits, labels), logits.amax(1)
@@ -124,14 +129,13 @@ def _forward(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     results, top = empty_results(labels), features.new_empty(samples, dtype=torch.float32)
     rows, columns = _block_sizes(features, classes)
     buffer = features.new_empty(min(rows, samples) * columns, dtype=torch.float32)
-    state = features.new_empty(6, min(rows, samples), dtype=torch.float32)
-    isa, threads = native.isa_index(), torch.get_num_threads()
+    state = features.new_empty(6 * min(rows, samples), dtype=torch.float32)
     for row in _blocks(samples, rows):
         out = PerSample(*(result[row] for result in results))
+        block_state = state[: 6 * (row.stop - row.start)]
         for column in _blocks(classes, columns):
             logits = _linear(features[row], weight[column], None if bias is None else bias[column], buffer)
-            part = column.start, classes, state.data_ptr(), top[row].data_ptr()
-            fill_native(logits, labels[row], out, isa, threads, *part)
+            fill_native(logits, labels[row], out, column.start, classes, block_state, top[row])
     return *results, top
 
 
@@ -143,7 +147,9 @@ def _operator(
 
 
 @_operator.register_fake
-def _(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None):
+def _(
+    features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return *empty_results(labels), labels.new_empty(labels.shape, dtype=torch.float32)
 
 
@@ -180,7 +186,7 @@ def _gradient(
 
 
 def _add_products(of_x: Tensor, of_w: Tensor, block: Tensor, x: Tensor, w: Tensor) -> None:
-    """of_x += block @ w and of_w += block.T @ x, float32 sums; half types on CUDA multiply in their own type."""
+    """Adds block @ w to of_x and block.T @ x to of_w, in float32. On CUDA half types multiply in their own type."""
     if x.is_cuda and x.dtype != torch.float32:
         block = block.to(x.dtype)
         of_x += torch.mm(block, w, out_dtype=torch.float32)
@@ -191,7 +197,15 @@ def _add_products(of_x: Tensor, of_w: Tensor, block: Tensor, x: Tensor, w: Tenso
 
 
 @_gradient.register_fake
-def _(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, top, confidence, scale):
+def _(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    top: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(features, memory_format=torch.contiguous_format),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
@@ -199,12 +213,12 @@ def _(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, top
     )
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, confidence, _, _, _, top = output
     ctx.save_for_backward(*inputs, top, confidence)
 
 
-def _backward(ctx, loss_grad: Tensor, *_: Tensor | None):
+def _backward(ctx: Any, loss_grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     features, weight, labels, bias, top, confidence = ctx.saved_tensors
     of_features, of_weight, of_bias = _gradient(features, weight, labels, bias, top, confidence, loss_grad)
     return of_features, of_weight, None, None if bias is None else of_bias
