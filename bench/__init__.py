@@ -1,1 +1,1 @@
-"""Benchmarks: one file per operator and per stage."""
+"""Benchmarks of operators and stages, studies of the methods, and tools."""

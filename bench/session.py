@@ -108,8 +108,8 @@ def describe(request: Request) -> list[str]:
         lines.append(f"{bench.name}: {implementations()[bench.name][device.type]} on {device.type}; {shapes}")
         for name, provider in bench.providers.items():
             lines.append(f"  {name:<16} {engine.skip_reason(provider, device=device.type) or 'runs here'}")
-    for name in stages if request.words else runner.STAGES:
-        lines.append(f"{name}: a stage; {', '.join(runner.load(name).SIZES)}")
+    named = stages if request.words else runner.STAGES
+    lines += [f"{name}: a stage; {', '.join(runner.load(name).SIZES)}" for name in named]
     if not request.words:
         lines += [f"{name}: {command}" for name, command in catalogue.OWN_COMMANDS.items()]
     return lines
@@ -183,7 +183,7 @@ def _by_kind(words: Sequence[str]) -> tuple[list[Bench], list[str]]:
         if word not in catalogue.NAMES:
             names = ", ".join((*catalogue.NAMES, *runner.STAGES))
             raise UserError("OPERATOR|STAGE", word, f"must be one of {names}")
-    return catalogue.chosen(operators) if operators or not words else [], stages
+    return catalogue.load_benches(operators) if operators or not words else [], stages
 
 
 def _refuse_operator_options(request: Request) -> None:

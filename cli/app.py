@@ -96,9 +96,19 @@ def _run() -> int:
         if ranks.environment_rank() == 0:
             common.print_error(error)
         return 1
-    except BrokenPipeError:
-        common.redirect_to_null(sys.stdout.fileno())
-        return 0  # the reader of stdout, such as `head`, has all that it wanted
+    except (BrokenPipeError, SystemExit) as end:
+        error = end.__context__ if isinstance(end, SystemExit) else end  # typer ends the process if a pipe breaks
+        if not isinstance(error, BrokenPipeError):
+            raise
+        if common.has_no_reader(sys.stdout):
+            common.redirect_to_null(sys.stdout)
+            return 0  # the reader of stdout, such as `head`, has all that it wanted
+        return _report_failure(error)
+    except common.RunInterruptedError:
+        raise
+    except common.RunFailedError as error:
+        common.print_error(error)
+        return 1
     except Exception as error:
         return _report_failure(error)
     if code == 130:  # typer returns this for a KeyboardInterrupt
@@ -129,4 +139,4 @@ def _discard_unwritten_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        common.redirect_to_null(sys.stdout.fileno())
+        common.redirect_to_null(sys.stdout)

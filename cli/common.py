@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import select
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tadperf.config.sources import ConfigSources
 
@@ -17,6 +19,10 @@ T = TypeVar("T")
 
 class RunInterruptedError(Exception):
     """Ctrl-C or SIGTERM during a run; the text says how to continue."""
+
+
+class RunFailedError(Exception):
+    """A run cannot write or read one of its files; the text says which one, what to do and how to continue."""
 
 
 class RunLostError(Exception):
@@ -49,9 +55,11 @@ def print_note(message: str) -> None:
 
 
 def print_stderr(line: str) -> None:
-    """Prints a line on stderr. A run goes on if nobody reads stderr any more."""
-    with contextlib.suppress(OSError):
+    """Prints a line on stderr. If nobody reads stderr any more, the run goes on without its lines."""
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        redirect_to_null(sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -72,14 +80,20 @@ def print_preset(sources: ConfigSources, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[None]:
-    """Adds to an interruption, or to the loss of another process, how the run continues."""
+    """Adds to an interruption, the loss of another process, or a full or failing disk how the run continues."""
     try:
         yield
-    except (KeyboardInterrupt, RunLostError) as error:
+    except (KeyboardInterrupt, RunLostError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename is None or isinstance(error, BrokenPipeError)):
+            raise
         options = f"--devices {devices} --resume" if devices else "--resume"
         hint = f"; continue with: tadperf {command} {options} --out {shlex.quote(str(out))}" if out.exists() else ""
         if isinstance(error, KeyboardInterrupt):
             raise RunInterruptedError(f"interrupted{hint}") from None
+        if isinstance(error, OSError):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "free some space" if is_full else "check the disk and its permissions"
+            raise RunFailedError(f"{error.filename}: {error.strerror}; {remedy}{hint}") from error
         raise RunLostError(f"{error}{hint}") from None
 
 
@@ -110,8 +124,15 @@ def distilled_file(path: Path) -> Path:
     return path / "distilled.safetensors" if path.is_dir() else path
 
 
-def redirect_to_null(descriptor: int) -> None:
-    """Makes a stream that nobody reads write nowhere, so that Python's last flush at exit cannot fail."""
+def has_no_reader(stream: TextIO) -> bool:
+    """Returns whether a stream is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def redirect_to_null(stream: TextIO) -> None:
+    """Makes a stream that cannot be written write nowhere, so that Python's last flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, descriptor)
+    os.dup2(null, stream.fileno())
     os.close(null)

@@ -17,7 +17,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A distilled file, or
 def evaluate(options: SharedOptions, file: File) -> None:
     """Train new networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
     from tadperf.cli.progress import display
-    from tadperf.pipeline.scoring import evaluate_file
+    from tadperf.pipeline.evaluate import evaluate_file
 
     given = options.sources.options
     settings = options.sources.config()

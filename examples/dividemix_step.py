@@ -1,9 +1,9 @@
-"""DivideMix's split of a training set into clean and noisy labels: as its scripts do it, and by two operators.
+"""DivideMix's split of the training samples into clean and noisy ones, as in its scripts and with two operators.
 
-After every epoch such a loop takes the loss of each training sample and fits a mixture of two Gaussians to them; here
-one to each class. `python examples/dividemix_step.py` runs both ways in turns on the same logits and prints what is
-gained. The logits are those of a small network on scikit-learn's digits after 20 epochs, 30 % of the labels being
-wrong; they are repeated with a little noise up to the size of CIFAR-10.
+After every epoch DivideMix takes the loss of each training sample and fits a mixture of two Gaussians to the losses;
+here one mixture for each class. `python examples/dividemix_step.py` runs both versions in turns on the same logits and
+prints the gain. The logits come from a small network on scikit-learn's digits after 20 epochs; 30 % of the labels are
+drawn at random. The logits are repeated with a little noise up to the size of CIFAR-10.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tadperf.kernels as tk
 
 
 def trained_logits(samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, 10] of a network in training, the given labels [N], and which of these are clean [N]."""
+    """Returns logits [N, 10] of a network in training, the given labels [N], and a mask of the clean ones [N]."""
     torch.manual_seed(0)
     digits = load_digits()
     x, truth = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -40,25 +40,25 @@ def trained_logits(samples: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def before(logits: Tensor, labels: Tensor) -> Tensor:
-    """The published step, class by class: losses, scaled to 0..1, and scikit-learn's mixture of them; P(clean) [N]."""
+    """Returns P(clean) [N] as published: for each class, scales the losses to 0..1 and fits scikit-learn's mixture."""
     losses = F.cross_entropy(logits, labels, reduction="none")
     clean = torch.empty_like(losses)
     for label in range(logits.shape[1]):
         members = (labels == label).nonzero().squeeze(1)
-        own = losses[members]
-        own = ((own - own.min()) / (own.max() - own.min())).unsqueeze(1).numpy()
-        fitted = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(own)
-        clean[members] = torch.from_numpy(fitted.predict_proba(own)[:, fitted.means_.argmin()]).float()
+        x = losses[members]
+        x = ((x - x.min()) / (x.max() - x.min())).unsqueeze(1).numpy()
+        fitted = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(x)
+        clean[members] = torch.from_numpy(fitted.predict_proba(x)[:, fitted.means_.argmin()]).float()
     return clean
 
 
 def after(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same in two calls, to convergence; `floor` stands for reg_covar, as a share of a class's variance."""
+    """Returns the same by two calls, to convergence. `floor` replaces reg_covar: a share of the class's variance."""
     return tk.mixture(tk.per_sample(logits, labels).loss, labels, logits.shape[1], floor=1e-2).posterior
 
 
 def accuracy(clean: Tensor, truth: Tensor) -> float:
-    """Share of the samples that fall on the right side."""
+    """Returns the share of samples that are correctly called clean or wrong."""
     return ((clean > 0.5) == truth).float().mean().item()
 
 
@@ -76,10 +76,10 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     fastest = {name: min(values) * 1e3 for name, values in seconds.items()}
     for name in fastest:
-        right = accuracy(results[name], truth)
-        print(f"{name:<6}  {fastest[name]:9.2f} ms  {right:.1%} of the labels rightly called clean or wrong")
+        share = accuracy(results[name], truth)
+        print(f"{name:<6}  {fastest[name]:9.2f} ms  {share:.1%} of the labels correctly called clean or wrong")
     same = ((results["before"] > 0.5) == (results["after"] > 0.5)).float().mean().item()
-    print(f"{fastest['before'] / fastest['after']:.0f} times faster; the two agree on {same:.1%} of the samples")
+    print(f"{fastest['before'] / fastest['after']:.0f} times faster; both agree on {same:.1%} of the samples")
 
 
 if __name__ == "__main__":

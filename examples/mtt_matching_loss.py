@@ -1,9 +1,8 @@
-"""The matching loss of a trajectory-matching script: sums over flat parameters, and one operator.
+"""The loss of trajectory matching, as in MTT's scripts and with one operator.
 
-MTT's scripts hold the parameters of student, expert and start as flat vectors and divide two sums of squares. `python
-examples/mtt_matching_loss.py` runs both ways in turns, forward and backward, on as many parameters as MTT's ConvNet has
-for CIFAR-10, for one student and for 16 at once; value and gradient are checked to be the same, and what is gained is
-printed.
+MTT's scripts keep the parameters of student, target and start as flat vectors and divide two sums of squares. `python
+examples/mtt_matching_loss.py` runs both versions in turns, forward and backward, with the number of parameters of MTT's
+ConvNet for CIFAR-10, for one student and for 16 at once. It checks that values and gradients agree and prints the gain.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ PARAMETERS = 320_010  # ConvNet, width 128, depth 3, 10 classes
 
 
 def before(student: Tensor, target: Tensor, start: Tensor) -> Tensor:
-    """As published: two sums over the squares, each divided by the number of parameters, and their quotient."""
-    distance, way = (F.mse_loss(x, target, reduction="none").sum(-1) / PARAMETERS for x in (student, start))
-    return (distance / way).mean()
+    """As published: two sums of squares, each divided by the number of parameters, and their ratio."""
+    distance, expert_distance = (F.mse_loss(x, target, reduction="none").sum(-1) / PARAMETERS for x in (student, start))
+    return (distance / expert_distance).mean()
 
 
 def after(student: Tensor, target: Tensor, start: Tensor) -> Tensor:
-    """One read of the same vectors."""
+    """The same with one operator, which reads the vectors once."""
     return tk.trajectory_distance(student, target, start).ratio.mean()
 
 
 def measure(students: int, turns: int) -> str:
-    """Runs both ways in turns, checks that they agree, and says what is gained."""
+    """Runs both versions in turns, checks that they agree, and returns a line about the gain."""
     torch.manual_seed(0)
     start = 0.05 * torch.randn(students, PARAMETERS)
     target = start + 0.02 * torch.randn_like(start)

@@ -53,26 +53,33 @@ def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with open(descriptor, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk has no file name by itself
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Writes a JSON file atomically. JSON has no NaN and no infinity: both become null."""
-    write_bytes(path, (json.dumps(to_json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    """Writes a JSON file atomically. JSON has no NaN and no infinity: both become null.
+
+    A path that is not UTF-8 is written with escapes, from which JSON readers restore it.
+    """
+    text = json.dumps(to_json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def to_json_value(value: Any) -> Any:
@@ -96,8 +103,10 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     from safetensors.torch import save
 
+    # a path that is not UTF-8 has characters that UTF-8 lacks; the escapes are valid in the JSON text of the metadata
+    metadata = {key: text.encode(errors="backslashreplace").decode() for key, text in (metadata or {}).items()}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = memoryview(save(contiguous, dict(metadata or {})))
+    data = memoryview(save(contiguous, metadata))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:end]))
     if metadata:

@@ -1,4 +1,4 @@
-"""Inputs beside the benches' own that a device is checked on: hard values, nothing at all, more than 2^31 elements."""
+"""More inputs to check a device with: hard values, no samples, more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Size] = {
     "diverse_pick": (21, 5, 33, 3),
     "norm_relu_pool": (5, 7, 9, 6),
 }
-# Rows are independent there: the last ones are compared. Elsewhere that many would take minutes.
+# Only operators with independent rows: the last rows are compared. The others would take minutes.
 HUGE: dict[str, Size] = {
     "per_sample": (2**31 // 1000 + 999, 1000),
     "trajectory_distance": (2**31 // 320_010 + 9, 320_010),
@@ -71,7 +71,7 @@ def _mixture() -> list[tuple[Any, ...]]:
     losses[groups == 1] = 0.25  # constant
     losses[:60:7], losses[3:90:9], losses[5:99:11] = NAN, INF, -INF
     losses[groups == 3] *= 1e6
-    groups[groups == 4] = -1  # and so the group is empty
+    groups[groups == 4] = -1  # this makes the group empty
     lonely = torch.tensor([5, *[0] * 20])
     return [(losses, groups, 6), (torch.arange(21) * 1e-6, lonely.int(), 7)]
 
@@ -114,9 +114,10 @@ def _norm_relu_pool() -> list[tuple[Any, ...]]:
     x[0, 1], x[1, 2, 6, 5], x[2, 0, 3, 3] = 0, NAN, INF
     weight[3] = 0
     grad_y = torch.randn(3, 5, 3, 3, generator=generator)
-    sides = x, grad_y, x[:, :, :2, :3], grad_y[:, :, :1, :1]
-    last = [t.contiguous(memory_format=torch.channels_last) for t in sides]
-    return [(of_x, weight, bias, of_y) for of_x, of_y in (sides[:2], sides[2:], last[:2], last[2:])]
+    maps = x, grad_y, x[:, :, :2, :3], grad_y[:, :, :1, :1]
+    channels_last = [t.contiguous(memory_format=torch.channels_last) for t in maps]
+    pairs = (maps[:2], maps[2:], channels_last[:2], channels_last[2:])
+    return [(maps_x, weight, bias, maps_y) for maps_x, maps_y in pairs]
 
 
 HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
@@ -130,8 +131,8 @@ HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
 }
 
 
-def empty(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call with no samples: what runs over them, cut to length 0."""
+def without_samples(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the inputs of the same call without samples: every dimension of samples has length 0."""
     samples = {"per_sample": 2, "mixture": 2, "trajectory_distance": 3, "reliability": 1}
     if name == "per_sample_linear":
         return inputs[0][:0], inputs[1], inputs[2][:0]
@@ -142,11 +143,11 @@ def empty(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x[:0] if place < samples[name] else x for place, x in enumerate(inputs))
 
 
-def last(name: str, inputs: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
-    """The call on the last rows alone, for an operator among HUGE."""
+def last_rows(name: str, inputs: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
+    """Returns the inputs of a call on the last rows only, for an operator in HUGE."""
     return (inputs[0][-rows:], *inputs[1:]) if name == "reliability" else tuple(x[-rows:] for x in inputs)
 
 
-def on(device: torch.device, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs with their tensors on this device."""
+def to_device(device: torch.device, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the inputs with their tensors on this device."""
     return tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs)

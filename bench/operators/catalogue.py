@@ -1,4 +1,4 @@
-"""Which operators have a bench file, and what a command line may ask of them."""
+"""The operators that have a bench file, and the values that the options of a benchmark may have."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(name: str) -> Bench:
-    """The bench of one operator."""
+    """Returns the bench of one operator."""
     return importlib.import_module(f"tadperf.bench.operators.{name}").BENCH
 
 
-def chosen(names: Sequence[str]) -> list[Bench]:
-    """The benches of these operators, of all where none is named. Raises UserError for an unknown name."""
+def load_benches(names: Sequence[str]) -> list[Bench]:
+    """Returns the benches of these operators, or of all without a name. Raises UserError for an unknown name."""
     for name in names:
         if name not in NAMES:
             raise UserError("OPERATOR", name, f"must be one of {', '.join(NAMES)}")
     return [load(name) for name in names or NAMES]
 
 
-def parsed(bench: Bench, text: str) -> Size:
-    """A size such as "50000x10". Raises UserError where it is none of this operator's."""
+def parse_size(bench: Bench, text: str) -> Size:
+    """Reads a size such as "50000x10". Raises UserError if the operator does not take it."""
     parts = text.split("x")
     if len(parts) != len(bench.axes) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         example = "x".join(map(str, bench.sizes["cpu"][0]))
@@ -49,12 +49,12 @@ def parsed(bench: Bench, text: str) -> Size:
 
 
 def sizes(bench: Bench, text: str | None, device: str) -> list[Size]:
-    """The sizes in a list such as "50000x10,1000x100"; the bench's own for this type of device where there is none."""
-    return [parsed(bench, part.strip()) for part in text.split(",")] if text else list(bench.sizes[device])
+    """Reads a list of sizes such as "50000x10,1000x100"; by default the sizes of the bench for this type of device."""
+    return [parse_size(bench, part.strip()) for part in text.split(",")] if text else list(bench.sizes[device])
 
 
 def dtypes(text: str) -> list[torch.dtype]:
-    """The types in a list such as "float32,bfloat16". Raises UserError for an unknown one."""
+    """Reads a list of types such as "float32,bfloat16". Raises UserError for an unknown type."""
     for name in text.split(","):
         if name not in DTYPES:
             raise UserError("--dtypes", name, f"must be among {', '.join(DTYPES)}")
@@ -62,9 +62,9 @@ def dtypes(text: str) -> list[torch.dtype]:
 
 
 def providers(bench: Bench, text: str | None, known: Sequence[str] = ()) -> list[str]:
-    """tadperf, and the providers that a list of families and names selects: all where there is none, "none" for none.
+    """Returns tadperf and the providers that a list of families and names selects: by default all, "none" for none.
 
-    Raises UserError for a word that is neither a family nor among this bench's providers or the `known` ones.
+    Raises UserError for a word that is neither a family, nor a provider of this bench, nor one of `known`.
     """
     wanted = FAMILIES if text is None else () if text == "none" else text.split(",")
     for word in wanted:

@@ -1,4 +1,4 @@
-"""Times on a CUDA device: a graph of calls on inputs that its cache cannot hold, wall time, launches, peak memory."""
+"""Measures on a CUDA device: time in a CUDA graph over inputs larger than the cache, wall time, launches, memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from tadperf.bench.operators import engine
 
-CACHES = 4  # the rotated inputs are together this many times as large as the L2 cache
-MOST = 256  # sets of inputs, and so calls in one graph
+CACHES = 4  # size of all rotated inputs, in L2 caches; not tuned
+MAX_SETS = 256  # sets of inputs, and calls in one graph; not tuned
 
 
 def measure(
@@ -24,41 +24,41 @@ def measure(
     functions: Mapping[str, Callable[..., Any]],
     repeats: int,
 ) -> dict[str, engine.Row]:
-    """Figures by provider, `error` where one failed; one after another, as all their graphs at once might not fit."""
+    """Returns figures by provider, or its `error`. One provider after another: all graphs together might not fit."""
     moved = bench.moved(size, dtype)
     sets = [bench.inputs(size, dtype, device, seed) for seed in range(rotation(moved, l2_bytes(device)))]
-    copy, copy_bytes = engine.copied(device)
+    copy, copy_bytes = engine.large_copy(device)
     bandwidth = copy_bytes / float(np.median(replayed(copy, [()], repeats))) / 1e6
     del copy
-    found: dict[str, engine.Row] = {}
+    rows: dict[str, engine.Row] = {}
     for name, function in functions.items():
         torch.cuda.empty_cache()
         try:
             values = engine.figures(replayed(function, sets, repeats), moved, bandwidth)
-            found[name] = values | {
+            rows[name] = values | {
                 "wall_ms": wall(function, sets, repeats),
                 "launches": launches(function, sets[0]),
                 "peak_mb": peak(function, sets[0]),
             }
-        except Exception as error:  # out of memory, most likely: the others are still measured
-            found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return found
+        except Exception as error:  # probably out of memory; the others are still measured
+            rows[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return rows
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Size of the device's second-level cache."""
+    """Returns the bytes of the device's second-level cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def rotation(moved: int, cache: int) -> int:
-    """How many sets of inputs to rotate: at least two, so that none is still in the cache when its turn comes."""
-    return min(max(2, math.ceil(CACHES * cache / moved)), MOST)
+    """Returns the number of input sets to rotate, at least two, so that a set has left the cache before its turn."""
+    return min(max(2, math.ceil(CACHES * cache / moved)), MAX_SETS)
 
 
 def replayed(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repeats: int) -> np.ndarray:
-    """Milliseconds a call of a CUDA graph that calls `function` on each set: [repeats].
+    """Returns milliseconds per call [repeats] of a CUDA graph that calls `function` on each set.
 
-    A function that cannot be captured, as it waits for the device, is timed by events around the same calls.
+    A function that waits for the device cannot be captured; events around the same calls time it.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -70,7 +70,7 @@ def replayed(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repe
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            results = [function(*arguments) for arguments in sets]  # kept: each call writes memory of its own
+            results = [function(*arguments) for arguments in sets]  # kept, so that each call writes its own memory
         run = graph.replay
     except Exception:
         torch.cuda.synchronize()
@@ -95,7 +95,7 @@ def _elapsed(run: Callable[[], object]) -> float:
 
 
 def wall(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repeats: int) -> float:
-    """Median milliseconds from the call in Python to the end on the device, without a graph."""
+    """Returns the median milliseconds from the call in Python to the end on the device, without a graph."""
     times = []
     for turn in range(repeats):
         torch.cuda.synchronize()
@@ -107,7 +107,7 @@ def wall(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repeats:
 
 
 def launches(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int | None:
-    """Kernels that one call starts, copies and fills of memory apart; None where the profiler sees nothing."""
+    """Returns the number of kernels that one call starts, without copies and fills; None if the profiler sees none."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function(*arguments)
@@ -122,7 +122,7 @@ def launches(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int | 
 
 
 def peak(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    """MB that one call allocates at most, results included."""
+    """Returns the peak of MB that one call allocates, with its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

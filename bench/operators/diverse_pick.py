@@ -1,6 +1,6 @@
 """tadperf.kernels.diverse_pick against the loop that one would write: `tadperf bench diverse_pick`.
 
-A anomalous images of K candidates with D features, in G classes that hold 50 qualified images each.
+A rejected images with K candidates of D features each, in G classes that have 50 qualified images each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from tadperf.bench.operators.engine import Bench, Provider, Size
 from tadperf.kernels import DiversePick, diverse_pick, diverse_pick_reference
 
-HELD = 50  # qualified images of each class
+QUALIFIED = 50  # qualified images of each class
 
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
@@ -19,22 +19,22 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> t
     generator = torch.Generator(device).manual_seed(seed)
     candidates = torch.randn(anomalies, choices, width, device=device, generator=generator, dtype=dtype)
     scores = torch.rand(anomalies, choices, device=device, generator=generator, dtype=dtype)
-    qualified = torch.randn(classes * HELD, width, device=device, generator=generator, dtype=dtype)
+    qualified = torch.randn(classes * QUALIFIED, width, device=device, generator=generator, dtype=dtype)
     wanted = torch.randint(classes, (anomalies,), device=device, generator=generator)
-    return candidates, scores, qualified, wanted, torch.arange(classes, device=device).repeat(HELD)
+    return candidates, scores, qualified, wanted, torch.arange(classes, device=device).repeat(QUALIFIED)
 
 
 def moved(size: Size, dtype: torch.dtype) -> int:
-    """Candidates, scores, qualified features and classes read; an index and a similarity written."""
+    """Bytes: reads candidates, scores, qualified features and classes, writes an index and a similarity."""
     anomalies, choices, width, classes = size
-    read = (anomalies * choices * (width + 1) + classes * HELD * width) * dtype.itemsize
-    return read + (anomalies + classes * HELD) * 8 + anomalies * (8 + 4)
+    read = (anomalies * choices * (width + 1) + classes * QUALIFIED * width) * dtype.itemsize
+    return read + (anomalies + classes * QUALIFIED) * 8 + anomalies * (8 + 4)
 
 
 def eager(
     candidates: Tensor, scores: Tensor, qualified: Tensor, classes: Tensor, qualified_classes: Tensor
 ) -> DiversePick:
-    """The loop over anomalies, as published: cosines to all that the class holds, the smallest of the largest."""
+    """The published loop over the images: picks the candidate whose largest cosine to its class is the smallest."""
     units, pool = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (candidates, qualified))
     held = {label: pool[qualified_classes == label] for label in qualified_classes.unique().tolist()}
     index, similarity = torch.empty_like(classes), units.new_empty(len(classes))
@@ -47,7 +47,7 @@ def eager(
 def stepwise(
     candidates: Tensor, scores: Tensor, qualified: Tensor, classes: Tensor, qualified_classes: Tensor
 ) -> DiversePick:
-    """All classes at once, a step for each turn of them; winners go into places kept free in one table."""
+    """All classes at once, one image of each class in a step; picked candidates fill free rows of one table."""
     units, pool = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (candidates, qualified))
     labels, classes_at = qualified_classes.unique(return_inverse=True)
     order = classes.argsort(stable=True)
@@ -55,18 +55,18 @@ def stepwise(
     counts, held = label.bincount(minlength=len(labels)), classes_at.bincount(minlength=len(labels))
     turn = torch.arange(len(classes), device=classes.device) - (counts.cumsum(0) - counts)[label[order]]
     table = units.new_zeros(len(labels), int((counts + held).max()), units.shape[-1])
-    where = classes_at.argsort(stable=True)
-    place = torch.arange(len(where), device=where.device) - (held.cumsum(0) - held)[classes_at[where]]
-    table[classes_at[where], place] = pool[where]
+    by_class = classes_at.argsort(stable=True)
+    row = torch.arange(len(by_class), device=by_class.device) - (held.cumsum(0) - held)[classes_at[by_class]]
+    table[classes_at[by_class], row] = pool[by_class]
     free = torch.arange(table.shape[1], device=table.device) >= held.unsqueeze(1)
     index, similarity = torch.empty_like(classes), units.new_empty(len(classes))
     for step in range(int(counts.max()) if len(classes) else 0):
         now = order[turn == step]
-        own = label[now]
-        cosines = torch.bmm(units[now], table[own].mT).masked_fill(free[own].unsqueeze(1), -2)
+        group = label[now]
+        cosines = torch.bmm(units[now], table[group].mT).masked_fill(free[group].unsqueeze(1), -2)
         similarity[now], index[now] = cosines.amax(-1).min(-1)
-        table[own, held[own] + step] = units[now, index[now]]
-        free[own, held[own] + step] = False
+        table[group, held[group] + step] = units[now, index[now]]
+        free[group, held[group] + step] = False
     return DiversePick(index, similarity)
 
 
@@ -77,7 +77,7 @@ BENCH = Bench(
     inputs=inputs,
     moved=moved,
     reference=diverse_pick_reference,
-    # torch.compile is no provider: the held set changes its shape in each of a thousand turns
+    # without torch.compile: the set of picked images changes its shape in each of a thousand steps
     providers={
         "tadperf": Provider("tadperf", lambda: diverse_pick),
         "eager": Provider("eager", lambda: eager),

@@ -1,8 +1,8 @@
-"""Times an operator beside what one would otherwise run: `measure` turns one case into rows of figures.
+"""Times an operator beside other implementations of it. `measure` returns the rows of one case.
 
-A bench file says what its operator is (`Bench`): the inputs of a size, the bytes that must move, who computes it. A
-provider whose results differ from the tests' reference is not timed. On a CPU the providers take turns, so that a
-machine that slows down slows all of them; on a GPU a CUDA graph is replayed over inputs that its cache cannot hold.
+A bench file describes its operator by a `Bench`: inputs of a size, bytes that must move, and the providers that compute
+it. A provider whose results differ from the tests' reference is not timed. On a CPU the providers take turns: if the
+machine slows down, it slows all of them. On a GPU a CUDA graph is replayed over inputs that the cache cannot hold.
 """
 
 from __future__ import annotations
@@ -21,69 +21,71 @@ from torch import Tensor
 Size = tuple[int, ...]
 Row = dict[str, Any]
 FAMILIES = ("eager", "inductor", "peer")
-COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes of the copied buffer: far beyond any cache
-SHORTEST = 1.0  # ms that one turn of a provider takes at least; shorter calls are repeated within it
-PATIENCE = 10.0  # seconds after which a provider takes no more turns, from its third on; a longer call is its only one
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # bytes of the copied buffer: much larger than any cache
+MIN_TURN_MS = 1.0  # a turn of a provider repeats its call until this time; not tuned
+# seconds after which a provider gets no further turn, but at least three; a longer call is its only one; not tuned
+PATIENCE = 10.0
 
 
 class Provider(NamedTuple):
-    """One way to compute an operator's results."""
+    """An implementation of an operator."""
 
     family: str  # "tadperf", or one of FAMILIES
-    build: Callable[[], Callable[..., Any]]  # the function, compiled or imported only where it is wanted
-    package: str = ""  # of a peer, which runs on the CPU alone
-    limit: float = math.inf  # the largest product of a size that it is tried on
-    tolerance: tuple[float, float] | None = None  # its own, for a peer that stops early
-    slack: float = 0.0  # the share of its results that may lie outside of it
+    build: Callable[[], Callable[..., Any]]  # returns the function; compiles or imports it only then
+    package: str = ""  # the package of another library, which runs on the CPU only
+    limit: float = math.inf  # the largest product of a size that it is run on
+    tolerance: tuple[float, float] | None = None  # replaces that of the bench, for a library that stops early
+    slack: float = 0.0  # the share of results that may differ by more than the tolerance
 
 
 class Bench(NamedTuple):
-    """What a bench file says of its operator."""
+    """The description of an operator by its bench file."""
 
     name: str
-    axes: tuple[str, ...]  # what the numbers of a size are
-    sizes: dict[str, tuple[Size, ...]]  # measured by default, by type of device
-    inputs: Callable[[Size, torch.dtype, torch.device, int], tuple[Any, ...]]  # of a seed
-    moved: Callable[[Size, torch.dtype], int]  # bytes: every input read once, every result written once
-    reference: Callable[..., Any]  # the truth of the operator's tests
+    axes: tuple[str, ...]  # the meaning of the numbers of a size
+    sizes: dict[str, tuple[Size, ...]]  # the sizes to measure by default, by type of device
+    inputs: Callable[[Size, torch.dtype, torch.device, int], tuple[Any, ...]]  # inputs(size, dtype, device, seed)
+    moved: Callable[[Size, torch.dtype], int]  # bytes to move: every input once, every result once
+    reference: Callable[..., Any]  # the reference of the operator's tests
     providers: dict[str, Provider]
-    tolerance: dict[str, tuple[float, float] | None]  # relative and absolute, by float result; None is not compared
+    tolerance: dict[str, tuple[float, float] | None]  # relative and absolute, by float result; None: not compared
 
 
 def plain(forms: Mapping[str, Callable[..., Any]]) -> dict[str, Provider]:
-    """Plain forms as providers, each as it is and compiled: {"": f, "x": g} -> eager, eager-x, inductor, inductor-x."""
-    made: dict[str, Provider] = {}
+    """Returns eager and compiled providers: {"": f, "x": g} gives eager, eager-x, inductor and inductor-x."""
+    providers: dict[str, Provider] = {}
     for family, wrap in (("eager", lambda form: form), ("inductor", torch.compile)):
         for name, form in forms.items():
-            made["-".join(filter(None, (family, name)))] = Provider(family, lambda w=wrap, f=form: w(f))
-    return made
+            providers["-".join(filter(None, (family, name)))] = Provider(family, lambda w=wrap, f=form: w(f))
+    return providers
 
 
 def skip_reason(provider: Provider, size: Size | None = None, device: str = "cpu") -> str:
-    """Why this provider does not run, in a few words; empty where it does."""
+    """Returns in a few words why a provider does not run here; an empty text if it runs."""
     if provider.package and device != "cpu":
-        return "runs on the CPU alone"
+        return "runs on the CPU only"
     if provider.package and importlib.util.find_spec(provider.package) is None:
-        return f"not installed: pip install 'tadperf[peers]' brings {provider.package}"
+        return f"not installed: pip install 'tadperf[peers]' installs {provider.package}"
     if size and math.prod(size) > provider.limit:
         return "would take minutes at this size"
     return ""
 
 
-def named(results: Any) -> dict[str, Tensor]:
-    """Results by name, from a NamedTuple or a dict."""
+def results_by_name(results: Any) -> dict[str, Tensor]:
+    """Returns results by name, from a NamedTuple or a dict."""
     return dict(results) if isinstance(results, dict) else results._asdict()
 
 
 def mismatch(truth: Any, found: Any, bench: Bench, provider: Provider | None = None) -> str:
-    """What differs beyond the tolerance, in one line; empty where all results that `found` has agree.
+    """Returns one line about the first result that differs by more than the tolerance; an empty text if all agree.
 
-    Of integers, 1e-4 may differ: which of two candidates is first may hang on the last bit of a float.
+    Only the results in `found` are compared. A share of 1e-4 of integers may differ: which of two candidates comes
+    first can depend on the last bit of a float.
     """
-    expected = named(truth)
-    own, slack = (provider.tolerance, provider.slack) if provider else (None, 0.0)
-    for name, value in named(found).items():
-        limits = own or bench.tolerance.get(name, (0.0, 0.0))
+    expected = results_by_name(truth)
+    tolerance, slack = (provider.tolerance, provider.slack) if provider else (None, 0.0)
+    for name, value in results_by_name(found).items():
+        limits = tolerance or bench.tolerance.get(name, (0.0, 0.0))
         if limits is None:
             continue
         wanted = expected[name].to(value.device)
@@ -102,7 +104,7 @@ def mismatch(truth: Any, found: Any, bench: Bench, provider: Provider | None = N
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[int]:
-    """Within, PyTorch and the libraries of the peers use this many threads."""
+    """Limits PyTorch and other libraries to this number of threads inside the block."""
     import threadpoolctl
 
     before = torch.get_num_threads()
@@ -118,17 +120,17 @@ def threads(count: int | None) -> Iterator[int]:
 def interleaved(
     functions: Mapping[str, Callable[[], object]], repeats: int, patience: float = PATIENCE
 ) -> dict[str, np.ndarray]:
-    """Milliseconds a call by name: [repeats], fewer for one that used up its patience.
+    """Returns milliseconds per call [repeats] by name; fewer values for a function that has used up its patience.
 
-    The functions take turns, each round beginning with another one, so that none always follows the same neighbour.
+    The functions take turns. Each round starts with another function, so no function always follows the same one.
     """
     first = {name: _milliseconds(function, 1) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    everyone = list(functions.items())
+    entries = list(functions.items())
     for turn in range(repeats):
-        begin = turn % max(len(everyone), 1)
-        for name, function in everyone[begin:] + everyone[:begin]:
-            calls = max(1, math.ceil(SHORTEST / max(first[name], 1e-4)))
+        begin = turn % max(len(entries), 1)
+        for name, function in entries[begin:] + entries[:begin]:
+            calls = max(1, math.ceil(MIN_TURN_MS / max(first[name], 1e-4)))
             spent = first[name] + calls * sum(times[name])
             if spent < patience * 1e3 or (len(times[name]) < 3 and first[name] < patience * 1e3):
                 times[name].append(_milliseconds(function, calls))
@@ -142,15 +144,15 @@ def _milliseconds(function: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) * 1e3 / calls
 
 
-def copied(device: torch.device) -> tuple[Callable[[], object], int]:
-    """A large copy and the bytes that it moves, read and written."""
-    source = torch.ones(COPIED[device.type] // 4, device=device)
+def large_copy(device: torch.device) -> tuple[Callable[[], object], int]:
+    """Returns a function that makes a large copy, and the bytes that it reads and writes."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * COPIED[device.type]
+    return lambda: target.copy_(source), 2 * COPY_BYTES[device.type]
 
 
 def figures(times: np.ndarray, moved: int, bandwidth: float) -> Row:
-    """Quantiles in ms, GB/s, and the share of the copy's bandwidth in GB/s."""
+    """Returns quantiles in ms, GB/s, and the share of the bandwidth of a copy. bandwidth: in GB/s."""
     q20, median, q80 = (float(q) for q in np.quantile(times, (0.2, 0.5, 0.8)))
     gb_s = moved / median / 1e6
     return {
@@ -165,17 +167,17 @@ def figures(times: np.ndarray, moved: int, bandwidth: float) -> Row:
 
 
 def ratios(rows: Sequence[Row]) -> None:
-    """Adds to each row of one case how many times faster it is than the fastest eager and compiled form."""
+    """Adds to each row of one case how many times faster it is than the fastest eager and compiled provider."""
     for family in ("eager", "inductor"):
         medians = [row["median_ms"] for row in rows if row["family"] == family and row["median_ms"]]
         for row in rows:
             row[f"over_{family}"] = min(medians) / row["median_ms"] if medians and row["median_ms"] else None
 
 
-def checked(
+def working_providers(
     bench: Bench, names: Sequence[str], size: Size, inputs: tuple[Any, ...]
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """The providers that run here and agree with the reference, and why the others do not."""
+    """Returns the providers that run here and agree with the reference, and the errors of the others."""
     functions: dict[str, Callable[..., Any]] = {}
     errors: dict[str, str] = {}
     device = inputs[0].device
@@ -187,7 +189,7 @@ def checked(
         try:
             function = provider.build()
             wrong = mismatch(truth, function(*inputs), bench, provider)
-        except Exception as error:  # one that fails is a row, the others are measured
+        except Exception as error:  # a provider that fails is a row; the others are measured
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
             errors[name] = wrong
@@ -199,11 +201,11 @@ def checked(
 def measure(
     bench: Bench, size: Size, dtype: torch.dtype, device: torch.device, names: Sequence[str], repeats: int
 ) -> list[Row]:
-    """Rows of one case, tadperf's first; a provider that failed or disagreed has `error` and no figures."""
-    torch.compiler.reset()  # else the second size would be compiled for any size
+    """Returns the rows of one case, tadperf's first. A provider that failed or disagreed has `error` and no figures."""
+    torch.compiler.reset()  # otherwise the second size would be compiled for any size
     with torch.inference_mode():
         inputs = bench.inputs(size, dtype, device, 0)
-        functions, errors = checked(bench, names, size, inputs)
+        functions, errors = working_providers(bench, names, size, inputs)
         if device.type == "cuda":
             from tadperf.bench.operators import cuda  # pyright: ignore[reportMissingImports]
 
@@ -229,15 +231,15 @@ def _on_cpu(
     functions: Mapping[str, Callable[..., Any]],
     repeats: int,
 ) -> dict[str, Row]:
-    from tadperf.bench.stages import peak  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import peak  # pyright: ignore[reportMissingImports]
 
-    copy, copy_bytes = copied(torch.device("cpu"))
+    copy, copy_bytes = large_copy(torch.device("cpu"))
     turns: dict[str, Callable[[], object]] = {name: lambda f=f: f(*inputs) for name, f in functions.items()}
     times = interleaved(turns, repeats)
-    # apart from the turns: it would leave the caches empty to whoever comes next
+    # not in turns with the others: the copy would empty the caches for the next one
     bandwidth = copy_bytes / float(np.median(interleaved({"copy": copy}, repeats)["copy"])) / 1e6
     quick = [name for name, values in times.items() if np.median(values) < 2e3]
-    peaks = peak.ask(bench.name, size, dtype, quick)
+    peaks = peak.measure_peaks(bench.name, size, dtype, quick)
     return {
         name: {**figures(values, bench.moved(size, dtype), bandwidth), "peak_mb": peaks.get(name)}
         for name, values in times.items()

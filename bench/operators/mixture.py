@@ -1,7 +1,7 @@
 """tadperf.kernels.mixture against EM in plain PyTorch and scikit-learn: `tadperf bench mixture`.
 
-N losses in G groups of which three in four are clean; all run to convergence, except that scikit-learn stops where its
-settings say.
+N losses in G groups; three of four losses are clean. All providers run to convergence, except scikit-learn, which stops
+as its settings say.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from tadperf.bench.operators.engine import Bench, Provider, Size
 from tadperf.kernels import Mixture, mixture, mixture_reference
 
-STEPS = 2000  # at most, of plain EM; it takes 30 to 300 on these losses
+STEPS = 2000  # maximum steps of EM; it needs 30 to 300 on these losses
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -28,13 +28,13 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> t
 
 
 def moved(size: Size, dtype: torch.dtype) -> int:
-    """Losses and int64 groups read, posteriors written."""
+    """Bytes: reads losses and int64 groups, writes posteriors."""
     rows, _ = size
     return rows * (dtype.itemsize + 8 + 4)
 
 
 def step(x: Tensor, groups: Tensor, count: Tensor, theta: Tensor) -> Tensor:
-    """One step of EM on standardised losses, for all groups: theta is weight, mean and variance, [G, 2, 3]."""
+    """Runs one step of EM on standardised losses for all groups. theta: weight, mean and variance [G, 2, 3]."""
     weight, mean, variance = theta[groups].unbind(-1)
     share = (weight.log() - 0.5 * (variance.log() + (x.unsqueeze(-1) - mean).square() / variance)).softmax(-1)
     moments = torch.stack([share, share * x.unsqueeze(-1), share * x.square().unsqueeze(-1)], -1)
@@ -44,7 +44,7 @@ def step(x: Tensor, groups: Tensor, count: Tensor, theta: Tensor) -> Tensor:
 
 
 def em(step: Step) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
-    """EM as one would write it for all groups at once, from both ends of each group; the posteriors."""
+    """Returns a function for the posteriors: EM for all groups at once, which starts at both ends of each group."""
 
     def posteriors(losses: Tensor, groups: Tensor, num_groups: int) -> dict[str, Tensor]:
         losses = losses.float()
@@ -67,19 +67,19 @@ def em(step: Step) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
 
 
 def sklearn(scaled: bool = False, **settings: float) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
-    """scikit-learn's GaussianMixture(2), group by group, `scaled` to 0..1 as DivideMix does; the posteriors."""
+    """scikit-learn's GaussianMixture(2), one group after another. scaled: scales losses to 0..1 as DivideMix does."""
     from sklearn.mixture import GaussianMixture
 
     def posteriors(losses: Tensor, groups: Tensor, num_groups: int) -> dict[str, Tensor]:
-        found = torch.empty(len(losses))
+        clean = torch.empty(len(losses))
         for group in range(num_groups):
             members = (groups == group).nonzero().squeeze(1)
             x = losses[members].float().unsqueeze(1).numpy()
             x = (x - x.min()) / (x.max() - x.min()) if scaled else x
             fitted = GaussianMixture(2, random_state=0, **settings).fit(x)  # pyright: ignore[reportArgumentType]
             lower = fitted.means_.argmin()  # pyright: ignore[reportOptionalMemberAccess]
-            found[members] = torch.from_numpy(fitted.predict_proba(x)[:, lower]).float()
-        return {"posterior": found}
+            clean[members] = torch.from_numpy(fitted.predict_proba(x)[:, lower]).float()
+        return {"posterior": clean}
 
     return posteriors
 
@@ -100,7 +100,7 @@ BENCH = Bench(
         "eager": Provider("eager", lambda: em(step)),
         "eager-squarem": Provider("eager", lambda: mixture_reference),
         "inductor": Provider("inductor", lambda: em(torch.compile(step))),
-        # its own settings; and DivideMix's, which stop after ten steps
+        # scikit-learn's defaults, and DivideMix's settings, which stop after ten steps
         "sklearn": Provider("peer", sklearn, "sklearn", tolerance=(0.0, 0.1), slack=0.05),
         "sklearn-dividemix": Provider(
             "peer",
@@ -112,7 +112,7 @@ BENCH = Bench(
     },
     tolerance={
         "posterior": (0.0, 1e-3),
-        "iterations": None,  # hangs on the last bits
+        "iterations": None,  # depends on the last bits
         **dict.fromkeys(("weight", "mean", "variance", "log_likelihood"), (1e-3, 1e-4)),
     },
 )

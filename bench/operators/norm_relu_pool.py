@@ -1,7 +1,7 @@
 """tadperf.kernels.norm_relu_pool against PyTorch's three layers and torch.compile: `tadperf bench norm_relu_pool`.
 
-Forward and backward together, of contiguous maps [N, C, H, H]: those of the ConvNet of width 128 on 32 x 32 images in
-batches of 256, and of width 32 on digits in batches of 64.
+Measures forward and backward together on contiguous maps [N, C, H, H]: those of the ConvNet of width 128 on 32 x 32
+images in batches of 256, and of width 32 on digits in batches of 64.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from tadperf.bench.operators.engine import Bench, Provider, Size
 from tadperf.kernels import norm_relu_pool, norm_relu_pool_reference
 
-# A pixel within rounding of 0 passes the ReLU in one and not in another: that moves the gradient of its whole plane,
-# one among the 32 768 of the first size, and that channel's of the weight: 2 of 128 in ours, 1 in torch.compile's.
+# A pixel that is 0 up to rounding passes the ReLU in one implementation and not in another. This changes the gradient
+# of its plane (1 of 32 768 in the first size) and of its channel's weight (2 of 128 in ours, 1 in torch.compile's).
 SLACK = 0.02
 
 Layers = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """What forward and backward give."""
+    """The results of forward and backward."""
 
     y: Tensor
     grad_x: Tensor
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    """x, weight, bias and the upstream gradient; no inference tensors, which backward could not keep."""
+    """Returns x, weight, bias and the upstream gradient. Not inference tensors: backward cannot save those."""
     images, channels, height, width = size
     generator = torch.Generator(device).manual_seed(seed)
     shapes = size, (channels,), (channels,), (images, channels, height // 2, width // 2)
@@ -43,15 +43,15 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> t
 
 
 def moved(size: Size, dtype: torch.dtype) -> int:
-    """x read twice, its gradient written; y, a quarter of it, written, and its gradient read."""
+    """Bytes: reads x twice, writes its gradient; writes y, a quarter of x, and reads its gradient."""
     images, channels, height, width = size
     return images * channels * (3 * height * width + 2 * (height // 2) * (width // 2)) * dtype.itemsize
 
 
 def step(layers: Layers) -> Callable[..., Any]:
-    """Forward and backward; forward alone inside torch.compile, which takes no call of autograd.grad."""
+    """Runs forward and backward; only forward inside torch.compile, which refuses autograd.grad."""
 
-    def both(x: Tensor, weight: Tensor, bias: Tensor, grad_y: Tensor) -> Step | dict[str, Tensor]:
+    def run(x: Tensor, weight: Tensor, bias: Tensor, grad_y: Tensor) -> Step | dict[str, Tensor]:
         if torch.compiler.is_compiling():
             return {"y": layers(x, weight, bias)}
         with torch.inference_mode(False), torch.enable_grad():
@@ -59,7 +59,7 @@ def step(layers: Layers) -> Callable[..., Any]:
             y = layers(*leaves)
             return Step(y.detach(), *torch.autograd.grad(y, leaves, grad_y))
 
-    return both
+    return run
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -87,6 +87,6 @@ BENCH = Bench(
         "eager": Provider("eager", lambda: step(eager), slack=SLACK),
         "inductor": Provider("inductor", lambda: step(torch.compile(eager)), slack=SLACK),
     },
-    # float32; sums over a whole batch differ by their order
+    # float32; sums over a batch differ by their order
     tolerance={"y": (1e-4, 1e-4), "grad_x": (1e-4, 1e-4), "grad_weight": (1e-3, 1e-2), "grad_bias": (1e-3, 1e-2)},
 )

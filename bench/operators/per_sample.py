@@ -1,6 +1,6 @@
 """tadperf.kernels.per_sample against eager PyTorch, torch.compile and cleanlab: `tadperf bench per_sample`.
 
-All five results on random logits; cleanlab gives the loss alone.
+Computes all five results on random logits; cleanlab gives only the loss.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> t
 
 
 def moved(size: Size, dtype: torch.dtype) -> int:
-    """Logits and int64 labels read; four floats and an int64 written."""
+    """Bytes: reads logits and int64 labels, writes four floats and an int64."""
     rows, classes = size
     return rows * (classes * dtype.itemsize + 8 + 4 * 4 + 8)
 
 
 def eager(logits: Tensor, labels: Tensor) -> PerSample:
-    """What one would write in PyTorch; without the reference's guards for NaN, infinities, ties and -1."""
+    """As one would write it in PyTorch. NaN, infinities, ties and -1 are not treated as in the reference."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     top, index = p.topk(2, -1)
@@ -37,7 +37,7 @@ def eager(logits: Tensor, labels: Tensor) -> PerSample:
 
 
 def max_twice(logits: Tensor, labels: Tensor) -> PerSample:
-    """The same without topk, which Inductor leaves to eager: the second maximum with the first one masked."""
+    """The same without topk, which Inductor leaves to eager: masks the maximum to find the second one."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     top, index = p.max(-1)
@@ -48,7 +48,7 @@ def max_twice(logits: Tensor, labels: Tensor) -> PerSample:
 
 
 def cleanlab() -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """Its label quality "self_confidence", the probability of the given label: the loss by another name."""
+    """cleanlab's label quality "self_confidence": the probability of the given label, so the loss is -log of it."""
     from cleanlab.rank import get_label_quality_scores  # pyright: ignore[reportMissingImports]
 
     def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """tadperf.kernels.reliability against plain PyTorch, torch.compile and scipy: `tadperf bench reliability`.
 
-N samples of D features around C anchors, under a covariance of condition about 100.
+N samples with D features around C anchors; the condition of the covariance is about 100.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> t
 
 
 def moved(size: Size, dtype: torch.dtype) -> int:
-    """Features, anchors and factor read; four floats and four int64 written."""
+    """Bytes: reads features, anchors and factor, writes four floats and four int64."""
     rows, width, classes = size
     return (rows + classes + width) * width * dtype.itemsize + rows * (4 * 4 + 4 * 8)
 
 
 def flops(size: Size) -> int:
-    """Of the whitening, whose matrix is triangular, and the two products with the anchors."""
+    """Operations of the whitening, whose matrix is triangular, and of the two products with the anchors."""
     rows, width, classes = size
     return rows * width * (width + 4 * classes)
 
 
 def eager(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """What one would write: whiten, cdist, cosines, topk."""
+    """As one would write it in PyTorch: whiten, cdist, cosines, topk."""
     features, anchors, cholesky = features.float(), anchors.float(), cholesky.float()
     whitened = torch.linalg.solve_triangular(cholesky, features.T, upper=False).T
     centres = torch.linalg.solve_triangular(cholesky, anchors.T, upper=False).T
@@ -48,7 +48,7 @@ def eager(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
 
 
 def expanded(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """The same by one product with the inverse of the factor, and the square of the difference written out."""
+    """The same with one product by the inverse of the factor, and the expanded square of the difference."""
     features, anchors, cholesky = features.float(), anchors.float(), cholesky.float()
     eye = torch.eye(len(cholesky), device=cholesky.device)
     inverse = torch.linalg.solve_triangular(cholesky, eye, upper=False)
@@ -70,7 +70,7 @@ def _results(distance: Tensor, near: Tensor, cosines: Tensor) -> Reliability:
 
 
 def scipy() -> Callable[[Tensor, Tensor, Tensor], Reliability]:
-    """Its triangular solve and cdist, for both distances."""
+    """SciPy's triangular solve, and its cdist for both distances."""
     from scipy.linalg import solve_triangular
     from scipy.spatial.distance import cdist
 
@@ -98,7 +98,7 @@ BENCH = Bench(
         **plain({"": eager, "expanded": expanded}),
         "scipy": Provider("peer", scipy, package="scipy", limit=1e9),
     },
-    # cdist and the expanded square lose half the digits of a difference; similarities are within -1..1
+    # cdist and the expanded square lose half of the digits of a difference; similarities are in -1..1
     tolerance={
         **dict.fromkeys(("distance", "second_distance"), (1e-3, 1e-3)),
         **dict.fromkeys(("similarity", "second_similarity"), (1e-4, 1e-5)),

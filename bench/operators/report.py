@@ -1,4 +1,4 @@
-"""Rows of figures as a table of text, as a JSON file that says where they come from, and under which name."""
+"""Prints and saves the rows of a benchmark, with the machine and the versions that they come from."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ COLUMNS = {
 
 
 def facts(operator: str, device: torch.device, threads: int, command: str) -> dict[str, Any]:
-    """Where and with what an operator's rows were measured; part of every row."""
-    own = {"operator": operator, "implementation": implementations()[operator][device.type]}
-    return own | where(device, threads, command)
+    """Returns what every row of an operator says about its machine and versions."""
+    implementation = implementations()[operator][device.type]
+    return {"operator": operator, "implementation": implementation} | machine_facts(device, threads, command)
 
 
-def where(device: torch.device, threads: int, command: str) -> dict[str, Any]:
-    """The machine, the versions, the day and the command."""
-    installed = {package: _version(package) for package in PACKAGES}
+def machine_facts(device: torch.device, threads: int, command: str) -> dict[str, Any]:
+    """Returns the machine, the versions, the date and the command."""
+    installed = {package: version for package in PACKAGES if (version := _version(package))}
     return {
         "device": describe_device(device),
         "threads": threads,
         "isa": native.isa() if device.type == "cpu" else None,
-        "versions": {"python": platform.python_version(), **{name: one for name, one in installed.items() if one}},
+        "versions": {"python": platform.python_version(), **installed},
         "date": date.today().isoformat(),
         "command": command,
     }
@@ -63,21 +63,21 @@ def _version(package: str) -> str | None:
 
 
 def title(facts: Mapping[str, Any]) -> str:
-    """What the rows are about, in one line."""
-    how = f"{facts['implementation']}, {facts['isa']}" if facts["isa"] else facts["implementation"]
+    """Returns one line about the operator, the machine and the version."""
+    code = f"{facts['implementation']}, {facts['isa']}" if facts["isa"] else facts["implementation"]
     count = facts["threads"]
     threads = f", {count} thread" + "s" * (count > 1) if facts["isa"] else ""
-    return f"{facts['operator']} ({how}) on {facts['device']}{threads}, torch {facts['versions']['torch']}"
+    return f"{facts['operator']} ({code}) on {facts['device']}{threads}, torch {facts['versions']['torch']}"
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The rows of one operator as aligned text."""
+    """Returns the rows of one operator as aligned text, and a line for each provider that failed."""
     failed = [f"{row['shape']} {row['dtype']} {row['provider']}: {row['error']}" for row in rows if row.get("error")]
     return table(rows, COLUMNS) + failed
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
-    """The rows as aligned text, each column in its own format; a column that no row has is left out."""
+    """Returns the rows as aligned text. columns: name -> format; a column without any value is left out."""
     keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
     cells = [["-" if row.get(key) is None else columns[key].format(row[key]) for key in keys] for row in rows]
     cells.insert(0, [key.replace("_", " ") for key in keys])
@@ -86,18 +86,18 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
 
 
 def slug(name: str) -> str:
-    """A device's name as that of a file: "NVIDIA H200" -> "nvidia-h200"."""
+    """Returns a device's name as a part of a file name: "nvidia-h200" for "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def output_file(field: str, path: Path, device: torch.device, suffix: str) -> Path:
-    """The file meant by `path`: itself, or in a folder the one called after the device. Raises UserError where neither.
+    """Returns `path`, or a file named after the device if `path` is a folder.
 
-    A file need not be there yet, its folder must.
+    Raises UserError if the folder of the file does not exist, or if the file has another suffix.
     """
     file = path / f"{slug(describe_device(device))}{suffix}" if path.is_dir() else path
     if not file.parent.is_dir():
-        raise UserError(field, path, f"there is no folder {file.parent}")
+        raise UserError(field, path, f"there is no folder {file.parent}; make it first")
     if file.suffix != suffix:
         raise UserError(field, path, f"must be a folder or a file that ends in {suffix}")
     return file

@@ -1,8 +1,9 @@
-"""Networks of generation and detection, compiled against eager: `python -m tadperf.bench.stages.compile [--json FILE]`.
+"""Measures compiled networks of generation and detection beside eager ones.
 
-Random weights and inputs, backends of `tadperf.accelerate.compile` in turns. compile_s is the first call with empty
-caches, after another network has been compiled; restart_s is what it takes a compiler that has forgotten everything but
-its caches on disk. On CUDA there are CUDA graphs too, and networks of the size of DiT-XL/2 and Stable Diffusion 1.5.
+Run `python -m tadperf.bench.stages.compile [--json FILE]`. Weights and inputs are random; the backends of
+`compute.compile.compile_for_inference` take turns. compile_s: the first call with empty caches, after another network
+was compiled. restart_s: the first call of a compiler that has only its caches on disk. On CUDA it also measures CUDA
+graphs, and networks of the size of DiT-XL/2 and Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ COLUMNS = {
 
 
 class Case(NamedTuple):
-    """A network and one call of it."""
+    """A network and the inputs of one call."""
 
     build: Callable[[], nn.Module]
-    inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]  # of a batch
-    batch: dict[str, int]  # by type of device
+    inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]  # inputs(batch)
+    batch: dict[str, int]  # batch by type of device
     dtype: torch.dtype = torch.float32
 
 
 def unet(size: int, width: int, levels: int, channels: int) -> Case:
-    """A class-conditional UNet2DModel over pixels, as refine.source = "train" makes it."""
+    """A class-conditional UNet2DModel over pixels, as refine.source = "train" builds it."""
 
     def build() -> nn.Module:
         from diffusers import UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
@@ -81,6 +82,8 @@ def unet(size: int, width: int, levels: int, channels: int) -> Case:
 
 
 def detector(name: str, size: int, channels: int) -> Case:
+    """A detector by the name of its network."""
+
     def build() -> nn.Module:
         net = NetConfig(name=name)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return architectures.build(net, (channels, size, size), 10, 0)
@@ -89,7 +92,7 @@ def detector(name: str, size: int, channels: int) -> Case:
 
 
 def dit_xl() -> Case:
-    """DiT-XL/2 at 256 x 256: latents 4 x 32 x 32, an image and its twin without a class."""
+    """DiT-XL/2 at 256 x 256: latents 4 x 32 x 32, each image with and without its class."""
 
     def build() -> nn.Module:
         from diffusers import DiTTransformer2DModel  # pyright: ignore[reportPrivateImportUsage]
@@ -136,10 +139,10 @@ CASES = {
     "dit-xl": dit_xl(),
     "sd-1.5": stable_diffusion(),
 }
-LARGE = ("dit-xl", "sd-1.5")  # on CUDA alone, unless named
+LARGE = ("dit-xl", "sd-1.5")  # by default on CUDA only
 
 
-def on(device: torch.device, value: Any) -> Any:
+def to_device(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -155,15 +158,15 @@ def seconds(function: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def measure(case: Case, device: torch.device, backends: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A row per backend; errors are the largest difference from eager over the largest value."""
+    """Returns a row for each backend. error: the largest difference from eager over the largest value."""
     from torch._inductor.utils import fresh_cache
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
     batch = case.batch[device.type]
-    plain = case.build().to(device, case.dtype).eval()
+    module = case.build().to(device, case.dtype).eval()
     args, named = case.inputs(batch)
-    args, named = tuple(on(device, x) for x in args), {name: on(device, x) for name, x in named.items()}
+    args, named = tuple(to_device(device, x) for x in args), {name: to_device(device, x) for name, x in named.items()}
     calls: dict[str, Callable[[], Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for backend in backends:
@@ -176,7 +179,7 @@ def measure(case: Case, device: torch.device, backends: Sequence[str], repeats: 
 
         def fresh(backend: str = backend) -> nn.Module:
             torch.compiler.reset()
-            return compile_for_inference(copy.deepcopy(plain), backend, batch=batch, dtype=case.dtype)
+            return compile_for_inference(copy.deepcopy(module), backend, batch=batch, dtype=case.dtype)
 
         net, rows[backend] = fresh(), {}
         if backend != "eager":
@@ -188,8 +191,8 @@ def measure(case: Case, device: torch.device, backends: Sequence[str], repeats: 
     times = engine.interleaved(calls, repeats)
     expected = calls["eager"]()
     with FlopCounterMode(display=False) as counter:
-        plain(*[x.to(case.dtype) if _is_image(x) else x for x in args], **named)
-    layers = sum(1 for part in plain.modules() if part._parameters)
+        module(*[x.to(case.dtype) if _is_image(x) else x for x in args], **named)
+    layers = sum(1 for part in module.modules() if part._parameters)
     size = {"layers": layers, "gflops": counter.get_total_flops() / 1e9}
     for backend, row in rows.items():
         q20, median, q80 = (float(q) for q in np.quantile(times[backend], (0.2, 0.5, 0.8)))
@@ -201,7 +204,7 @@ def measure(case: Case, device: torch.device, backends: Sequence[str], repeats: 
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows as aligned text."""
+    """Returns the rows as aligned text."""
     cells = [[COLUMNS[k].format(row[k]) if row.get(k) is not None else "-" for k in COLUMNS] for row in rows]
     cells.insert(0, list(COLUMNS))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -212,33 +215,34 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tadperf.bench.stages.compile", description=__doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--backends", help="beside eager; by default inductor, and cudagraphs on CUDA")
+    parser.add_argument("--backends", help="backends beside eager; by default inductor, and cudagraphs on CUDA")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="on CPU; as many as PyTorch's")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's number")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    asked = parser.parse_args(arguments)
-    device = resolve_device(asked.device)
-    backends = asked.backends.split(",") if asked.backends else ["inductor", *["cudagraphs"] * (device.type == "cuda")]
-    names = asked.networks or [name for name in CASES if device.type == "cuda" or name not in LARGE]
+    options = parser.parse_args(arguments)
+    device = resolve_device(options.device)
+    default = "inductor,cudagraphs" if device.type == "cuda" else "inductor"
+    backends = (options.backends or default).split(",")
+    names = options.networks or [name for name in CASES if device.type == "cuda" or name not in LARGE]
     rows: list[dict[str, Any]] = []
-    with engine.threads(asked.threads) as used, torch.no_grad():
+    with engine.threads(options.threads) as used, torch.no_grad():
         compile_for_inference(nn.Linear(4, 4).to(device), "inductor")(torch.zeros(2, 4, device=device))
-        about = {
+        facts = {
             "device": describe_device(device),
             "threads": used,
             "versions": versions(),
             "date": date.today().isoformat(),
             "command": shlex.join([*parser.prog.split(), *arguments]),
         }
-        print(f"{about['device']}, {used} threads, torch {torch.__version__}")
+        print(f"{facts['device']}, {used} threads, torch {torch.__version__}")
         for name in names:
             print(name, file=sys.stderr, flush=True)
             rows += [
-                {"network": name} | row for row in measure(CASES[name], device, ["eager", *backends], asked.repeats)
+                {"network": name} | row for row in measure(CASES[name], device, ["eager", *backends], options.repeats)
             ]
     print("\n".join(lines(rows)))
-    if asked.json:
-        report.save(asked.json, [row | about for row in rows])
+    if options.json:
+        report.save(options.json, [row | facts for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Expert trajectories: tadperf's way of training many against one expert after another by the plain loop.
+"""Measures the training of experts: tadperf beside the published loop, one expert after another.
 
-Both train the same networks on the same images and keep a snapshot of every epoch. "published": the plain loop of
-bench/plain.py, with all cores as threads. tadperf: `training.fit`, on a CPU one expert to a core.
+Both train the same networks on the same images and keep a snapshot of every epoch. "published": the loop of
+published_training.py, one thread per core. tadperf: `nets.training.fit`, on a CPU one expert on each core.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tadperf.bench.operators import engine
 from tadperf.bench.operators.engine import Row
-from tadperf.bench.stages import plain, runner
+from tadperf.bench.stages import published_training, runner
 from tadperf.compute.workers import available_cores, run_parallel
 from tadperf.config import NetConfig
 from tadperf.nets import training
@@ -24,7 +24,7 @@ from tadperf.nets.training import Recipe
 
 
 class Case(NamedTuple):
-    """So many experts on so many images; a recipe without momentum or decay, as MTT's."""
+    """Numbers of experts and images, and a recipe without momentum and decay, as in MTT."""
 
     net: NetConfig
     shape: Shape
@@ -49,60 +49,61 @@ SIZES = {
         Recipe(1, 256, 0.01, 0.0, 0.0, "color_crop_cutout_flip_scale_rotate", decay=False),
     ),
 }
-# A GPU is not busy with two steps: an epoch and a half of CIFAR-10.
+# More work for a GPU, which two steps do not keep busy: together an epoch and a half of CIFAR-10.
 CUDA = {"cifar10": SIZES["cifar10"]._replace(images=25600, experts=3)}
 PROVIDERS = {"tadperf": "tadperf", "published": "published"}
 
 
 def data(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random bytes as normalised images, and labels."""
+    """Returns random bytes as normalised images, and labels."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (case.images, *case.shape), dtype=torch.uint8, generator=generator)
     return ((pixels.float() / 255 - 0.5) / 0.29).to(device), (torch.arange(case.images) % 10).to(device)
 
 
-def once(size: str, provider: str, device: torch.device) -> Callable[[], None]:
-    """Trains every expert of a case."""
-    case = chosen(size, device)
+def single_call(size: str, provider: str, device: torch.device) -> Callable[[], None]:
+    """Returns a function that trains every expert of a case."""
+    case = case_for(size, device)
     images, labels = data(case, device)
 
     def train(seed: int) -> None:
         module = build(case.net, case.shape, 10, seed).to(device)
-        flat, kept = FlatNet(module), list[Tensor]()
-        loop = plain.fit if provider == "published" else training.fit
-        loop(module, images, labels, case.recipe, seed, lambda _: kept.append(flat.flatten().cpu()))
+        flat, snapshots = FlatNet(module), list[Tensor]()
+        loop = published_training.fit if provider == "published" else training.fit
+        loop(module, images, labels, case.recipe, seed, lambda _: snapshots.append(flat.flatten().cpu()))
 
-    def every() -> None:
+    def train_all() -> None:
         if provider == "published":
             for seed in range(case.experts):
                 train(seed)
         else:
             list(run_parallel(train, range(case.experts), None if device.type == "cpu" else 1))
 
-    return every
+    return train_all
 
 
-def chosen(size: str, device: torch.device) -> Case:
+def case_for(size: str, device: torch.device) -> Case:
+    """Returns the case of a size for this type of device."""
     return CUDA.get(size, SIZES[size]) if device.type == "cuda" else SIZES[size]
 
 
 def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
-    """A row per provider, tadperf's first; samples_s: images a second of all experts together."""
-    case = chosen(size, device)
-    seen = case.experts * case.recipe.epochs * case.images
+    """Returns a row for each provider, tadperf's first. samples_s: images per second of all experts together."""
+    case = case_for(size, device)
+    samples = case.experts * case.recipe.epochs * case.images
     with engine.threads(available_cores() if device.type == "cpu" else None):
-        functions = {name: once(size, name, device) for name in PROVIDERS}
+        functions = {name: single_call(size, name, device) for name in PROVIDERS}
         times = engine.interleaved(functions, repeats)
-        peaks = {name: runner.peak("experts", size, name, device) for name in PROVIDERS}
+        peaks = {name: runner.peak_memory("experts", size, name, device) for name in PROVIDERS}
     rows = [
-        runner.row(
+        runner.make_row(
             "experts",
             size,
             name,
             family,
             times[name],
             peak_mb=peaks[name],
-            samples_s=seen / float(sorted(times[name])[len(times[name]) // 2]) * 1e3,
+            samples_s=samples / float(sorted(times[name])[len(times[name]) // 2]) * 1e3,
         )
         for name, family in PROVIDERS.items()
     ]

@@ -1,9 +1,9 @@
-"""One iteration of trajectory matching: the published unroll against the adjoint and the ways of its inner step.
+"""Measures one iteration of trajectory matching: the published unroll, and the adjoint with each backend of its steps.
 
-"published" is MTT as its authors run it (Cazenavette et al., 2022): one graph over T steps by autograd, contiguous
-maps. gradient_error is that of the images' gradient, relative, against the same unroll in float64 (in float32 where
-float64 would not fit). compile_s and warm_s: from the start of a process to the end of its first iteration, without
-and with the compiler's caches of an earlier process.
+"published": MTT as its authors run it (Cazenavette et al., 2022): one graph over T steps by autograd, contiguous maps.
+gradient_error: the relative error of the images' gradient against the same unroll in float64 (against the adjoint in
+float32 if that would not fit). compile_s and warm_s: seconds from the start of a process to the end of its first
+iteration, without and with the compiler's caches of an earlier process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tadperf.bench.operators import engine
 from tadperf.bench.operators.engine import Row
 from tadperf.bench.stages import runner
 from tadperf.compute.compile import save_compile_cache
-from tadperf.compute.device import set_tf32
+from tadperf.compute.torch_settings import torch_settings
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.matching import cuda_graph_sweep, gradient, step_backends
@@ -42,11 +42,11 @@ FAMILIES = {
     "autograd": "eager",
     "published": "published",
 }
-DOUBLED = 10  # steps up to which the truth is an unroll in float64
+MAX_UNROLLED = 10  # inner steps; up to this number the true gradient is an unroll in float64
 
 
 class Case(NamedTuple):
-    """Shapes of a matching problem of 10 classes, hard labels."""
+    """The shapes of a matching problem with 10 classes and hard labels."""
 
     shape: Shape
     batch: int
@@ -62,13 +62,13 @@ def _cifar10(steps: int, *providers: str, **net: object) -> Case:
 
 
 def _network(**net: object) -> Case:
-    """What is not written out: autograd against its compiled form, one step of 20 images."""
+    """A network without derivatives of its own in tadperf: autograd eager and compiled, one step of 20 images."""
     return _cifar10(1, "autograd", "tadperf compiled", **net)._replace(batch=20)
 
 
 SIZES = {
     "digits": Case((1, 8, 8), 50, 10, NetConfig.model_validate({"width": 32, "depth": 2})),
-    "cifar10": _cifar10(3),  # all T steps cost the same: three tell
+    "cifar10": _cifar10(3),  # all T steps take the same time, so three are enough
     "cifar10-t10": _cifar10(10, "tadperf", "autograd", "published"),
     "cifar10-t30": _cifar10(30, "tadperf", "tadperf bfloat16", "published"),
     "cifar10-t80": _cifar10(80, "tadperf"),
@@ -80,10 +80,10 @@ SIZES = {
     "vgg11": _network(name="vgg11"),
     "resnet18": _network(name="resnet18"),
 }
-USUAL = ("digits", "cifar10")
+DEFAULT_SIZES = ("digits", "cifar10")
 
 
-class Problem(NamedTuple):
+class MatchingProblem(NamedTuple):
     """The arguments of `gradient.adjoint`."""
 
     net: FlatNet
@@ -95,34 +95,37 @@ class Problem(NamedTuple):
     steps: Sequence[Step]
 
 
-def problem(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> Problem:
-    """Images of noise and an expert that moved at random: of the same numbers in every type and process."""
+def make_problem(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> MatchingProblem:
+    """Returns random images and an expert with a random step; the same numbers in every type and process."""
     generator = torch.Generator().manual_seed(0)
     module = build(case.net, case.shape, 10, 0).to(device, dtype)
     net = FlatNet(module)
     start = net.flatten()
-    moved = torch.randn(start.shape, generator=generator).to(start)
+    step = torch.randn(start.shape, generator=generator).to(start)
     count = 10 * case.ipc
     images = torch.randn(count, *case.shape, generator=generator).to(start)
     config = MatchConfig.model_validate({"steps": case.steps, "batch": case.batch})
     drawn = draw_steps(config, count, case.shape[-1], AUGMENT, generator)
     labels = torch.arange(10, device=device).repeat_interleave(case.ipc)
-    steps = [step._replace(index=step.index.to(device)) for step in drawn]
-    return Problem(net, start, start + 0.01 * moved, images, labels, torch.tensor(0.01).to(start), steps)
+    steps = [inner._replace(index=inner.index.to(device)) for inner in drawn]
+    return MatchingProblem(net, start, start + 0.01 * step, images, labels, torch.tensor(0.01).to(start), steps)
 
 
 def convnet(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Logits of the ConvNet with instance norm: weight and bias of conv and norm for each block, of the classifier."""
+    """Returns the logits of the ConvNet with instance norm.
+
+    parameters: weight and bias of convolution and norm for each block, then of the classifier.
+    """
     *blocks, weight, bias = parameters
     for i in range(0, len(blocks), 4):
-        kernel, shift, scale, offset = blocks[i : i + 4]
-        x = F.conv2d(x, kernel, shift, padding=1)
-        x = F.avg_pool2d(F.relu(F.group_norm(x, len(scale), scale, offset)), 2)
+        kernel, kernel_bias, norm_weight, norm_bias = blocks[i : i + 4]
+        x = F.conv2d(x, kernel, kernel_bias, padding=1)
+        x = F.avg_pool2d(F.relu(F.group_norm(x, len(norm_weight), norm_weight, norm_bias)), 2)
     return F.linear(x.flatten(1), weight, bias)
 
 
-def published(p: Problem) -> Tensor:
-    """The images' gradient as MTT computes it; `gradient.augment` replays the same augmentation as in all others."""
+def published(p: MatchingProblem) -> Tensor:
+    """Returns the images' gradient as MTT computes it, with the same augmentation as all other providers."""
     x, lr = p.images.detach().requires_grad_(), p.lr.detach().requires_grad_()
     theta = p.start.detach().requires_grad_()
     for index, drawn in p.steps:
@@ -134,59 +137,60 @@ def published(p: Problem) -> Tensor:
     return torch.autograd.grad(loss, [x, lr])[0]
 
 
-def adjoint(p: Problem, way: step_backends.StepBackend) -> Tensor:
-    """The images' gradient as tadperf computes it."""
-    return gradient.adjoint(*p, backend=way).images
+def adjoint(p: MatchingProblem, backend: step_backends.StepBackend) -> Tensor:
+    """Returns the images' gradient as tadperf computes it."""
+    return gradient.adjoint(*p, backend=backend).images
 
 
-def call(provider: str, p: Problem) -> Callable[[], Tensor]:
-    """One iteration of a provider; what it compiles is compiled at the first. "tadperf" is what a run takes."""
+def iteration(provider: str, p: MatchingProblem) -> Callable[[], Tensor]:
+    """Returns a function that runs one iteration. It compiles in its first call. "tadperf" is what a run uses."""
     if provider == "published":
         return partial(published, p)
     if provider == "tadperf" and p.images.is_cuda:
         sweep = cuda_graph_sweep.GraphedSweep(p.net, step_backends.compiled(p.net))
         return lambda: sweep(*p[1:]).images
-    made = {
+    backend = {
         "autograd": step_backends.autograd,
         "tadperf": step_backends.eager,
         "tadperf bfloat16": partial(step_backends.eager, precision=torch.bfloat16),
         "tadperf compiled": step_backends.compiled,
     }[provider](p.net)
-    return partial(adjoint, p, made)
+    return partial(adjoint, p, backend)
 
 
-def once(size: str, provider: str, device: torch.device) -> Callable[[], Tensor]:
-    return call(provider, problem(SIZES[size], device))
+def single_call(size: str, provider: str, device: torch.device) -> Callable[[], Tensor]:
+    return iteration(provider, make_problem(SIZES[size], device))
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth.double()).norm() / truth.double().norm())
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
 
 
-def _truth(case: Case, device: torch.device) -> Tensor:
-    """The images' gradient by unroll, or by autograd's adjoint where a graph of T steps would not fit."""
-    dtype = torch.float64 if case.steps <= DOUBLED else torch.float32
-    p = problem(case, device, dtype)
-    set_tf32(False)
-    found = gradient.unroll(*p).images if case.steps <= DOUBLED else adjoint(p, step_backends.autograd(p.net))
-    set_tf32(True)  # as a run has it by default
-    return found
+def true_gradient(case: Case, device: torch.device) -> Tensor:
+    """Returns the images' gradient by unroll, or by autograd's adjoint if a graph of T steps would not fit."""
+    dtype = torch.float64 if case.steps <= MAX_UNROLLED else torch.float32
+    p = make_problem(case, device, dtype)
+    with torch_settings(tf32=False):
+        if case.steps <= MAX_UNROLLED:
+            return gradient.unroll(*p).images
+        return adjoint(p, step_backends.autograd(p.net))
 
 
+@torch_settings(tf32=True)  # the default of a run
 def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
-    """A row per provider, tadperf's first."""
+    """Returns a row for each provider, tadperf's first."""
     case = SIZES[size]
     torch.compiler.reset()
-    p, truth = problem(case, device), _truth(case, device)
-    calls = {name: _synchronised(call(name, p), device) for name in case.providers}
-    errors = {name: error(function(), truth) for name, function in calls.items()}
+    p, truth = make_problem(case, device), true_gradient(case, device)
+    calls = {name: _synchronised(iteration(name, p), device) for name in case.providers}
+    errors = {name: relative_error(function(), truth) for name, function in calls.items()}
     times = engine.interleaved(calls, repeats)
     rows = []
     for name in case.providers:
         compiled = FAMILIES[name] == "inductor"
         cold, warm = first_iterations(size, device) if compiled else (None, None)
         rows.append(
-            runner.row(
+            runner.make_row(
                 "matching",
                 size,
                 name,
@@ -195,7 +199,7 @@ def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
                 gradient_error=errors[name],
                 compile_s=cold,
                 warm_s=warm,
-                peak_mb=None if compiled else runner.peak("matching", size, name, device),
+                peak_mb=None if compiled else runner.peak_memory("matching", size, name, device),
                 note=f"T = {case.steps}, batch {case.batch}",
             )
         )
@@ -204,36 +208,36 @@ def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
 
 def _synchronised(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        found = function()
+        result = function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return found
+        return result
 
     return run
 
 
 def first_iterations(size: str, device: torch.device) -> tuple[float, float]:
-    """Seconds from the start of a process to the end of its first compiled iteration: cold, and warm."""
+    """Returns the seconds from the start of a process to the end of its first compiled iteration: cold and warm."""
     command = [sys.executable, "-m", "tadperf.bench.stages.matching", size, str(device)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # it would take the place of the user's cache folder
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # it would replace the cache folder
     seconds = []
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as cache:
         for _ in ("cold", "warm"):
             start = time.perf_counter()
-            subprocess.run(command, env=environment | {"XDG_CACHE_HOME": kept}, check=True, stdout=subprocess.PIPE)
+            subprocess.run(command, env=environment | {"XDG_CACHE_HOME": cache}, check=True, stdout=subprocess.PIPE)
             seconds.append(time.perf_counter() - start)
     return seconds[0], seconds[1]
 
 
 def main(size: str, place: str) -> None:
-    """The first compiled iteration of a process, which takes what an earlier one kept and keeps what it compiled."""
+    """Runs the first compiled iteration of this process, with the compiler's cache; saves what it has compiled."""
     device = torch.device(place)
-    p = problem(SIZES[size], device)
-    way = step_backends.compiled(p.net)
-    adjoint(p, way)
-    if way.cache:
-        save_compile_cache(way.cache)
+    p = make_problem(SIZES[size], device)
+    backend = step_backends.compiled(p.net)
+    adjoint(p, backend)
+    if backend.cache:
+        save_compile_cache(backend.cache)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One round of refinement: candidates for some anomalies made, judged and chosen.
+"""Measures one round of refinement: generates candidates for some rejected images, classifies and chooses them.
 
-"published" is the plain form: one candidate after another, each judged by itself, eager. Weights are random, which
-changes no time. The note tells the largest difference of a pixel from the published form.
+"published": one candidate after another, each classified alone, eager. The weights are random, which does not change
+the time. The note gives the largest difference of a pixel from the published form.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _case(preset: str, shape: Shape, anomalies: int, candidates: int) -> Case:
 SIZES = {"digits": _case("digits", (1, 8, 8), 4, 8), "cifar10": _case("quick", (3, 32, 32), 1, 8)}
 
 
-def round_of(case: Case, provider: str, device: torch.device) -> Callable[[], Tensor]:
-    """One round, as a function that returns the candidates uint8 [A * N, channels, H, W]."""
+def make_round(case: Case, provider: str, device: torch.device) -> Callable[[], Tensor]:
+    """Returns a function that runs one round and returns the candidates uint8 [A * N, channels, H, W]."""
     count = case.anomalies * case.candidates
     rows = 1 if provider == "published" else count
     config = case.refine.model_copy(
@@ -56,58 +56,58 @@ def round_of(case: Case, provider: str, device: torch.device) -> Callable[[], Te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         nn.init.normal_(model.conv_out.weight, std=0.05)  # pyright: ignore[reportArgumentType]
-    names = tuple(map(str, range(CLASSES)))
+    class_names = tuple(map(str, range(CLASSES)))
     source: DiffusionModel = unet.as_diffusion_model(
-        model, unet.schedulers()[1], config, Target(case.shape, names, device)
+        model, unet.schedulers()[1], config, Target(case.shape, class_names, device)
     )
     net = build(case.detector, case.shape, CLASSES, 0).to(device).eval()
-    judge = compile_detector(net, config, 1)
+    detector = compile_detector(net, config, 1)
     given = torch.randint(0, 256, (case.anomalies, *case.shape), generator=torch.Generator().manual_seed(0))
     starts = source.encode(given.to(torch.uint8)).repeat_interleave(case.candidates, 0)
     labels = (torch.arange(case.anomalies) % CLASSES).repeat_interleave(case.candidates)
 
     def run() -> Tensor:
-        made = generate(source, starts, labels, list(range(count)), config.strength, rows)
-        said = classify_images(judge, made.float().div(127.5).sub(1), rows)
-        parted = DetectorOutput(*(part.unflatten(0, (case.anomalies, case.candidates)) for part in said))
-        own = labels[:: case.candidates].to(device)
-        select.choose(parted, own, said.features[:0], own[:0], config)
-        return made
+        candidates = generate(source, starts, labels, list(range(count)), config.strength, rows)
+        output = classify_images(detector, candidates.float().div(127.5).sub(1), rows)
+        by_image = DetectorOutput(*(part.unflatten(0, (case.anomalies, case.candidates)) for part in output))
+        wanted = labels[:: case.candidates].to(device)
+        select.choose(by_image, wanted, output.features[:0], wanted[:0], config)
+        return candidates
 
     return run
 
 
-def once(size: str, provider: str, device: torch.device) -> Callable[[], Tensor]:
-    """One round, for the peak memory of a process of its own."""
-    return round_of(SIZES[size], provider, device)
+def single_call(size: str, provider: str, device: torch.device) -> Callable[[], Tensor]:
+    """Returns a function that runs one round, to measure its peak memory in a new process."""
+    return make_round(SIZES[size], provider, device)
 
 
 def measure(size: str, device: torch.device, repeats: int, providers: Sequence[str] = tuple(FAMILIES)) -> list[Row]:
-    """A row per provider, tadperf's first."""
+    """Returns a row for each provider, tadperf's first."""
     torch.compiler.reset()
     case = SIZES[size]
-    calls = {name: round_of(case, name, device) for name in providers}
+    calls = {name: make_round(case, name, device) for name in providers}
     first: dict[str, float] = {}
-    made: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
     for name, call in calls.items():
         start = time.perf_counter()
-        made[name] = call()
+        images[name] = call()
         first[name] = time.perf_counter() - start
     times = engine.interleaved(calls, repeats)
     rows = []
     for name in calls:
-        apart = int((made[name].int() - made["published"].int()).abs().max())
+        difference = int((images[name].int() - images["published"].int()).abs().max())
         compiled = FAMILIES[name] == "inductor"
         rows.append(
-            runner.row(
+            runner.make_row(
                 "refinement",
                 size,
                 name,
                 FAMILIES[name],
                 times[name],
                 compile_s=first[name] if compiled else None,
-                peak_mb=None if compiled else runner.peak("refinement", size, name, device),
-                note=f"{case.anomalies} x {case.candidates} candidates, {apart} of 255 apart",
+                peak_mb=None if compiled else runner.peak_memory("refinement", size, name, device),
+                note=f"{case.anomalies} x {case.candidates} candidates, pixels differ by {difference} of 255",
             )
         )
     return rows

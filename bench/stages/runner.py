@@ -1,9 +1,9 @@
-"""`tadperf bench distil|experts|evaluate|refine`: a stage of a run beside the way its method was published.
+"""`tadperf bench matching|experts|students|refinement`: a stage of a run beside the published code of its method.
 
-A stage's file has `SIZES`, its cases by name, and `USUAL`, those measured unasked, where that is not all of them;
-`measure(size, device, repeats)`, rows made by `row`; and `once(size, provider, device)`, one whole call as a function,
-for the peak memory of a process of its own. Providers take turns in one process (`engine.interleaved`); "published" is
-that method written plainly in the stage's own file.
+The file of a stage has `SIZES` (its cases by name), `DEFAULT_SIZES` (if the default is not all of them),
+`measure(size, device, repeats)`, which returns rows from `make_row`, and `single_call(size, provider, device)`, which
+returns one whole call as a function: its peak memory is measured in a new process. Providers take turns in one process
+(`engine.interleaved`). "published" is the method as its authors wrote it, in the file of the stage.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ COLUMNS = {
     "memory_share": "{:.2f}",
     "note": "{}",
 }
-TIMEOUT = 600.0  # seconds for one call in a process of its own
+TIMEOUT = 600.0  # seconds for one call in a new process; not tuned
 
 
 class Stage(Protocol):
-    """What a stage's file holds."""
+    """The file of a stage."""
 
     SIZES: Mapping[str, Any]
 
     def measure(self, size: str, device: torch.device, repeats: int) -> list[Row]: ...
 
-    def once(self, size: str, provider: str, device: torch.device) -> Any: ...
+    def single_call(self, size: str, provider: str, device: torch.device) -> Any: ...
 
 
 def load(name: str) -> Stage:
@@ -78,32 +78,32 @@ def load(name: str) -> Stage:
 
 
 def sizes(stage: Stage, text: str | None) -> list[str]:
-    """The sizes in a list such as "digits,cifar10"; where there is none those that the stage calls USUAL, or all.
+    """Reads a list of sizes such as "digits,cifar10"; by default DEFAULT_SIZES of the stage, or all its sizes.
 
-    Raises UserError for an unknown one.
+    Raises UserError for an unknown size.
     """
-    usual = getattr(stage, "USUAL", stage.SIZES)
-    wanted = [part.strip() for part in text.split(",")] if text else list(usual)
+    default = getattr(stage, "DEFAULT_SIZES", stage.SIZES)
+    wanted = [part.strip() for part in text.split(",")] if text else list(default)
     for name in wanted:
         if name not in stage.SIZES:
             raise UserError("--sizes", name, f"must be among {', '.join(stage.SIZES)}")
     return wanted
 
 
-def row(stage: str, case: str, provider: str, family: str, times: np.ndarray | None = None, **values: Any) -> Row:
-    """One provider's figures on one case; times: ms of each of its turns. `error` says why there are none."""
+def make_row(stage: str, case: str, provider: str, family: str, times: np.ndarray | None = None, **values: Any) -> Row:
+    """Returns the figures of one provider on one case. times: ms of each turn. `error` says why there are none."""
     assert family in FAMILIES
-    made: Row = {"stage": stage, "case": case, "provider": provider, "family": family, **EMPTY}
+    row: Row = {"stage": stage, "case": case, "provider": provider, "family": family, **EMPTY}
     if times is not None:
         q20, median, q80 = (float(q) for q in np.quantile(times, (0.2, 0.5, 0.8)))
-        made |= {"median_ms": median, "q20_ms": q20, "q80_ms": q80, "rounds": len(times)}
-    return made | values
+        row |= {"median_ms": median, "q20_ms": q20, "q80_ms": q80, "rounds": len(times)}
+    return row | values
 
 
 def ratios(rows: Sequence[Row]) -> None:
-    """Adds, within each case, how many times faster a row is than the published and the fastest eager one.
+    """Compares the rows of each case: adds how many times faster a row is than the published and the fastest eager one.
 
-    And its peak memory as a share of the published one's.
+    Also adds its peak memory as a share of that of the published one.
     """
     for case in dict.fromkeys(row["case"] for row in rows):
         group = [row for row in rows if row["case"] == case]
@@ -118,10 +118,10 @@ def ratios(rows: Sequence[Row]) -> None:
                 row["memory_share"] = row["peak_mb"] / min(peaks)
 
 
-def peak(stage: str, size: str, provider: str, device: torch.device) -> float | None:
-    """Peak MB of a fresh process that makes one call: resident on a CPU, of PyTorch's allocator on CUDA.
+def peak_memory(stage: str, size: str, provider: str, device: torch.device) -> float | None:
+    """Returns the peak MB of a new process that makes one call: resident on a CPU, of PyTorch's allocator on CUDA.
 
-    None where that process failed or took too long. The whole process counts, inputs and PyTorch's own code too.
+    Returns None if that process failed or took too long. Inputs and PyTorch's own code count too.
     """
     command = [sys.executable, "-m", "tadperf.bench.stages.runner", stage, size, provider, str(device)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -133,24 +133,24 @@ def peak(stage: str, size: str, provider: str, device: torch.device) -> float | 
 
 
 def facts(stage: str, device: torch.device, threads: int, command: str) -> Row:
-    """Where and with what a stage's rows were measured; part of every row."""
-    return {"stage": stage, **report.where(device, threads, command)}
+    """Returns what every row of a stage says about its machine and versions."""
+    return {"stage": stage, **report.machine_facts(device, threads, command)}
 
 
 def title(facts: Mapping[str, Any]) -> str:
-    """What the rows are about, in one line."""
+    """Returns one line about the stage, the machine and the version."""
     return f"{facts['stage']} on {facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}"
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The rows of one stage as aligned text, and a line for each provider that failed."""
+    """Returns the rows of one stage as aligned text, and a line for each provider that failed."""
     failed = [f"{row['case']} {row['provider']}: {row['error']}" for row in rows if row["error"]]
     return report.table(rows, COLUMNS) + failed
 
 
 def main(stage: str, size: str, provider: str, place: str) -> None:
     device = resolve_device(place)
-    load(stage).once(size, provider, device)()
+    load(stage).single_call(size, provider, device)()
     print(cuda_peak()["peak_cuda_mb"] if device.type == "cuda" else process_peak() / 2**20)
 
 

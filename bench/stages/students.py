@@ -1,7 +1,8 @@
-"""Five fresh networks trained on one distilled set and tested: tadperf's way against one after another.
+"""Measures the evaluation: five new networks are trained on one distilled set and tested.
 
-"published": MTT's evaluation by the plain loop of bench/plain.py, all cores as threads. tadperf: `evaluate.evaluate`,
-on a CPU as many at once as there are cores. Few epochs stand for the 1000 of the protocol: every one costs the same.
+"published": MTT's evaluation by the loop of published_training.py, one network after another, one thread per core.
+tadperf: `nets.students.score_students`, on a CPU one network on each core. A few epochs stand for the 1000 of the
+protocol, because every epoch takes the same time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tadperf.bench.operators import engine
 from tadperf.bench.operators.engine import Row
-from tadperf.bench.stages import plain, runner
+from tadperf.bench.stages import published_training, runner
 from tadperf.compute.workers import available_cores
 from tadperf.config import NetConfig
 from tadperf.nets.architectures import Shape, build
@@ -25,11 +26,11 @@ REPEATS = 5
 
 
 class Case(NamedTuple):
-    """IPC 10 of 10 classes with soft labels, and so many test images."""
+    """A network, the images and the recipe, for 10 classes, IPC 10 and soft labels."""
 
     net: NetConfig
     shape: Shape
-    tested: int
+    test_images: int
     recipe: Recipe
 
 
@@ -55,12 +56,12 @@ def data(case: Case, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.randn(count, *case.shape, generator=generator).to(device), torch.arange(count, device=device) % 10
 
 
-def once(size: str, provider: str, device: torch.device) -> Callable[[], None]:
-    """Trains and tests every student of a case."""
+def single_call(size: str, provider: str, device: torch.device) -> Callable[[], None]:
+    """Returns a function that trains and tests every network of a case."""
     case = SIZES[size]
     images, classes = data(case, 100, device)
     soft = 10.0 * torch.nn.functional.one_hot(classes, 10).float()
-    test, labels = data(case, case.tested, device)
+    test, labels = data(case, case.test_images, device)
     examples = Examples(images, soft)
     students = [Student("convnet", repeat, case.net, case.recipe, lambda: examples) for repeat in range(REPEATS)]
 
@@ -70,18 +71,18 @@ def once(size: str, provider: str, device: torch.device) -> Callable[[], None]:
     def published() -> None:
         for repeat in range(REPEATS):
             module = build(case.net, case.shape, 10, repeat).to(device)
-            plain.accuracy(plain.fit(module, images, soft, case.recipe, repeat), test, labels)
+            published_training.accuracy(published_training.fit(module, images, soft, case.recipe, repeat), test, labels)
 
     return published if provider == "published" else ours
 
 
 def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
-    """A row per provider, tadperf's first."""
+    """Returns a row for each provider, tadperf's first."""
     with engine.threads(available_cores() if device.type == "cpu" else None):
-        times = engine.interleaved({name: once(size, name, device) for name in PROVIDERS}, repeats)
-        peaks = {name: runner.peak("students", size, name, device) for name in PROVIDERS}
+        times = engine.interleaved({name: single_call(size, name, device) for name in PROVIDERS}, repeats)
+        peaks = {name: runner.peak_memory("students", size, name, device) for name in PROVIDERS}
     rows = [
-        runner.row("students", size, name, family, times[name], peak_mb=peaks[name])
+        runner.make_row("students", size, name, family, times[name], peak_mb=peaks[name])
         for name, family in PROVIDERS.items()
     ]
     runner.ratios(rows)

@@ -1,10 +1,10 @@
-"""Finds wrong labels, compared with cleanlab.
+"""Compares the search for wrong labels with cleanlab.
 
-`python -m tadperf.bench.studies.audit [--data DATA --labels FILE:KEY --samples N]`.
+Run `python -m tadperf.bench.studies.audit [--data DATA --labels FILE:KEY --samples N]`.
 
-Without --data, the time of `find_label_issues` on probabilities of simulated classifiers, in turns, and the F1 of both.
-With --data, the dual loop on real images whose clean labels are known: the average precision (area under the
-precision-recall curve) of its score and of cleanlab's three, best of the rounds, from the same held-out probabilities.
+Without --data: the time of `find_label_issues` and its F1 on the probabilities of simulated classifiers, both in turns.
+With --data: the dual loop on real images with known clean labels. It prints the average precision (area under the
+precision-recall curve) of its score and of cleanlab's three scores from the same held-out probabilities, by round.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from tadperf.trust.state import TrustState, as_given
 SIZES = ((50_000, 10), (50_000, 100), (20_000, 1000))
 
 
-def simulated(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels of which 30 % are the next class, probabilities of a classifier that is mostly right, and the errors."""
+def simulate(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns labels (30 % wrong), probabilities of a mostly correct classifier, and a mask of the errors."""
     rng = np.random.default_rng(seed)
     clean, wrong = rng.integers(0, classes, count), rng.random(count) < 0.3
     labels = np.where(wrong, (clean + 1) % classes, clean)
@@ -52,28 +52,28 @@ def simulated(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.n
 
 
 def speed(repeats: int) -> list[str]:
-    """Markdown rows: milliseconds with quantiles, and F1 of the labels held wrong."""
+    """Returns Markdown rows: milliseconds with quantiles, and F1 of the suspected label errors."""
     from cleanlab.filter import find_label_issues as peer  # pyright: ignore[reportMissingImports]
 
     lines = ["| size | | ms, median (20 %, 80 %) | cleanlab / tadperf | F1 |", "| --- | --- | --- | --- | --- |"]
     for count, classes in SIZES:
-        labels, p, wrong = simulated(count, classes)
-        ways = {
+        labels, p, wrong = simulate(count, classes)
+        functions = {
             "tadperf": lambda y=labels, p=p: find_label_issues(y, p),
             "cleanlab": lambda y=labels, p=p: peer(y, p),
             "cleanlab, one process": lambda y=labels, p=p: peer(y, p, n_jobs=1),
         }
-        times = interleaved(ways, repeats)
-        own = float(np.median(times["tadperf"]))
-        for name, way in ways.items():
+        times = interleaved(functions, repeats)
+        ours = float(np.median(times["tadperf"]))
+        for name, function in functions.items():
             low, median, high = np.quantile(times[name], (0.2, 0.5, 0.8))
-            figures = f"{median:.1f} ({low:.1f}, {high:.1f}) | {median / own:.1f} | {f1_score(wrong, way()):.3f}"
+            figures = f"{median:.1f} ({low:.1f}, {high:.1f}) | {median / ours:.1f} | {f1_score(wrong, function()):.3f}"
             lines.append(f"| {count} x {classes} | {name} | {figures} |")
     return lines
 
 
-def rounds(data: Dataset, config: Config) -> Iterator[tuple[ProxyOutputs, TrustState]]:
-    """The dual loop round by round, with what its proxies saw."""
+def dual_loop_rounds(data: Dataset, config: Config) -> Iterator[tuple[ProxyOutputs, TrustState]]:
+    """Yields the outputs of the proxies and the state after each round of the dual loop."""
     images = normalise_images(fit_normaliser(data.images, config.data.normalise), data.images)
     problem = Problem(
         images, data.labels, data.class_names, config.net, config.data.augment, config.seed, torch.device("cpu")
@@ -86,8 +86,8 @@ def rounds(data: Dataset, config: Config) -> Iterator[tuple[ProxyOutputs, TrustS
         yield seen, state
 
 
-def peers(labels: np.ndarray, probabilities: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
-    """Average precision of cleanlab's scores."""
+def cleanlab_precision(labels: np.ndarray, probabilities: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """Returns the average precision of cleanlab's scores by name."""
     from cleanlab.rank import get_label_quality_scores  # pyright: ignore[reportMissingImports]
 
     p = probabilities / probabilities.sum(1, keepdims=True)
@@ -98,7 +98,7 @@ def peers(labels: np.ndarray, probabilities: np.ndarray, wrong: np.ndarray) -> d
 
 
 def quality(data: Dataset, config: Config) -> list[str]:
-    """Markdown rows: a round each."""
+    """Returns Markdown rows, one for each round, and prints them as they come."""
     assert data.clean_labels is not None, "measuring needs the clean labels"
     wrong, labels = (data.labels != data.clean_labels).numpy(), data.labels.numpy()
     lines = [
@@ -106,15 +106,15 @@ def quality(data: Dataset, config: Config) -> list[str]:
         "|" + " --- |" * (len(RANKINGS) + 5),
     ]
     begun = time.perf_counter()
-    for number, (seen, state) in enumerate(rounds(data, config), 1):
-        found = peers(labels, seen.probabilities.double().numpy(), wrong)
-        known = compare_with_clean(state, data.clean_labels)
+    for number, (seen, state) in enumerate(dual_loop_rounds(data, config), 1):
+        precision = cleanlab_precision(labels, seen.probabilities.double().numpy(), wrong)
+        figures = compare_with_clean(state, data.clean_labels)
         cells = [
             str(number),
             f"{average_precision_score(wrong, state.score.numpy()):.3f}",
-            *(f"{value:.3f}" for value in found.values()),
-            f"{known['view_accuracy']:.3f}",
-            f"{known['coverage']:.3f}",
+            *(f"{value:.3f}" for value in precision.values()),
+            f"{figures['view_accuracy']:.3f}",
+            f"{figures['coverage']:.3f}",
             f"{time.perf_counter() - begun:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -125,9 +125,9 @@ def quality(data: Dataset, config: Config) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data")
-    parser.add_argument("--labels", help="labels that replace the given ones, as for tadperf distill")
+    parser.add_argument("--labels", help="labels to use instead, as for tadperf distill")
     parser.add_argument("--noise", default="none")
-    parser.add_argument("--samples", type=int, help="so many, drawn evenly from the given classes")
+    parser.add_argument("--samples", type=int, help="number of samples, the same from each given class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="A.B=C")
@@ -137,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.data is None:
             print("\n".join(speed(options.repeats)))
             return
-        asked = {"data.path": options.data, "data.noise": options.noise, "seed": options.seed}
-        config = merge(sets=options.sets, options=asked)
+        given = {"data.path": options.data, "data.noise": options.noise, "seed": options.seed}
+        config = merge(sets=options.sets, options=given)
         train, _ = open_data(options.data, labels=options.labels)
         train = add_noise(train, options.noise, options.seed)
         if options.samples:

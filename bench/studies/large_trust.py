@@ -1,9 +1,8 @@
-"""Times the partition and the recalibration on sets as large as ImageNet.
+"""Times the partition and the recalibration on data as large as ImageNet.
 
-`python -m tadperf.bench.studies.large_trust`.
-
-Losses and features are given: C classes as clouds of D dimensions, a fifth of the labels wrong. Printed are the seconds
-of each part and the process's peak memory, the features included.
+Run `python -m tadperf.bench.studies.large_trust`. Losses and features are synthetic: each class is a cloud in D
+dimensions, and a fifth of the labels is wrong. It prints the seconds of each part and the peak memory of the process
+with the features.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from tadperf.compute.versions import versions
 from tadperf.trust.partition import partition
 from tadperf.trust.recalibrate import fit_anchors, recalibrate
 
-CHUNK = 1 << 16  # samples made at a time
-WRONG = 0.2
+CHUNK = 1 << 16  # samples to generate at a time; not tuned
+WRONG = 0.2  # share of wrong labels
 
 
 def make(count: int, classes: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features [N, D] of length about 1, given labels, true labels and losses [N]."""
+    """Returns features [N, D] with a length of about 1, given labels, true labels and losses [N]."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, width, generator=generator) * width**-0.5
     clean = torch.arange(count) % classes
@@ -34,14 +33,14 @@ def make(count: int, classes: int, width: int, dtype: torch.dtype) -> tuple[Tens
     losses = torch.where(wrong, 4.0, 0.5) + torch.rand(count, generator=generator)
     features = torch.empty(count, width, dtype=dtype)
     for start in range(0, count, CHUNK):
-        own = clean[start : start + CHUNK]
-        cloud = torch.randn(len(own), width, generator=generator) * width**-0.5
-        features[start : start + CHUNK] = centres[own] + 0.7 * cloud
+        classes_here = clean[start : start + CHUNK]
+        cloud = torch.randn(len(classes_here), width, generator=generator) * width**-0.5
+        features[start : start + CHUNK] = centres[classes_here] + 0.7 * cloud
     return features, labels, clean, losses
 
 
 def measure(count: int, classes: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds by part, peak memory in GB (2**30 bytes), and how right the final view is."""
+    """Returns seconds by part, peak memory in GB (2**30 bytes), and the share of correct labels in the final view."""
     seconds = {}
 
     def timed(name: str, begun: float) -> None:
@@ -77,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     options = parser.parse_args(arguments)
-    found = measure(options.samples, options.classes, options.width, getattr(torch, options.dtype))
+    figures = measure(options.samples, options.classes, options.width, getattr(torch, options.dtype))
     print(f"{options.samples} samples, {options.classes} classes, {options.width} {options.dtype} features, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {versions()['torch']}")
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"  {name.replace('_', ' '):32} {value:g}")
 
 

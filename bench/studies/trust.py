@@ -1,8 +1,9 @@
-"""What each part of the dual loop is worth: `python -m tadperf.bench.studies.trust --noise asymmetric:0.4 --seeds 5`.
+"""Measures the effect of each part of the dual loop.
 
-Digits, noise made on purpose, the preset's ConvNet. Rows: the whole loop, and the loop without one part. Columns:
-figures of the final state against the true labels, mean and sample deviation over the seeds; average precision is that
-of the score for finding wrong labels; accuracy is that of a network trained on the view, on test images.
+Run `python -m tadperf.bench.studies.trust --noise asymmetric:0.4 --seeds 5`. It uses the digits with added noise and
+the preset's ConvNet. Rows: the complete loop, and the loop without one part. Columns: the final state against the true
+labels, as mean and sample deviation over the seeds. average precision: of the score as a detector of wrong labels.
+accuracy: on test images, of a network trained on the view.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no memory in the score": {"memory": False},
     "one round": {"rounds": 1},
 }
-# The paper's own parts once more, where the neighbours do not carry them.
+# The parts from the paper once more without the neighbours, which can hide their effect.
 ALONE = {
     "all classes in one mixture",
     "threshold 0.5",
@@ -75,8 +76,8 @@ FIGURES = (
 )
 
 
-def outcome(data: Dataset, config: Config) -> tuple[TrustState, float]:
-    """The final state, and how long it took in seconds."""
+def run_dual_loop(data: Dataset, config: Config) -> tuple[TrustState, float]:
+    """Runs the dual loop. Returns its final state and the seconds that it took."""
     begun = time.perf_counter()
     images = normalise_images(fit_normaliser(data.images, config.data.normalise), data.images)
     device = torch.device("cpu")
@@ -85,8 +86,8 @@ def outcome(data: Dataset, config: Config) -> tuple[TrustState, float]:
     return state, time.perf_counter() - begun
 
 
-def view_accuracy_of_student(state: TrustState, train: Dataset, test: Dataset, config: Config) -> float:
-    """Test accuracy of a network trained on the view, as the pipeline trains its baseline on all images."""
+def student_accuracy(state: TrustState, train: Dataset, test: Dataset, config: Config) -> float:
+    """Returns the test accuracy of a network trained on the view, as the pipeline trains its baseline on all images."""
     normaliser, view, e = fit_normaliser(train.images, config.data.normalise), state.view(), config.evaluate
     recipe = Recipe(e.full_epochs, e.batch, e.real_lr, e.momentum, e.weight_decay, config.data.augment)
     images = normalise_images(normaliser, train.images)[view.index]
@@ -96,26 +97,26 @@ def view_accuracy_of_student(state: TrustState, train: Dataset, test: Dataset, c
     return accuracy(network, normalise_images(normaliser, test.images), test.labels)
 
 
-def one(noise: str, seed: int, parts: dict[str, Any]) -> dict[str, float]:
-    """The figures of one run."""
+def run_variant(noise: str, seed: int, parts: dict[str, Any]) -> dict[str, float]:
+    """Returns the figures of one run."""
     options = {"data.noise": noise, "seed": seed, **{f"trust.{name}": value for name, value in parts.items()}}
     config = merge("digits", options=options)
     train, test = open_data("digits")
     assert test is not None
     train = add_noise(train, noise, seed)
     clean = train.labels if train.clean_labels is None else train.clean_labels
-    state, seconds = outcome(train, config)
+    state, seconds = run_dual_loop(train, config)
     wrong = train.labels != clean
     return {
         **compare_with_clean(state, clean),
         "average_precision": float(average_precision_score(wrong, state.score)) if wrong.any() else math.nan,
-        "accuracy": view_accuracy_of_student(state, train, test, config),
+        "accuracy": student_accuracy(state, train, test, config),
         "seconds": seconds,
     }
 
 
 def summary(values: Sequence[float]) -> str:
-    """Mean and sample deviation of what is known."""
+    """Returns mean and sample deviation of the known values."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return ""
@@ -124,10 +125,10 @@ def summary(values: Sequence[float]) -> str:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown, a row for each variant."""
+    """Returns the figures as Markdown, a row for each variant."""
     lines = [f"| | {' | '.join(name.replace('_', ' ') for name in FIGURES)} |", f"|{' --- |' * (len(FIGURES) + 1)}"]
-    for row, found in results.items():
-        lines.append(f"| {row} | {' | '.join(summary([run[name] for run in found]) for name in FIGURES)} |")
+    for row, runs in results.items():
+        lines.append(f"| {row} | {' | '.join(summary([run[name] for run in runs]) for name in FIGURES)} |")
     return "\n".join(lines)
 
 
@@ -143,9 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results: dict[str, list[dict[str, float]]] = {}
         head = f"digits, {noise}, seeds 0 to {options.seeds - 1}, {available_cores()} cores, {date.today()}"
         for row in options.rows:
-            results[row] = [one(noise, seed, ROWS[row]) for seed in range(options.seeds)]
+            results[row] = [run_variant(noise, seed, ROWS[row]) for seed in range(options.seeds)]
             text = f"{head}\n\n{table(results)}\n"
-            if options.out:  # after every row: a table that is cut short is kept as far as it goes
+            if options.out:  # after every row, so that an interrupted study keeps its finished rows
                 name = options.out / f"trust-{noise.replace(':', '-')}"
                 files.write_bytes(name.with_suffix(".md"), text.encode())
                 files.write_json(name.with_suffix(".json"), {"what": head, "versions": versions(), "runs": results})

@@ -1,8 +1,9 @@
-"""Everything that a GPU has to show, in one call: `python -m tadperf.bench.tools.gpu_check [--quick] [--json FILE]`.
+"""Checks and measures everything on a GPU in one call.
 
-Each operator is checked, then measured, in a process of its own with a time limit, so that a hang or a broken CUDA
-context costs that operator alone; what fails is a row. `--device cpu` walks the same steps on small inputs.
-`--phase experts|matching|job --out DIR` are the stages' own phases (gpu_stages), resumed by the same call.
+Run `python -m tadperf.bench.tools.gpu_check [--quick] [--json FILE]`. It checks each operator, then measures it, in a
+process with a time limit: a hang or a broken CUDA context affects that operator only. A failure is a row.
+`--device cpu` runs the same steps on small inputs. `--phase experts|matching|job --out DIR` runs the phases of the
+stages (gpu_stages); the same call resumes them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ import torch
 from tadperf.bench.operators import catalogue, checks, report
 from tadperf.bench.tools import gpu_stages
 
-SECONDS = 450.0  # for all of it
-BOX = 120.0  # for one operator, or one tool of the sanitizer
+SECONDS = 450.0  # for everything; not tuned
+OPERATOR_SECONDS = 120.0  # for one operator, or for one tool of the sanitizer; not tuned
 TOOLS = ("memcheck", "racecheck")
 
 
-def child(arguments: Sequence[str], limit: float) -> tuple[list[dict[str, Any]], str]:
-    """Rows that a process of this module printed within its limit, and how it ended: empty where well."""
+def run_process(arguments: Sequence[str], limit: float) -> tuple[list[dict[str, Any]], str]:
+    """Runs a process. Returns the rows that it printed within the limit, and its failure: empty if it succeeded."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         try:
             code = subprocess.run(arguments, stdout=out, stderr=log, timeout=limit, check=False).returncode
@@ -44,29 +45,30 @@ def child(arguments: Sequence[str], limit: float) -> tuple[list[dict[str, Any]],
     return rows, ended and f"{ended}: {words[-1] if words else 'silent'}"
 
 
-def operators(names: Sequence[str], device: str, quick: bool, end: float) -> list[dict[str, Any]]:
-    """Rows of all checks and measurements, operator by operator."""
+def check_operators(names: Sequence[str], device: str, quick: bool, end: float) -> list[dict[str, Any]]:
+    """Returns the rows of all checks and measurements, operator by operator."""
     rows: list[dict[str, Any]] = []
     for name in names:
-        limit = min(BOX, end - time.monotonic())
+        limit = min(OPERATOR_SECONDS, end - time.monotonic())
         command = [sys.executable, "-m", "tadperf.bench.tools.gpu_check", "--only", name, "--device", device]
-        own, ended = child([*command, *["--quick"] * quick], limit) if limit > 5 else ([], "no time was left")
-        rows += own
-        if ended:
-            rows.append(checks.row(name, "process", "FAIL", ended, 0.0))
-        print(f"{name}: {len(own)} rows", file=sys.stderr, flush=True)
+        command += ["--quick"] * quick
+        results, failure = run_process(command, limit) if limit > 5 else ([], "no time was left")
+        rows += results
+        if failure:
+            rows.append(checks.row(name, "process", "FAIL", failure, 0.0))
+        print(f"{name}: {len(results)} rows", file=sys.stderr, flush=True)
     return rows
 
 
-def sanitizer(device: str, end: float) -> list[dict[str, Any]]:
-    """A row per tool of compute-sanitizer, over one small call of each operator."""
+def run_sanitizer(device: str, end: float) -> list[dict[str, Any]]:
+    """Returns a row for each tool of compute-sanitizer, over one small call of each operator."""
     program = shutil.which("compute-sanitizer")
     if device == "cpu" or program is None:
-        why = "is for CUDA" if device == "cpu" else "is not on PATH"
-        return [checks.row("all", tool, "SKIP", f"compute-sanitizer {why}", 0.0) for tool in TOOLS]
+        reason = "is for CUDA" if device == "cpu" else "is not on PATH"
+        return [checks.row("all", tool, "SKIP", f"compute-sanitizer {reason}", 0.0) for tool in TOOLS]
     rows = []
     for tool in TOOLS:
-        start, limit = time.monotonic(), min(BOX, end - time.monotonic())
+        start, limit = time.monotonic(), min(OPERATOR_SECONDS, end - time.monotonic())
         command = [
             program,
             "--tool",
@@ -77,10 +79,10 @@ def sanitizer(device: str, end: float) -> list[dict[str, Any]]:
             "-m",
             "tadperf.bench.tools.gpu_check",
         ]
-        _, ended = child([*command, "--only", "small"], limit) if limit > 5 else ([], "no time was left")
-        # what it prints goes to stdout; its exit code is ours alone where it found an error of ours
-        status = "PASS" if not ended else "FAIL" if "exit code 9" in ended else "SKIP"
-        rows.append(checks.row("all", tool, status, ended, time.monotonic() - start))
+        _, failure = run_process([*command, "--only", "small"], limit) if limit > 5 else ([], "no time was left")
+        # Exit code 9 means that the tool has found an error. Another one means that the tool itself has failed.
+        status = "PASS" if not failure else "FAIL" if "exit code 9" in failure else "SKIP"
+        rows.append(checks.row("all", tool, status, failure, time.monotonic() - start))
     return rows
 
 
@@ -88,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("operators", nargs="*", help=", ".join(catalogue.NAMES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tadperf alone, without its baselines")
+    parser.add_argument("--quick", action="store_true", help="measure tadperf only, without baselines")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--phase", choices=("operators", *gpu_stages.PHASES), default="operators")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="where the other phases keep their results")
-    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds of one call of another phase")
-    parser.add_argument("--data", help="of the job; by default cifar10, on a CPU digits")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="results of the other phases")
+    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds for one call of another phase")
+    parser.add_argument("--data", help="data of the job; by default cifar10, on a CPU digits")
     parser.add_argument("--labels", help="label file of the job, such as CIFAR-10_human.pt:worse_label")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -102,13 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks.main(options.only, device, options.quick)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_check: PyTorch finds no CUDA device; --device cpu walks the steps on small inputs", file=sys.stderr)
+        print("gpu_check: no CUDA device found; --device cpu runs the same steps on small inputs", file=sys.stderr)
         return 2
     if options.phase != "operators":
         data = options.data or ("digits" if options.device == "cpu" else "cifar10")
         return gpu_stages.main(options.phase, options.device, options.out, options.limit, data, options.labels)
-    names, end = [one.name for one in catalogue.chosen(options.operators)], time.monotonic() + SECONDS
-    rows = operators(names, options.device, options.quick, end) + sanitizer(options.device, end)
+    names, end = [bench.name for bench in catalogue.load_benches(options.operators)], time.monotonic() + SECONDS
+    rows = check_operators(names, options.device, options.quick, end) + run_sanitizer(options.device, end)
     facts = checks.facts(device)
     results = [row for row in rows if "check" in row]
     measured = [row for row in rows if "check" not in row]

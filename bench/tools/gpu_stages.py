@@ -1,8 +1,8 @@
-"""What the stages have to show on a GPU: the phases `experts`, `matching` and `job` of `gpu_check`.
+"""Measures the stages on a GPU: the phases `experts`, `matching` and `job` of `gpu_check`.
 
-`python -m tadperf.bench.tools.gpu_check --phase job --out DIR [--data cifar10 --labels FILE]`.
-A call ends within its limit and leaves what it has finished in DIR; the same call again goes on from there,
-until it says that all is done. With --device cpu the same steps on digits.
+Run `python -m tadperf.bench.tools.gpu_check --phase job --out DIR [--data cifar10 --labels FILE]`.
+A call ends within its time limit and keeps its finished parts in DIR. Repeat the same call until it says that
+everything is done. With --device cpu it runs the same steps on digits.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tadperf.bench.stages import runner
 
 Row = dict[str, Any]
 PHASES = ("experts", "matching", "job")
-CASES = {  # phase -> stage, and its cases by type of device
+CASES = {  # phase -> stage, and the cases of the stage by type of device
     "experts": ("experts", {"cuda": ("cifar10",), "cpu": ("digits",)}),
     "matching": ("matching", {"cuda": ("cifar10-ipc10", "cifar10-ipc50"), "cpu": ("digits",)}),
 }
-# What tadperf's row is to reach on an H200: figure -> least, or most where it is a share.
+# Goals for tadperf's row on an H200: a figure must reach its value; memory_share must not exceed it.
 BARS = {
     "experts": {"samples_s": 0.35e6},
     "matching": {"over_published": 3.0, "memory_share": 0.2},
 }
 MODES = ("off", "on", "oracle")
-STOP = 20.0  # seconds that an interrupted run has to leave its folder in order
+STOP = 20.0  # seconds for an interrupted run to leave its folder in order; not tuned
 SMALL = (
     "net.width=8",
     "net.depth=1",
@@ -52,22 +52,22 @@ SMALL = (
 )
 
 
-def judged(phase: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows, tadperf's own with the bars that it misses."""
+def mark_missed_bars(phase: str, rows: Sequence[Row]) -> list[Row]:
+    """Adds to tadperf's rows, as "missed", the goals that they miss. Returns all rows."""
     for row in rows:
         if row["provider"] != "tadperf" or phase not in BARS:
             continue
         figures = {name: (row.get(name), bar) for name, bar in BARS[phase].items()}
         row["missed"] = [
-            f"{name} {value if value is None else round(value, 3)}, bar {bar}"
+            f"{name} {value if value is None else round(value, 3)}, goal {bar}"
             for name, (value, bar) in figures.items()
             if value is None or (value > bar if name == "memory_share" else value < bar)
         ]
     return list(rows)
 
 
-def measured(phase: str, device: str, folder: Path, end: float) -> bool:
-    """Measures what `folder` lacks, case by case in a process of its own; whether all is there."""
+def measure_phase(phase: str, device: str, folder: Path, end: float) -> bool:
+    """Measures the cases that `folder` lacks, each in its own process. Returns whether all are done."""
     stage, cases = CASES[phase]
     for case in cases[device]:
         file = folder / f"{phase}-{case}.json"
@@ -81,29 +81,29 @@ def measured(phase: str, device: str, folder: Path, end: float) -> bool:
         try:
             out, words = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # it has children of its own
+            os.killpg(process.pid, signal.SIGKILL)  # it has child processes
             process.communicate()
-            print(f"{phase} {case}: did not end in {left:.0f} s", file=sys.stderr)
+            print(f"{phase} {case}: did not end within {left:.0f} s", file=sys.stderr)
             return False
         if process.returncode:
             last = (words.strip().splitlines() or ["silent"])[-1]
-            rows = [runner.row(stage, case, "tadperf", "tadperf", error=last)]
+            rows = [runner.make_row(stage, case, "tadperf", "tadperf", error=last)]
         else:
             rows = json.loads(out.splitlines()[-1])
-        file.write_text(json.dumps(judged(phase, rows), indent=1))
+        file.write_text(json.dumps(mark_missed_bars(phase, rows), indent=1))
     return True
 
 
-def job(device: str, folder: Path, end: float, data: str, labels: str | None) -> bool:
-    """Whole runs with trust off, on and the oracle, stopped at the time limit and resumed by the next call."""
+def run_jobs(device: str, folder: Path, end: float, data: str, labels: str | None) -> bool:
+    """Runs whole jobs with trust off, on and the oracle. Returns whether all are done; the next call resumes them."""
     for mode in MODES:
-        place = folder / f"job-{mode}"
-        if (place / "DONE").exists():
+        out = folder / f"job-{mode}"
+        if (out / "DONE").exists():
             continue
         if (left := end - time.monotonic() - STOP) < STOP:
             return False
-        command = [sys.executable, "-m", "tadperf", "distill", "--quiet", "--json", "--out", str(place)]
-        if place.exists():
+        command = [sys.executable, "-m", "tadperf", "distill", "--quiet", "--json", "--out", str(out)]
+        if out.exists():
             command += ["--resume"]
         else:
             command += [data, "--trust", mode, "--device", device]
@@ -128,33 +128,36 @@ def job(device: str, folder: Path, end: float, data: str, labels: str | None) ->
 
 
 def lines(phase: str, folder: Path) -> list[str]:
-    """What is there so far, in words."""
+    """Returns what is done so far, as lines of text."""
     if phase != "job":
         rows = [row for file in sorted(folder.glob(f"{phase}-*.json")) for row in json.loads(file.read_text())]
-        missed = [f"{row['case']}: {one}" for row in rows for one in row.get("missed", ())]
-        return [*runner.lines(rows), *(f"below the bar: {one}" for one in missed)]
-    found = []
+        missed = [f"{row['case']}: {goal}" for row in rows for goal in row.get("missed", ())]
+        return [*runner.lines(rows), *(f"below the goal: {text}" for text in missed)]
+    texts = []
     for mode in MODES:
         if (folder / f"job-{mode}" / "DONE").exists():
             result = json.loads((folder / f"job-{mode}" / "result.json").read_text())
             accuracy = result["accuracy"]["convnet"]
             seconds = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in result["stages"].items())
-            found.append(f"trust {mode}: {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %; {seconds}")
-    return found
+            texts.append(f"trust {mode}: {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %; {seconds}")
+    return texts
 
 
 def main(phase: str, device: str, folder: Path, limit: float, data: str, labels: str | None) -> int:
-    """One phase; 0 where all is there, 3 where the same call has to be made again."""
+    """Runs one phase. Returns 0 if everything is done, 3 if the same call must be repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit
-    complete = job(device, folder, end, data, labels) if phase == "job" else measured(phase, device, folder, end)
+    if phase == "job":
+        complete = run_jobs(device, folder, end, data, labels)
+    else:
+        complete = measure_phase(phase, device, folder, end)
     print(*lines(phase, folder), sep="\n")
-    print(f"{phase}: " + ("all is done" if complete else "not done yet: make the same call again"))
+    print(f"{phase}: " + ("everything is done" if complete else "not done yet; repeat the same call"))
     return 0 if complete else 3
 
 
-def rows_of(stage: str, case: str, device: str) -> list[Row]:
-    """What a stage's bench measures of one case, five turns, with the ratios that the bars are about."""
+def stage_rows(stage: str, case: str, device: str) -> list[Row]:
+    """Measures one case of a stage five times. Returns the rows with the ratios that the goals need."""
     import torch
 
     rows = runner.load(stage).measure(case, torch.device(device), 5)
@@ -163,4 +166,4 @@ def rows_of(stage: str, case: str, device: str) -> list[Row]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(rows_of(*sys.argv[1:])))
+    print(json.dumps(stage_rows(*sys.argv[1:])))

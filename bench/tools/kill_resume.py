@@ -1,8 +1,8 @@
-"""SIGKILL at random moments, then --resume: the bytes must be those of an undisturbed run.
+"""Kills runs at random times and resumes them: the bytes must equal those of an undisturbed run.
 
-`python -m tadperf.bench.tools.kill_resume --kills 20`: a small job on the digits through the real command line.
-Every kill has a run of its own, its moment drawn from its share of the undisturbed run's duration;
-a last run takes all of them.
+Run `python -m tadperf.bench.tools.kill_resume --kills 20`. It runs a small job on the digits by the real command line.
+Each kill has its own run, and its time is random in its share of the duration of the undisturbed run. The last run
+receives all kills.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ JOB = [
         )
     ),
 ]
-MEASURED = ("stages", "seconds", "paths")  # of a result: what may differ
+MEASURED = ("stages", "seconds", "paths")  # keys of a result that may differ
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
-    """The job in `folder`, begun or resumed."""
+    """Starts the job in `folder`, or resumes it."""
     command = [sys.executable, "-m", "tadperf", "distill", *JOB, "--out", str(folder)]
     return subprocess.Popen(command + ["--resume"] * folder.exists(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(folder: Path) -> float:
-    """Runs the job to its end; seconds."""
+    """Runs the job to its end. Returns the seconds."""
     begun = time.perf_counter()
     process = start(folder)
     _, errors = process.communicate()
@@ -63,7 +63,7 @@ def finish(folder: Path) -> float:
 
 
 def reached(folder: Path) -> str:
-    """How far the run in `folder` has come."""
+    """Returns the stage that the run in `folder` has reached."""
     marks = {
         "done": "DONE",
         "evaluate": "distilled.safetensors",
@@ -75,13 +75,13 @@ def reached(folder: Path) -> str:
 
 
 def kill(folder: Path, moment: float) -> str:
-    """Starts or resumes the job and kills it `moment` seconds later; the stage that it was in."""
+    """Starts or resumes the job and kills it after `moment` seconds. Returns the stage that it was in."""
     process = start(folder)
     with contextlib.suppress(subprocess.TimeoutExpired):
         _, errors = process.communicate(timeout=moment)
         if process.returncode:
             raise RuntimeError(f"{folder.name} ended with {process.returncode}: {errors.decode()}")
-        return "ended before"
+        return "ended before the kill"
     process.kill()
     process.wait()
     assert process.stderr is not None
@@ -90,13 +90,13 @@ def kill(folder: Path, moment: float) -> str:
 
 
 def moments(kills: int, duration: float, seed: int) -> list[float]:
-    """A random moment in each of `kills` equal parts of the duration, in order."""
+    """Returns a random time in each of `kills` equal parts of the duration, in order."""
     rng = random.Random(seed)
     return [(k + rng.random()) / kills * duration for k in range(kills)]
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
-    """What a finished run has otherwise than the undisturbed one; timings and paths apart."""
+    """Returns the files of a finished run that differ from the undisturbed run, except for times and paths."""
     names = ["distilled.safetensors", "grid.png", "config.json", "checkpoints/initial.safetensors"]
     names += [str(file.relative_to(whole)) for file in sorted((whole / "experts").iterdir())]
     found = [name for name in names if (folder / name).read_bytes() != (whole / name).read_bytes()]

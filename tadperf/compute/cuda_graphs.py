@@ -16,7 +16,7 @@ class GraphedStep:
 
     The first call with new shapes or constants runs the step as it is, on a side stream; this warms up what a graph
     needs. The second call records the graph. If recording fails, there is one warning and every later call runs the
-    step without a graph. CUDA only.
+    step without a graph. Everything runs on the device of the first tensor. CUDA only.
     """
 
     def __init__(self, step: StepFunction) -> None:
@@ -24,6 +24,11 @@ class GraphedStep:
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
 
     def __call__(self, *values: Tensor | Hashable) -> None:
+        device = next(value.device for value in values if isinstance(value, Tensor))
+        with torch.cuda.device(device):  # streams and graphs belong to the current device
+            self._run(values)
+
+    def _run(self, values: tuple[Tensor | Hashable, ...]) -> None:
         if self.failed:
             return self.step(*values)
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in values)
@@ -51,6 +56,7 @@ class GraphedStep:
     def _record(self, values: tuple[Tensor | Hashable, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         copies = [value.clone() if isinstance(value, Tensor) else value for value in values]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The outer block restores the stream if recording fails: torch.cuda.graph then leaves its own stream current.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             self.step(*copies)
         return graph, [copy for copy in copies if isinstance(copy, Tensor)]

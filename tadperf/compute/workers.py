@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,7 @@ def run_parallel(task: Callable[[Any], T], items: Sequence[Any], workers: int | 
     tensors: PyTorch sends tensors through files in /tmp, and a killed worker leaves those behind.
     Every task uses one thread. OpenMP hangs with more after a fork, and the number of threads changes the bits of a
     sum: a resumed run that trains only its last expert would end with other bytes.
+    Tasks run one after another in this process if forked processes cannot run autograd (`can_fork`).
     """
 
     def work(positions: Sequence[int]) -> Iterator[tuple[int, T]]:
@@ -56,7 +58,7 @@ def run_parallel(task: Callable[[Any], T], items: Sequence[Any], workers: int | 
 
 def _run_here(task: Callable[[Any], T], items: Sequence[Any], workers: int | None) -> Iterator[tuple[int, T]]:
     workers = min(workers or available_cores(), len(items))
-    if workers <= 1 or not sys.platform.startswith("linux"):
+    if workers <= 1 or not can_fork():
         for position, item in enumerate(items):
             with torch_settings(threads=1), ranks.working_alone():
                 result = task(item)
@@ -65,6 +67,45 @@ def _run_here(task: Callable[[Any], T], items: Sequence[Any], workers: int | Non
     with BackgroundTasks() as pool:
         pool.start(task, items, workers)
         yield from pool.as_completed()
+
+
+def can_fork() -> bool:
+    """Returns whether forked processes can run tasks: on Linux, unless autograd threads for a GPU run here.
+
+    PyTorch starts these threads at the first backward pass of a process that sees a GPU, also for a pass on the CPU.
+    Afterwards autograd raises an error in every forked process. Warns once in this case.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    # Does not ask whether a GPU is available: that initialises CUDA, and then forked processes cannot initialise it.
+    if torch.accelerator.current_accelerator() is None or _child_can_differentiate():  # None: a build for CPUs only
+        return True
+    _warn_of_autograd_threads()
+    return False
+
+
+def _child_can_differentiate() -> bool:
+    """Forks a process that runs a backward pass, and returns whether it succeeds."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            x = torch.ones(1, requires_grad=True)
+            torch.autograd.grad(x.sum(), x)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@cache  # once per process; Python's own filter would repeat the warning for every caller
+def _warn_of_autograd_threads() -> None:
+    warnings.warn(
+        "autograd has threads for a GPU, so CPU tasks run one after another in this process; to use all cores, set "
+        "CUDA_VISIBLE_DEVICES to an empty value before you start it",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 # The task and the items of a worker process; None in every other process. `_start_worker` sets it after the fork, so
@@ -96,8 +137,13 @@ class BackgroundTasks:
         self._futures: dict[Future[Any], int] = {}
 
     def start(self, task: Callable[[Any], Any], items: Sequence[Any], workers: int) -> None:
-        """Starts `task(item)` for all items, at most `workers` at a time. Same restrictions as `run_parallel`."""
+        """Starts `task(item)` for all items, at most `workers` at a time. Same restrictions as `run_parallel`.
+
+        Starts none if `can_fork` is false. `pending` then returns nothing, as after `cancel`.
+        """
         assert self._pool is None, "start was called before"
+        if not can_fork():
+            return
         fork = multiprocessing.get_context("fork")
         self._pool = ProcessPoolExecutor(workers, fork, _start_worker, (os.getpid(), task, items))
         with warnings.catch_warnings():
@@ -128,6 +174,8 @@ class BackgroundTasks:
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-            self._pool.shutdown(cancel_futures=True)
+            try:
+                for process in list((self._pool._processes or {}).values()):
+                    process.kill()
+            finally:  # also if an interrupt arrives here
+                self._pool.shutdown(cancel_futures=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import threading
 import warnings
@@ -152,10 +153,10 @@ def _decoded_only(
 
 def _broken_images(broken: list[tuple[str, str]]) -> UserError:
     if len(broken) == 1:
-        return UserError("data", broken[0][0], f"no image ({broken[0][1]}); repair or remove it")
+        return UserError("data", broken[0][0], f"cannot be decoded ({broken[0][1]}); repair or remove it")
     names = ", ".join(f"{name} ({why})" for name, why in broken[:NAMED])
     more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    return UserError("data", f"{len(broken)} files", f"no image: {names}{more}; repair or remove them")
+    return UserError("data", f"{len(broken)} files", f"cannot be decoded: {names}{more}; repair or remove them")
 
 
 def _decode_one(data: bytes | Path, image_size: int | None, depth: BitDepth) -> np.ndarray | str:
@@ -195,6 +196,7 @@ def _formats() -> tuple[str, ...]:
 
     Image.init()
     _silence_libtiff()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints Pillow's log to stderr
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tadperf.data.dataset import Dataset
 from tadperf.data.parsing import is_lfs_pointer
-from tadperf.data.splits import nfc
+from tadperf.data.text import nfc
 from tadperf.errors import UserError
 
 FIELD = "--labels"

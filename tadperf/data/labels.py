@@ -20,7 +20,7 @@ from tadperf.data.label_table import read_table
 from tadperf.data.layout import as_numpy
 from tadperf.data.npy import read_npy
 from tadperf.data.parsing import parser_errors, reason, require_size
-from tadperf.data.splits import nfc
+from tadperf.data.text import nfc
 from tadperf.errors import UserError
 
 FIELD = "--labels"

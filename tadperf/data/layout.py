@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadperf.data.splits import nfc
+from tadperf.data.text import nfc
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 

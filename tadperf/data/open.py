@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, overload
@@ -17,6 +19,7 @@ from tadperf.data.readers.digits import read_digits
 from tadperf.data.readers.folder import read_folder
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
+from tadperf.data.text import display_name
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 
@@ -97,48 +100,54 @@ def open_data(
         raise UserError("--image-size", image_size, "must be at least 1")
     if format is not None and format not in READERS:
         raise UserError("--format", format, f"unknown format; choose one of {', '.join(READERS)}")
-    place = Path(path).expanduser()
-    kind = format or ("digits" if str(path) == "digits" else "")
-    if kind != "digits":
-        kind, place = _locate(place, kind)
+    kind, place = ("digits", Path("digits")) if format == "digits" or str(path) == "digits" else _locate(path, format)
     options = ReadOptions(image_size, image_column, label_column, progress)
-    layout = READERS[kind](place, options)
-    origin = {"path": "digits" if kind == "digits" else str(place), "format": kind, "image_size": image_size}
-    columns = {"image_column": image_column, "label_column": label_column}
-    origin |= {name: column for name, column in columns.items() if column is not None}
-
-    def read(split: str) -> Dataset | None:
-        if split not in layout.splits:
-            return None
-        content = layout.splits[split]()
-        images, source = content.images, {**origin, "split": split, "labels": None}
-        if image_size is not None:
-            images = resize(images, image_size, [place] if place.exists() else [], progress)
-        name = place.stem or place.name
-        clean, files = content.clean_labels, content.file_names
-        return Dataset(images, content.labels, layout.class_names, name, clean, source, files)
-
+    with _reading(place):
+        layout = READERS[kind](place, options)
     if not need_train:
-        return TestOnly(None, read("test"))
-    train = read("train")
+        return TestOnly(None, _read_split(layout, "test", kind, place, options))
+    train = _read_split(layout, "train", kind, place, options)
     if train is None:
         raise UserError("data", path, "has no train split, only test; name a file or folder that holds both")
-    if train.num_classes < 2:
-        remedy = f"only one class, {train.class_names[0]!r}; put the images of each class into a folder of its own"
-        raise UserError("data", path, _single_class_remedy(place, train) or remedy)
+    _require_classes(train, place)
     if labels is not None:
         train = replace_labels(train, labels)
     require_every_class(train, "data", path)
-    return _same_shape(train, read("test"))
+    return _same_shape(train, _read_split(layout, "test", kind, place, options))
 
 
-def _single_class_remedy(place: Path, train: Dataset) -> str | None:
-    """Suggests the folder one level down if it looks like the set itself."""
-    folder = place / train.class_names[0]
-    if train.source["format"] != "folder" or not folder.is_dir():
+def _read_split(layout: Layout, split: str, kind: str, place: Path, options: ReadOptions) -> Dataset | None:
+    """Reads a split. Returns None if the set does not have it."""
+    if split not in layout.splits:
         return None
-    inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    return f"only one class, {folder.name!r}; did you mean {folder / inside[0]}?" if inside else None
+    with _reading(place):
+        content = layout.splits[split]()
+        files = [place] if place.exists() else []
+        images = resize(content.images, options.image_size, files, options.progress)
+    source = {"path": str(place), "format": kind, "image_size": options.image_size, "split": split, "labels": None}
+    columns = {"image_column": options.image_column, "label_column": options.label_column}
+    source |= {name: column for name, column in columns.items() if column is not None}
+    name = display_name(place.stem or place.name)
+    clean, file_names = content.clean_labels, content.file_names
+    return Dataset(images, content.labels, layout.class_names, name, clean, source, file_names)
+
+
+def _require_classes(train: Dataset, place: Path) -> None:
+    """Raises UserError if there is one class only: neither trust nor distillation has a meaning then."""
+    if train.num_classes > 1:
+        return
+    remedy = f"only one class, {train.class_names[0]!r}; put the images of each class into a folder of its own"
+    raise UserError("data", place, remedy)
+
+
+@contextlib.contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    """Turns errors of the file system into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else place
+        raise UserError("data", file, f"{error.strerror or error}; check the file and its permissions") from None
 
 
 def _same_shape(train: Dataset, test: Dataset | None) -> Splits:
@@ -155,11 +164,12 @@ def _to_colour(split: Dataset) -> Dataset:
     return replace(split, images=split.images.expand(-1, 3, -1, -1).contiguous())
 
 
-def _locate(path: Path, kind: str) -> tuple[str, Path]:
-    """Returns the format and the place of the data. Detects the format if `kind` is empty.
+def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
+    """Returns the format and the place of the data. Detects the format if `kind` is None.
 
     A folder may hold the files of CIFAR or MNIST one or two levels down, as torchvision stores them.
     """
+    path = Path(path).expanduser()
     if not path.exists():
         raise UserError("data", path, "no such file or folder; name one, or 'digits' for the built-in set")
     path = path.absolute()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 
 # Words for each split, each also with an ending such as "ing", "set" or "_images" (see `_split_of_word`).
@@ -45,11 +44,6 @@ def look_like_splits(names: Iterable[str]) -> list[str]:
     """Returns the names that contain a split word, if they contain words of at least two splits; else nothing."""
     suspects = {name: split for name in names if (split := split_of_file(name))}
     return sorted(suspects) if len(set(suspects.values())) > 1 else []
-
-
-def nfc(text: str) -> str:
-    """Returns the text in Unicode form NFC: macOS stores file names in form NFD, which looks the same."""
-    return unicodedata.normalize("NFC", text)
 
 
 def _words(name: str) -> list[str]:

@@ -12,6 +12,7 @@ from tadperf.data.open import open_data
 from tadperf.errors import UserError
 from tadperf.files import to_json_value
 from tadperf.progress import Progress, silent
+from tadperf.report.drawing import save_safely
 from tadperf.report.suspects import save_suspects
 from tadperf.trust.audit import audit
 from tadperf.trust.metrics import compare_with_clean
@@ -25,7 +26,13 @@ def audit_data(config: Config, progress: Progress = silent) -> tuple[Dataset, Tr
     """Opens the training split that `config` names, with its label noise, and audits it (`tadperf.trust.audit`)."""
     data = config.data
     train, _ = open_data(
-        data.path, format=data.format, image_size=data.image_size, labels=data.labels, progress=progress
+        data.path,
+        format=data.format,
+        image_size=data.image_size,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        progress=progress,
     )
     train = add_noise(train, data.noise, config.seed)
     return train, audit(train, config, progress)
@@ -43,17 +50,17 @@ def check_audit_file(path: Path) -> None:
 
 
 def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, str]:
-    """Writes the list and a picture of the worst samples beside it; returns their paths by name.
+    """Writes the list and a picture of the worst samples beside it; returns the paths of the files by name.
 
-    Raises UserError if a file cannot be written.
+    Raises UserError if the list cannot be written. If the picture fails, logs a warning.
     """
-    picture = path.with_suffix(".png")
     try:
         state.export(path)
-        save_suspects(picture, dataset, state)
     except OSError as error:
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
-    return {"labels": str(path), "picture": str(picture)}
+    picture = path.with_suffix(".png")
+    paths = {"labels": str(path)}
+    return paths | ({"picture": str(picture)} if save_safely(save_suspects, picture, dataset, state) else {})
 
 
 def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tadperf.config.options import option_name
 from tadperf.config.sources import ConfigSources
 from tadperf.errors import UserError
 from tadperf.pipeline.run_config import RUNS, data_name
-from tadperf.pipeline.sweep import Cell, parse_axes, stored_cells, sweep_cells
+from tadperf.pipeline.sweep import Cell, check_sweep_folder, parse_axes, stored_cells, sweep_cells
 from tadperf.run.folder import check_run_folder
 
 REFINEMENT_SECTIONS = ("refine", "detector", "diffusion")  # matching does not use them
@@ -46,7 +46,7 @@ def plan_sweep(axes: Sequence[str], sources: ConfigSources, out: Path | None, re
     name = "-".join(field.rpartition(".")[2] for field in fields)
     out = out or RUNS / f"{data_name(cells[0].config.data.path)}-sweep-{name}"
     if resume:
-        stored_cells(out)
+        check_sweep_folder(out)
     else:
         check_run_folder(out, resume)
     return SweepPlan(cells, out, notes)

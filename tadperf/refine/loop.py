@@ -84,7 +84,6 @@ def _run_stages(context: RefineContext) -> RefinedImages:
         "detector": {"network": task.config.detector.name, "held_out": accuracy},
         "beta": config.beta,
         "rounds": state.records,
-        "picture": str(run.path / "refined.png"),
     }
     first_images = normalise_state(state._replace(images=state.first), context.data.normaliser, start)
     first = first_images, start.labels if start else context.labels

@@ -28,13 +28,18 @@ SAVE_STAGES_EVERY = 10.0  # seconds; a kill loses at most this much of a stage's
 
 
 def check_run_folder(path: Path | str, resume: bool) -> None:
-    """Raises UserError if a run cannot be created at `path`, or with `resume` continued there. Changes nothing."""
+    """Raises UserError if a run cannot be created at `path`, or with `resume` continued there. Changes nothing.
+
+    A finished run is only read, so its folder may be read-only.
+    """
     path = Path(path)
     if resume:
         if not path.is_dir():
             raise UserError("--resume", path, "there is no such run folder; leave out --resume to start it")
         if not (path / "config.json").exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise UserError("--resume", path, "is not a run folder: it has no config.json; check --out")
+        if (path / "DONE").exists():
+            return
     elif path.exists() or path.is_symlink():
         raise UserError("--out", path, "exists already; continue that run with --resume, or choose another folder")
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
@@ -61,7 +66,7 @@ def finished_result(path: Path | str, config: Config) -> dict[str, Any] | None:
     if stored is None or not (path / "DONE").exists():
         return None
     _check_unchanged(path, stored, config)
-    return _read_json(path / "result.json", "delete the file DONE beside it, then use --resume to write it again")
+    return read_json(path / "result.json", "delete the file DONE beside it, then use --resume to write it again")
 
 
 class Run:
@@ -80,7 +85,7 @@ class Run:
         if lock is not None:
             stages = path / "stages.json"
             if stages.exists():
-                self._stages = _read_json(stages, "delete it; the measured times of earlier stages are lost")
+                self._stages = read_json(stages, "delete it; the measured times of earlier stages are lost")
             self._metrics = _open_metrics(path / "metrics.jsonl")
 
     @classmethod
@@ -121,7 +126,10 @@ class Run:
         """Appends one record to metrics.jsonl and hands it to the operating system before it returns."""
         if self._metrics is not None:
             record = to_json_value({"stage": stage, "step": step, **values})
-            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+            try:
+                self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+            except OSError as error:  # a full disk; the error of `write` has no file name
+                raise OSError(error.errno, error.strerror, self._metrics.name) from None
         if self._stage is not None and time.monotonic() - self._stage.saved > SAVE_STAGES_EVERY:
             self._save_stage(self._stage)
 
@@ -166,7 +174,8 @@ class Run:
     def close(self) -> None:
         """Closes metrics.jsonl and unlocks the folder."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # on a full disk; `log` has raised the same error before
+                self._metrics.close()
         _unlock(self._lock)
 
     def __enter__(self) -> Run:
@@ -194,14 +203,17 @@ def _is_after(line: str, stage: str, step: int, file: Path) -> bool:
         raise UserError("--resume", file, remedy) from None
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Reads a JSON object; raises UserError with `remedy` if the file is damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError("--resume", path, f"is missing; {remedy}") from None
-    except (ValueError, TypeError, RecursionError):
-        raise UserError("--resume", path, f"is damaged; {remedy}") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError("--resume", path, f"is damaged; {remedy}")
+    return value
 
 
 def _check_unchanged(path: Path, stored: Config, config: Config) -> None:
@@ -216,7 +228,7 @@ def _check_unchanged(path: Path, stored: Config, config: Config) -> None:
 def _write_environment(path: Path, environment: dict[str, Any]) -> None:
     """Writes env.json: the first process describes itself; later processes are added under "resumed"."""
     if path.exists():
-        first = _read_json(path, "delete it; the description of the first process is lost")
+        first = read_json(path, "delete it; the description of the first process is lost")
         environment = {**first, "resumed": [*first.get("resumed", []), environment]}
     write_json(path, environment)
 

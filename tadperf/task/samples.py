@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -69,17 +70,44 @@ def select_samples(
     mask[held_out] = False
     training = mask.nonzero()[:, 0]
     sizes = torch.bincount(labels[training[confirmed[training]]], minlength=task.train.num_classes)
-    smallest = int(sizes.min())
-    if config.match.ipc > smallest:
-        name = task.train.class_names[int(sizes.argmin())]
-        remedy = f"class {name!r} has only {smallest} samples to start from; take fewer"
-        raise UserError("--ipc", config.match.ipc, remedy)
+    if config.match.ipc > int(sizes.min()):
+        label = int(sizes.argmin())
+        _refuse_small_class(task, label, int((labels[candidates] == label).sum()), int(sizes[label]))
     return SampleSelection(index, labels, weights, confirmed, training, held_out)
 
 
+def _refuse_small_class(task: Task, label: int, confirmed: int, left: int) -> NoReturn:
+    """Raises UserError: says what made the class too small, and what to do.
+
+    confirmed: its samples that trust.mode left. left: those of them that are not held out.
+    """
+    config, name = task.config, task.train.class_names[label]
+    given = int((task.train.labels == label).sum())
+    reasons = [f"class {name!r} has only {left} samples to start from"]
+    if confirmed != given:
+        change = "confirmed" if config.trust.mode == "on" else "correct"
+        reasons.append(f"{confirmed} of its {given} labels are {change}")
+    if left != confirmed:
+        reasons.append(f"{confirmed - left} samples are held out (data.holdout)")
+    remedies = [f"use at most {left}"] if left else []
+    if config.trust.mode == "on" and given > confirmed:
+        remedies.append("use --trust off")
+    remedies.append("add images of this class, or remove the class")
+    raise UserError("--ipc", config.match.ipc, f"{', '.join(reasons)}; {', or '.join(remedies)}")
+
+
 def check_holdout(task: Task) -> None:
-    """Raises UserError if even all samples under their given labels are too few for data.holdout and match.ipc."""
+    """Raises UserError if even all samples under their given labels are too few for data.holdout and match.ipc.
+
+    With trust.mode on, every class needs two samples: the dual loop judges a sample by a network that was trained
+    without it, and for a single one this network does not know its class.
+    """
     select_samples(task, torch.arange(len(task.train)), task.train.labels)
+    sizes = torch.bincount(task.train.labels, minlength=task.train.num_classes)
+    if task.config.trust.mode == "on" and int(sizes.min()) < 2:
+        name = task.train.class_names[int(sizes.argmin())]
+        remedy = f"class {name!r} has only 1 training sample, too few to judge its label; add images or use --trust off"
+        raise UserError("data", task.config.data.path, remedy)
 
 
 @dataclass(frozen=True)

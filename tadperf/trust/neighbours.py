@@ -70,7 +70,7 @@ def estimate_from_neighbours(
     progress = progress if len(labels) * num_classes >= REPORTED_SIZE else silent
     prior = PRIOR if transition else SYMMETRIC_PRIOR
     share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
-    rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows")).to(labels.device)
+    rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows"), device="cpu").to(labels.device)
     rows = rows[: max(SELECTION_SIZE // num_classes, 1)]
     best, best_score, done = None, -torch.inf, 0
     progress("trust:neighbours", 0, len(REACHES) * len(LABEL_COUNTS))
@@ -110,7 +110,7 @@ def neighbour_labels(graph: Tensor, labels: Tensor, num_classes: int, seed: int)
         returned.index_add_(0, row, graph.values().square())
         yield REACHES[0], one_step + REACHES[0] * (graph @ one_step - returned.unsqueeze(1) * given)
         return
-    fold = torch.randperm(count, generator=seeds.generator(seed, "folds")).to(labels.device) % FOLDS
+    fold = torch.randperm(count, generator=seeds.generator(seed, "folds"), device="cpu").to(labels.device) % FOLDS
     visible = torch.cat([given * (fold != f).unsqueeze(1) for f in range(FOLDS)], 1)
     for reach, seen in zip(REACHES, spread_labels(graph, visible, REACHES), strict=True):
         yield reach, seen.view(count, FOLDS, num_classes)[torch.arange(count, device=fold.device), fold]
@@ -138,13 +138,14 @@ def affinity(features: Tensor) -> Tensor:
     weight = similarity.clamp(min=0).pow(3).flatten()
     row = torch.arange(count, device=index.device).repeat_interleave(index.shape[1])
     edges = torch.stack([torch.cat([row, index.flatten()]), torch.cat([index.flatten(), row])])
-    graph = torch.sparse_coo_tensor(edges, weight.repeat(2), (count, count), check_invariants=False).coalesce()
+    shape, options = (count, count), {"check_invariants": False, "device": weight.device}
+    graph = torch.sparse_coo_tensor(edges, weight.repeat(2), shape, **options).coalesce()
     (row, column), weight = graph.indices(), graph.values()
     degree = torch.zeros(count, device=weight.device).index_add_(0, row, weight).clamp(min=MIN_MASS)
     weight = weight / (degree[row] * degree[column]).sqrt()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that its CSR format is in beta
-        return torch.sparse_coo_tensor(graph.indices(), weight, graph.shape, check_invariants=False).to_sparse_csr()
+        return torch.sparse_coo_tensor(graph.indices(), weight, shape, **options).to_sparse_csr()
 
 
 def spread_labels(graph: Tensor, values: Tensor, reaches: tuple[float, ...]) -> list[Tensor]:

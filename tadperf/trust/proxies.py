@@ -22,6 +22,7 @@ from tadperf.nets.fused import fused_forward
 from tadperf.nets.problem import Problem
 from tadperf.nets.training import batches, sgd_step, summed_gradient
 from tadperf.progress import Progress
+from tadperf.trust.epoch_progress import EpochProgress
 from tadperf.trust.state import TrustedView
 
 AVERAGED_EPOCHS = 4  # losses and probabilities are means over the last epochs; not tuned
@@ -52,14 +53,15 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
     def train(m: int) -> tuple[np.ndarray, ...]:
         inside = fold[view.index] != m if held_out else torch.ones(len(view.index), dtype=torch.bool)
         part = TrustedView(*(values[inside] for values in view))
-        outputs = train_proxy(replace(problem, seed=seeds.derive(seed, "proxy", m)), part, config)
+        proxy_problem = replace(problem, seed=seeds.derive(seed, "proxy", m))
+        outputs = train_proxy(proxy_problem, part, config, lambda: reporter.epoch_done(m))
         return tuple(values.numpy() for values in outputs)
 
-    progress("trust:proxies", 0, proxies)
     results: dict[int, tuple[np.ndarray, ...]] = {}
-    for m, result in run_parallel(train, list(range(proxies)), None if problem.device.type == "cpu" else 1):
-        results[m] = result
-        progress("trust:proxies", len(results), proxies)
+    with EpochProgress(progress, "trust:proxies", proxies, config.epochs) as reporter:
+        for m, result in run_parallel(train, list(range(proxies)), None if problem.device.type == "cpu" else 1):
+            results[m] = result
+            reporter.network_done(m)
     losses, probabilities, features = (
         torch.stack([torch.from_numpy(results[m][i]) for m in range(proxies)]) for i in range(3)
     )
@@ -70,8 +72,13 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
     return ProxyOutputs(losses.mean(0), probabilities.mean(0), features)
 
 
-def train_proxy(problem: Problem, view: TrustedView, config: TrustConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Trains one proxy; returns losses [N] of the given labels, probabilities [N, C] and features [N, D] on the CPU."""
+def train_proxy(
+    problem: Problem, view: TrustedView, config: TrustConfig, epoch_done: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Trains one proxy; returns losses [N] of the given labels, probabilities [N, C] and features [N, D] on the CPU.
+
+    epoch_done: called after every epoch.
+    """
     images, classes, device = problem.images, problem.num_classes, problem.device
     module = build(problem.net, problem.shape, classes, problem.seed).to(device)
     assert isinstance(module, nn.Sequential), "the last module is the classifier, the modules before give the features"
@@ -89,6 +96,7 @@ def train_proxy(problem: Problem, view: TrustedView, config: TrustConfig) -> tup
             logits = predict_all(module, images, device).cpu()
             losses += per_sample(logits, problem.labels).loss / averaged
             probabilities += logits.softmax(1) / averaged
+        epoch_done()
     features = predict_all(module[:-1], images, device).cpu()
     return losses, probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
 

@@ -1,4 +1,4 @@
-"""What the engine times, and what it refuses to."""
+"""The engine times correct providers and refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tadperf.bench.operators import catalogue, cuda, engine, plot, report
-from tadperf.bench.stages import peak
+from tadperf.bench.operators import catalogue, cuda, engine, peak, plot, report
 from tadperf.bench.tools import tune
 from tadperf.errors import UserError
 
 CPU = torch.device("cpu")
-ASK = peak.ask
+MEASURE_PEAKS = peak.measure_peaks
 
 
 def doubled(x):
@@ -24,7 +23,7 @@ def doubled(x):
 def made(**others) -> engine.Bench:
     """The bench of doubling N numbers."""
     return engine.Bench(
-        name="per_sample",  # one that the peak's own process knows
+        name="per_sample",  # a name that the process for peak memory knows
         axes=("N", "C"),
         sizes={"cpu": ((64, 4),)},
         inputs=lambda size, dtype, device, seed: (torch.arange(float(size[0])),),
@@ -40,8 +39,8 @@ def made(**others) -> engine.Bench:
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    monkeypatch.setattr(engine, "COPIED", {"cpu": 2**20})
-    monkeypatch.setattr(peak, "ask", lambda *_: {})  # it starts a process
+    monkeypatch.setattr(engine, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(peak, "measure_peaks", lambda *_: {})  # the real one starts a process
 
 
 def test_rows_of_a_case(one_thread):
@@ -59,7 +58,7 @@ def test_rows_of_a_case(one_thread):
         assert row["over_inductor"] is None
 
 
-def test_what_is_wrong_or_fails_is_not_timed(one_thread):
+def test_a_wrong_or_failing_provider_is_not_timed(one_thread):
     def broken(x):
         raise RuntimeError("no such thing\nsecond line")
 
@@ -136,7 +135,7 @@ def test_every_provider_of_every_bench_agrees_with_the_reference(name, one_threa
 
 
 def test_peak_memory_is_that_of_the_results_and_between():
-    peaks = ASK("trajectory_distance", (8, 320_010), torch.float32, ["tadperf", "eager"])
+    peaks = MEASURE_PEAKS("trajectory_distance", (8, 320_010), torch.float32, ["tadperf", "eager"])
     if peaks:  # a system that counts
         one = 8 * 320_010 * 4 / 2**20
         assert peaks["tadperf"] < 0.2 * one
@@ -179,4 +178,4 @@ def test_rotated_inputs_do_not_fit_the_cache():
     cache = 50 * 2**20
     assert cuda.rotation(2**20, cache) * 2**20 >= 4 * cache
     assert cuda.rotation(10 * cache, cache) == 2
-    assert cuda.rotation(1, cache) == cuda.MOST
+    assert cuda.rotation(1, cache) == cuda.MAX_SETS

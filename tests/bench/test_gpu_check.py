@@ -1,4 +1,4 @@
-"""The steps of gpu_check on the CPU, and that whatever goes wrong is a row."""
+"""The steps of gpu_check on the CPU; every failure is a row."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    monkeypatch.setattr(engine, "COPIED", {"cpu": 2**20})
+    monkeypatch.setattr(engine, "COPY_BYTES", {"cpu": 2**20})
 
 
 @pytest.mark.parametrize("name", catalogue.NAMES)
 def test_hard_values_empty_inputs_and_gradients(name, one_thread):
     bench = catalogue.load(name)
     made = bench.inputs(cases.SMALL[name], torch.float32, CPU, 0)
-    assert checks.hard(bench, CPU) == ""
-    assert checks.agrees(bench, cases.empty(name, made)) == ""
-    assert checks.same_bits(checks.call(bench, made), checks.call(bench, made)) == ""
+    assert checks.check_hard_values(bench, CPU) == ""
+    assert checks.compare_with_reference(bench, cases.without_samples(name, made)) == ""
+    assert checks.compare_bits(checks.run_operator(bench, made), checks.run_operator(bench, made)) == ""
     if name in cases.GRADIENTS:
-        assert checks.gradient(bench, made) == ""
+        assert checks.check_gradient(bench, made) == ""
     if name in cases.HUGE:
-        few = {key: value[-2:] for key, value in checks.call(bench, made)._asdict().items()}
-        assert engine.mismatch(bench.reference(*cases.last(name, made, 2)), few, bench) == ""
+        few = {key: value[-2:] for key, value in checks.run_operator(bench, made)._asdict().items()}
+        assert engine.mismatch(bench.reference(*cases.last_rows(name, made, 2)), few, bench) == ""
 
 
 def test_a_wrong_operator_fails_its_checks():
@@ -43,10 +43,11 @@ def test_a_wrong_operator_fails_its_checks():
         }
     )
     made = bench.inputs((50, 7), torch.float32, CPU, 0)
-    assert checks.hard(wrong, CPU).startswith("loss: ")
-    assert checks.agrees(wrong, made).startswith("loss: ")
-    assert checks.gradient(wrong, made).startswith("relative error 1.0e-02")
-    assert checks.same_bits(right(*made), right(*made)._replace(margin=-right(*made).margin)) == "bits differ: margin"
+    assert checks.check_hard_values(wrong, CPU).startswith("loss: ")
+    assert checks.compare_with_reference(wrong, made).startswith("loss: ")
+    assert checks.check_gradient(wrong, made).startswith("relative error 1.0e-02")
+    negated = right(*made)._replace(margin=-right(*made).margin)
+    assert checks.compare_bits(right(*made), negated) == "bits differ: margin"
 
 
 def test_failures_are_rows():
@@ -56,30 +57,30 @@ def test_failures_are_rows():
     def skips() -> str:
         raise checks.SkipError("not here")
 
-    rows = [checks.guarded("op", "check", function) for function in (fails, skips, str, lambda: "differs")]
+    rows = [checks.run_check("op", "check", function) for function in (fails, skips, str, lambda: "differs")]
     assert [(row["status"], row["detail"]) for row in rows] == [
         ("FAIL", "ValueError: one"), ("SKIP", "not here"), ("PASS", ""), ("FAIL", "differs"),
     ]  # fmt: skip
 
 
-def test_bars_are_held_against_the_figures(monkeypatch):
+def test_figures_are_compared_with_their_goals(monkeypatch):
     bench = catalogue.load("mixture")
     found = {"operator": "mixture", "shape": "50000x10", "error": None, "share_of_copy": 0.1}
     for median, status in ((0.9, "PASS"), (1.1, "FAIL")):
         monkeypatch.setattr(engine, "measure", lambda *a, m=median: [{**found, "median_ms": m}])
         monkeypatch.setattr(report, "facts", lambda *a: {})
-        rows = list(checks.measured(bench, (50_000, 10), torch.device("cuda"), True))
+        rows = list(checks.measure_size(bench, (50_000, 10), torch.device("cuda"), True))
         assert rows[0]["status"] == status
-    assert rows[0]["detail"] == "median_ms is 1.1, to be below 1.0"
+    assert rows[0]["detail"] == "median_ms is 1.1, goal below 1.0"
 
 
-def test_a_process_that_hangs_or_dies_keeps_its_rows():
+def test_rows_of_a_process_that_hangs_or_dies_are_kept():
     script = "import sys, time; print('{\"check\": 1}', flush=True); {}"
-    rows, ended = gpu_check.child([sys.executable, "-c", script.replace("{}", "time.sleep(60)")], 3.0)
+    rows, ended = gpu_check.run_process([sys.executable, "-c", script.replace("{}", "time.sleep(60)")], 3.0)
     assert (rows, ended) == ([{"check": 1}], "stopped after 3 s: silent")
-    rows, ended = gpu_check.child([sys.executable, "-c", script.replace("{}", "sys.exit('gone')")], 30.0)
+    rows, ended = gpu_check.run_process([sys.executable, "-c", script.replace("{}", "sys.exit('gone')")], 30.0)
     assert (rows, ended) == ([{"check": 1}], "exit code 1: gone")
-    assert gpu_check.operators(["mixture"], "cpu", True, time.monotonic())[0]["detail"] == "no time was left"
+    assert gpu_check.check_operators(["mixture"], "cpu", True, time.monotonic())[0]["detail"] == "no time was left"
 
 
 def test_one_operator_from_the_command_line(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The bench of ImageNet's size, in small: it finds the labels it made wrong, on every type of features."""
+"""The study of ImageNet's size on small data: it finds the wrong labels with every type of features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_in_small(dtype, monkeypatch):
+def test_wrong_labels_are_found(dtype, monkeypatch):
     monkeypatch.setattr(large_trust, "CHUNK", 700)
     found = large_trust.measure(2000, 20, 33, dtype)
     assert found["view_accuracy"] > 0.99

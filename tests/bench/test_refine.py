@@ -1,4 +1,4 @@
-"""The bench of a round of refinement: batched and one after another, the same candidates."""
+"""The bench of a round of refinement: the same candidates in a batch and one after another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tadperf.bench.stages import refinement, runner
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_both_forms_make_the_same_candidates(monkeypatch):
+def test_a_batch_gives_the_same_candidates_as_one_after_another(monkeypatch):
     case = refinement.SIZES["digits"]
     small = case._replace(
         anomalies=2,
@@ -20,11 +20,11 @@ def test_both_forms_make_the_same_candidates(monkeypatch):
         detector=case.detector.model_copy(update={"width": 8, "depth": 1}),
     )
     monkeypatch.setitem(refinement.SIZES, "digits", small)
-    monkeypatch.setattr(runner, "peak", lambda *_: None)
+    monkeypatch.setattr(runner, "peak_memory", lambda *_: None)
     rows = refinement.measure("digits", torch.device("cpu"), 1, ("tadperf", "published"))
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
-    assert rows[0]["note"] in {f"2 x 3 candidates, {apart} of 255 apart" for apart in (0, 1)}
+    assert rows[0]["note"] in {f"2 x 3 candidates, pixels differ by {difference} of 255" for difference in (0, 1)}
     assert all(row["median_ms"] > 0 for row in rows)
-    made = refinement.round_of(small, "tadperf", torch.device("cpu"))()
+    made = refinement.make_round(small, "tadperf", torch.device("cpu"))()
     assert tuple(made.shape) == (6, 1, 8, 8)
     assert made.float().std() > 1

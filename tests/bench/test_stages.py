@@ -1,4 +1,4 @@
-"""Benches of stages: their frame, and that the published forms they time compute what tadperf computes."""
+"""Benches of stages: their rows; the published code that they time computes what tadperf computes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TINY = matching.Case(
 @pytest.fixture
 def tiny(monkeypatch, one_thread):
     monkeypatch.setitem(matching.SIZES, "tiny", TINY)
-    monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
+    monkeypatch.setattr(runner, "peak_memory", lambda *_: None)  # the real one starts a process
 
 
 def test_the_published_iteration_is_the_unroll(one_thread):
-    p = matching.problem(TINY, CPU, torch.float64)
+    p = matching.make_problem(TINY, CPU, torch.float64)
     truth = gradient.unroll(*p).images
     assert truth.norm() > 0
-    assert matching.error(matching.published(p), truth) < 1e-12
+    assert matching.relative_error(matching.published(p), truth) < 1e-12
 
 
 def test_a_problem_is_the_same_in_both_types(one_thread):
-    p, double = matching.problem(TINY, CPU), matching.problem(TINY, CPU, torch.float64)
+    p, double = matching.make_problem(TINY, CPU), matching.make_problem(TINY, CPU, torch.float64)
     assert torch.equal(p.images.double(), double.images)
     assert torch.equal(p.start.double(), double.start)
     assert all(torch.equal(a.index, b.index) for a, b in zip(p.steps, double.steps, strict=True))
@@ -47,18 +47,18 @@ def test_rows_of_an_iteration(tiny):
         assert 0 < row["q20_ms"] <= row["median_ms"] <= row["q80_ms"]
         assert row["over_published"] == pytest.approx(by_name["published"]["median_ms"] / row["median_ms"])
         assert row["gradient_error"] < (0.2 if "bfloat16" in row["provider"] else 1e-5)
-    assert by_name["tadperf bfloat16"]["gradient_error"] > 1e-5  # else it would not have run in bfloat16
+    assert by_name["tadperf bfloat16"]["gradient_error"] > 1e-5  # otherwise it has not run in bfloat16
 
 
 def test_ratios_stay_within_a_case():
     rows = [
-        runner.row("refinement", case, family, family, np.array([ms]), peak_mb=mb)
+        runner.make_row("refinement", case, family, family, np.array([ms]), peak_mb=mb)
         for case, family, ms, mb in (
             ("a", "tadperf", 2.0, 10.0), ("a", "eager", 6.0, None), ("a", "published", 8.0, 40.0),
             ("b", "tadperf", 5.0, 10.0), ("b", "inductor", 1.0, 1.0),
         )
     ]  # fmt: skip
-    rows.append(runner.row("refinement", "a", "broken", "eager", error="no such thing"))
+    rows.append(runner.make_row("refinement", "a", "broken", "eager", error="no such thing"))
     runner.ratios(rows)
     assert [row["over_published"] for row in rows] == [4, pytest.approx(8 / 6), 1, None, None, None]
     assert [row["over_eager"] for row in rows] == [3, 1, 0.75, None, None, None]
@@ -66,11 +66,11 @@ def test_ratios_stay_within_a_case():
     assert runner.lines(rows)[-1] == "a broken: no such thing"
 
 
-def test_the_peak_of_a_process_of_its_own():
-    found = runner.peak("matching", "digits", "tadperf", CPU)
+def test_peak_memory_of_a_new_process():
+    found = runner.peak_memory("matching", "digits", "tadperf", CPU)
     assert found is not None
     assert 100 < found < 2000  # PyTorch alone is 200 MB; in MB, not bytes
-    assert runner.peak("matching", "digits", "nobody", CPU) is None
+    assert runner.peak_memory("matching", "digits", "nobody", CPU) is None
 
 
 def test_an_unknown_size():

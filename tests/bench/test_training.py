@@ -1,11 +1,11 @@
-"""The benches of experts and of students: their plain loop trains what tadperf trains; and what a GPU is to reach."""
+"""The benches of experts and students: the published loop trains what tadperf trains; the goals on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tadperf.bench.stages import experts, matching, plain, runner, students
+from tadperf.bench.stages import experts, matching, published_training, runner, students
 from tadperf.bench.tools import gpu_stages
 from tadperf.config import NetConfig
 from tadperf.nets import training
@@ -25,23 +25,23 @@ def tiny(monkeypatch):
     student = students.Case(NET, SHAPE, 30, Recipe(2, 256, 0.1, 0.9, 5e-4, "flip"))
     monkeypatch.setitem(experts.SIZES, "tiny", expert)
     monkeypatch.setitem(students.SIZES, "tiny", student)
-    monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
+    monkeypatch.setattr(runner, "peak_memory", lambda *_: None)  # the real one starts a process
 
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("decay", [False, True])
-def test_the_plain_loop_learns_what_tadperf_learns(soft, decay):
-    """Whole batches without augmentation: no draw is left that could differ, but the order of a sum."""
+def test_the_published_loop_trains_the_same_weights(soft, decay):
+    """Full batches without augmentation: there is no random choice, only the order of sums differs."""
     images, labels = experts.data(experts.SIZES["tiny"], CPU)
     wanted = 3.0 * torch.nn.functional.one_hot(labels, 10).float() if soft else labels
     recipe, weights = Recipe(7, 20, 0.2, 0.9, 1e-3, "none", decay=decay), []
-    for loop in (plain.fit, training.fit):
+    for loop in (published_training.fit, training.fit):
         module, snapshots = build(NET, SHAPE, 10, 0), []
         flat = FlatNet(module)
-        loop(module, images, wanted, recipe, 1, lambda _, flat=flat, kept=snapshots: kept.append(flat.flatten()))
+        loop(module, images, wanted, recipe, 1, lambda _, flat=flat, weights=snapshots: weights.append(flat.flatten()))
         assert len(snapshots) == recipe.epochs
         weights.append(torch.stack(snapshots))
-        assert plain.accuracy(module, images, labels) == training.accuracy(module, images, labels)
+        assert published_training.accuracy(module, images, labels) == training.accuracy(module, images, labels)
     assert (weights[0][-1] - weights[0][0]).norm() > 0.1
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
 
@@ -50,7 +50,9 @@ def test_rows_of_experts():
     rows = experts.measure("tiny", CPU, 2)
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     for row in rows:
-        assert row["samples_s"] == pytest.approx(3 * 2 * 20 / row["median_ms"] * 1e3, rel=0.5)  # the upper of two
+        assert row["samples_s"] == pytest.approx(
+            3 * 2 * 20 / row["median_ms"] * 1e3, rel=0.5
+        )  # samples_s uses the upper of two
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
 
 
@@ -60,12 +62,12 @@ def test_rows_of_students():
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
 
 
-def test_what_a_gpu_is_judged_by(monkeypatch):
+def test_goals_on_a_gpu(monkeypatch):
     monkeypatch.setitem(matching.SIZES, "tiny", matching.Case(SHAPE, 7, 2, NET, ("tadperf", "published")))
-    rows = gpu_stages.judged("matching", gpu_stages.rows_of("matching", "tiny", "cpu"))
+    rows = gpu_stages.mark_missed_bars("matching", gpu_stages.stage_rows("matching", "tiny", "cpu"))
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
-    assert rows[0]["missed"][-1] == "memory_share None, bar 0.2"  # no process was started to see it
+    assert rows[0]["missed"][-1] == "memory_share None, goal 0.2"  # no process has measured it
     assert "missed" not in rows[1]
-    (ours, _) = gpu_stages.judged("experts", gpu_stages.rows_of("experts", "tiny", "cpu"))
-    assert ours["missed"] == [f"samples_s {round(ours['samples_s'], 3)}, bar 350000.0"]
+    (ours, _) = gpu_stages.mark_missed_bars("experts", gpu_stages.stage_rows("experts", "tiny", "cpu"))
+    assert ours["missed"] == [f"samples_s {round(ours['samples_s'], 3)}, goal 350000.0"]

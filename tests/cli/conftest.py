@@ -1,4 +1,4 @@
-"""The command line in this process, and a job of seconds to run with it."""
+"""Runs the command line in this process; options of a job that takes seconds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
     from tadperf.cli import app  # pyright: ignore[reportMissingImports]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # it would last for all tests of this process
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # the setting would stay for all later tests
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["tadperf", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""`tadperf audit`: what it prints and writes, and what it refuses."""
+"""`tadperf audit`: its output, its files, and wrong use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_list_picture_and_summary(tadperf, tmp_path):
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     issues = [row for row in rows if row["verdict"] in ("relabelled", "untrusted")]
-    assert len(issues) == result["issues"] > 300  # 40 % of the default job's labels were spoiled
+    assert len(issues) == result["issues"] > 300  # 40 % of the labels of the default job are wrong
     first = [{"index": int(row["index"]), "given": row["given_label"]} for row in issues[:10]]
     assert first == [{"index": worst["index"], "given": worst["given"]} for worst in result["worst"]]
     assert sum(pair["samples"] for pair in result["pairs"]) <= result["issues"]
@@ -32,14 +32,14 @@ def test_list_picture_and_summary(tadperf, tmp_path):
     refused = tadperf("audit", "digits", *FAST, "--out", "labels.csv")
     assert refused.code == 2
     assert refused.err == "tadperf: --out: labels.csv: exists already; choose another name\n"
-    text = tadperf("audit", "digits", *FAST, "--out", "labels.parquet")  # its picture would be the first one's
+    text = tadperf("audit", "digits", *FAST, "--out", "labels.parquet")  # its picture has the name of the first one
     assert text.code == 2
 
 
 def test_tables_and_parquet(tadperf, tmp_path):
     code, out, _ = tadperf("audit", "digits", "--noise=none", *FAST, "--out", "kept.parquet")
     assert code == 0
-    assert "labels held wrong" in out
+    assert "suspected label errors among 1400 labels" in out
     assert "kept.png" in out
     table = pq.read_table(tmp_path / "kept.parquet")
     assert table.num_rows == 1400

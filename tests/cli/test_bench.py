@@ -10,11 +10,10 @@ import torch
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    from tadperf.bench.operators import engine
-    from tadperf.bench.stages import peak  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import engine, peak
 
-    monkeypatch.setattr(engine, "COPIED", {"cpu": 2**20})
-    monkeypatch.setattr(peak, "ask", lambda *_: {})  # it starts a process
+    monkeypatch.setattr(engine, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(peak, "measure_peaks", lambda *_: {})  # the real one starts a process
 
 
 def test_list(tadperf):
@@ -29,9 +28,19 @@ def test_list(tadperf):
 
 
 def test_rows_table_and_pictures(tadperf, tmp_path):
-    asked = ["bench", "per_sample", "trajectory_distance", "--sizes", "50x10,20x7", "--base", "eager", "--repeats", "2"]
+    command = [
+        "bench",
+        "per_sample",
+        "trajectory_distance",
+        "--sizes",
+        "50x10,20x7",
+        "--base",
+        "eager",
+        "--repeats",
+        "2",
+    ]
     before = torch.get_num_threads()
-    code, out, err = tadperf(*asked, "--device", "cpu", "--threads", "1", "--json", tmp_path, "--plot", tmp_path)
+    code, out, err = tadperf(*command, "--device", "cpu", "--threads", "1", "--json", tmp_path, "--plot", tmp_path)
     assert code == 0, err
     assert torch.get_num_threads() == before
     assert "per_sample (" in out
@@ -51,10 +60,10 @@ def test_rows_table_and_pictures(tadperf, tmp_path):
     ]
 
 
-def test_a_provider_that_is_wrong_ends_in_1(tadperf, monkeypatch):
+def test_a_wrong_provider_gives_exit_code_1(tadperf, monkeypatch):
     from tadperf.bench.operators import (
         engine,
-        per_sample,  # pyright: ignore[reportMissingImports]
+        per_sample,
     )
 
     def wrong(logits, labels):
@@ -66,16 +75,16 @@ def test_a_provider_that_is_wrong_ends_in_1(tadperf, monkeypatch):
     assert "50x10 float32 eager: loss: " in out
 
 
-def test_a_missing_peer_says_how_to_get_it(monkeypatch):
+def test_a_missing_package_has_a_remedy(monkeypatch):
     from tadperf.bench.operators import (
         catalogue,
-        engine,  # pyright: ignore[reportMissingImports]
+        engine,
     )
 
     provider = catalogue.load("per_sample").providers["cleanlab"]
     missing = provider._replace(package="no_such_package")
-    assert engine.skip_reason(missing) == "not installed: pip install 'tadperf[peers]' brings no_such_package"
-    assert engine.skip_reason(provider, device="cuda") == "runs on the CPU alone"
+    assert engine.skip_reason(missing) == "not installed: pip install 'tadperf[peers]' installs no_such_package"
+    assert engine.skip_reason(provider, device="cuda") == "runs on the CPU only"
     installed = provider._replace(package="sklearn")
     assert engine.skip_reason(installed, (2**27, 10)) == "would take minutes at this size"
 
@@ -83,13 +92,13 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch):
 def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
     from tadperf.bench.stages import (
         matching,
-        runner,  # pyright: ignore[reportMissingImports]
+        runner,
     )
 
     net = matching.SIZES["digits"].net.model_copy(update={"width": 5})
     small = matching.SIZES["digits"]._replace(batch=7, steps=2, net=net, providers=("tadperf", "published"))
     monkeypatch.setitem(matching.SIZES, "tiny", small)
-    monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
+    monkeypatch.setattr(runner, "peak_memory", lambda *_: None)  # the real one starts a process
     file = tmp_path / "rows.json"
     code, out, err = tadperf(
         "bench", "matching", "--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--json", file

@@ -9,7 +9,7 @@ import torch
 from tadperf.config import Config
 
 
-def test_config_prints_what_config_reads(tadperf, tmp_path):
+def test_the_printed_config_can_be_read_back(tadperf, tmp_path):
     first = tadperf("config", "--preset", "cifar100-ipc50", "--set", "match.steps=7", "--seed", "3")
     assert (first.code, first.err) == (0, "")
     (tmp_path / "c.toml").write_text(first.out)

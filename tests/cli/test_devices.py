@@ -1,4 +1,4 @@
-"""`--devices 2` and torchrun: the same results as of one process, and one clear end when a rank dies."""
+"""`--devices 2` and torchrun: the same results as one process, and one clear message when a rank dies."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def command(tiny: list[str], *more: str) -> list[str]:
 
 
 def start(place: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    def hear() -> None:
+    def hear_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, cwd=place, preexec_fn=hear, env=os.environ | ENV, **pipes)
+    return subprocess.Popen(arguments, cwd=place, preexec_fn=hear_interrupts, env=os.environ | ENV, **pipes)
 
 
 def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -50,10 +50,10 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def team(launcher: int) -> dict[int, int]:
-    """Process ids -> rank, of all that this launcher has started, their workers too."""
+    """Returns process id -> rank of all processes that this launcher has started, with their workers."""
     pids = [int(place.name) for place in Path("/proc").glob("[0-9]*")]
-    found = {pid: environment(pid) for pid in pids}
-    return {pid: int(e["RANK"]) for pid, e in found.items() if e.get("TADPERF_LAUNCHER") == str(launcher)}
+    environments = {pid: environment(pid) for pid in pids}
+    return {pid: int(e["RANK"]) for pid, e in environments.items() if e.get("TADPERF_LAUNCHER") == str(launcher)}
 
 
 def gone(launcher: int, seconds: float = 10) -> bool:
@@ -64,12 +64,12 @@ def gone(launcher: int, seconds: float = 10) -> bool:
 
 
 def rank_1(launcher: int) -> int:
-    """The rank itself, not its workers."""
+    """Returns the process id of rank 1, not of its workers."""
     return min(pid for pid, rank in team(launcher).items() if rank == 1)
 
 
-def same(one: Path, two: Path) -> None:
-    """Trajectories and distilled set alike, up to the order of a sum."""
+def assert_same(one: Path, two: Path) -> None:
+    """Asserts that trajectories and distilled set are equal up to the order of a sum."""
     files = sorted((one / "experts").glob("*.safetensors"))
     assert len(files) == 3
     for file in [*files, one / "distilled.safetensors"]:
@@ -85,7 +85,7 @@ def same(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> Path:
-    """The job as one process does it."""
+    """The run of a single process."""
     from .conftest import TINY
 
     place = tmp_path_factory.mktemp("one")
@@ -96,18 +96,18 @@ def one_rank(tmp_path_factory) -> Path:
     return place / "one"
 
 
-def test_two_ranks_make_what_one_makes(one_rank, tiny, tmp_path):
+def test_two_ranks_give_the_same_run_as_one(one_rank, tiny, tmp_path):
     process = start(tmp_path, command(tiny, "--devices=2", "--out=two"))
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert json.loads(out)["paths"]["run"] == "two"
-    assert sum(line.startswith("trust 1/1") for line in err.splitlines()) == 1  # rank 0 alone tells
+    assert sum(line.startswith("trust 1/1") for line in err.splitlines()) == 1  # only rank 0 prints
     assert "tadperf:" not in err
     assert gone(process.pid)
-    same(one_rank, tmp_path / "two")
+    assert_same(one_rank, tmp_path / "two")
 
 
-def test_two_ranks_refine_what_one_refines(tadperf, tiny, tmp_path):
+def test_two_ranks_give_the_same_refined_images_as_one(tadperf, tiny, tmp_path):
     from .test_refine import REFINE
 
     job = ["refine", "digits", *(option for option in tiny if option != "--repeats=2"), *REFINE, "--batch=4", "--quiet"]
@@ -124,7 +124,7 @@ def test_two_ranks_refine_what_one_refines(tadperf, tiny, tmp_path):
     )
 
 
-def test_a_killed_rank_ends_all_and_the_run_goes_on(one_rank, tiny, tmp_path):
+def test_a_killed_rank_ends_all_and_the_run_can_be_resumed(one_rank, tiny, tmp_path):
     process = start(tmp_path, command(tiny, "--devices=2", "--out=my run"))
     wait_for((tmp_path / "my run" / "trust" / "round-1.safetensors").exists, process)
     os.kill(rank_1(process.pid), signal.SIGKILL)
@@ -139,10 +139,10 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(one_rank, tiny, tmp_path):
     assert gone(process.pid)
     again = [sys.executable, "-m", "tadperf", "distill", "--resume", "--out", "my run", "--quiet"]  # in one process
     assert start(tmp_path, again).wait() == 0
-    same(one_rank, tmp_path / "my run")
+    assert_same(one_rank, tmp_path / "my run")
 
 
-def test_ctrl_c_ends_all_with_the_usual_line_and_a_killed_launcher_leaves_none(tiny, tmp_path):
+def test_ctrl_c_ends_all_with_one_line_and_a_killed_launcher_leaves_no_process(tiny, tmp_path):
     process = start(tmp_path, command(tiny, "--devices=2", "--out=run", "--set=match.iterations=1000000"))
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and "matching" in metrics.read_text(), process)
@@ -170,7 +170,7 @@ def test_torchrun(one_rank, tmp_path):
     assert json.loads(out)["accuracy"] == alone["accuracy"]
 
 
-def test_what_both_ranks_find_wrong_is_said_once(tiny, tmp_path, tadperf):
+def test_an_error_of_both_ranks_is_printed_once(tiny, tmp_path, tadperf):
     wrong = start(tmp_path, command(tiny[1:], "--devices=2", "--ipc=2000"))
     _, err = wrong.communicate(timeout=60)
     assert wrong.returncode == 2

@@ -1,4 +1,4 @@
-"""`tadperf distill` from end to end: what it prints, interruption, resuming, and the commands around it."""
+"""`tadperf distill` from end to end: its output, interruption and resuming, and the commands around it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 
-def test_the_whole_job(tadperf, tiny, tmp_path):
-    """One run, and everything a user then does with it."""
+def test_the_complete_job(tadperf, tiny, tmp_path):
+    """One run, and the commands that a user runs with it."""
     code, out, err = tadperf("distill", *tiny, "--out", "run", "--json")
     assert code == 0, err
     result = json.loads(out)
     assert out.count("\n") == 1
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert "preset digits" in err
-    assert re.search(r"^matching 6/6 .* in ", err, re.MULTILINE)
+    assert re.search(r"^matching 6/6, loss .*, took ", err, re.MULTILINE)
     for name in ("config.json", "env.json", "metrics.jsonl", "distilled.safetensors", "grid.png", "DONE"):
         assert (tmp_path / "run" / name).exists(), name
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -31,13 +31,14 @@ def test_the_whole_job(tadperf, tiny, tmp_path):
     rows = re.findall(r"^ ?(\S.*?)  +(\d+\.\d)(?: ± \d+\.\d)? +(\d+) *$", again.out, re.MULTILINE)
     scores = [*result["accuracy"].values(), *result["baselines"].values()]
     assert sorted((f"{100 * s['mean']:.1f}", str(len(s["runs"]))) for s in scores) == sorted(row[1:] for row in rows)
-    assert "tadperf.load('run/distilled.safetensors')" in again.out
+    assert f"tadperf.load({str(tmp_path / 'run' / 'distilled.safetensors')!r})" in again.out
+    assert "ds.accuracy(net, 'digits')" in again.out
 
     refused = tadperf("distill", "--resume", "--out", "run", "--ipc", "2")
     assert refused.code == 2
-    assert refused.err.startswith("tadperf: match.ipc: 2: the run in run was started with 1")
+    assert refused.err.startswith("tadperf: --ipc: 2: the run in run was started with 1")
 
-    evaluated = tadperf("evaluate", "run", "--repeats", "1", "--json")  # the data are those the file remembers
+    evaluated = tadperf("evaluate", "run", "--repeats", "1", "--json")  # the file knows its data
     assert evaluated.code == 0, evaluated.err
     assert len(json.loads(evaluated.out)["accuracy"]["convnet"]["runs"]) == 1
     assert "%" in tadperf("evaluate", "run/distilled.safetensors", "digits", "--repeats", "1", "--quiet").out
@@ -63,7 +64,7 @@ def test_experts_alone(tadperf, tiny):
 
 
 def hear_interrupts() -> None:
-    """A shell starts its background jobs, and so perhaps these tests, with Ctrl-C ignored."""
+    """A shell may start these tests as a background job, which ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -84,8 +85,8 @@ def test_an_interrupted_run_says_how_to_continue_and_does(tadperf, tiny, tmp_pat
     assert err.splitlines()[-1] == "tadperf: interrupted; continue with: tadperf distill --resume --out 'my run'"
     seconds = json.loads((tmp_path / "my run" / "stages.json").read_text())["matching"]["seconds"]
     assert seconds > 0
-    env = tadperf("distill", "--resume", "--out", "my run", "--ipc", "2")
-    assert env.code == 2  # the stored config, 100000 iterations and IPC 1, is what --resume takes
+    refused = tadperf("distill", "--resume", "--out", "my run", "--ipc", "2")
+    assert refused.code == 2  # --resume keeps the stored config: 100000 iterations and IPC 1
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(tiny, tmp_path):
@@ -106,5 +107,5 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(tiny, tmp_path):
     for name in ("distilled.safetensors", "grid.png", "config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("killed", "whole")]
-    killed, whole_run = ([line for line in lines if '"matching"' in line] for lines in metrics)
-    assert killed == whole_run  # no record twice, none lost
+    killed, undisturbed = ([line for line in lines if '"matching"' in line] for lines in metrics)
+    assert killed == undisturbed  # no record is doubled or lost

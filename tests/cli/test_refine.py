@@ -1,4 +1,4 @@
-"""`tadperf refine`: images of a set and of a run, interruption and resuming aside, and every wrong use in one line."""
+"""`tadperf refine`: images of data and of a run, and one line for every wrong use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
     again = tadperf("refine", "first", "--set=refine.beta=0.9", "--set=evaluate.repeats=1", "--evaluate")
     assert again.code == 0, again.err
     assert "preset" not in again.err
-    assert "anomalous images" in again.out
+    assert "rejected images" in again.out
     assert "images it started from" in again.out
     config = json.loads((tmp_path / "runs" / "first-refined" / "config.json").read_text())
     assert (config["refine"]["beta"], config["refine"]["batch"]) == (0.9, 7)
@@ -59,21 +59,21 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
 
 
 def test_a_sweep_of_refinement_generates(tadperf, options, tmp_path):
-    own = [option for option in options if option != "--ipc=1"]
-    code, out, err = tadperf("sweep", "refine.beta=0,.9", *own, "--set=match.ipc=1", "--out", "swept", "--json")
+    job = [option for option in options if option != "--ipc=1"]
+    code, out, err = tadperf("sweep", "refine.beta=0,.9", *job, "--set=match.ipc=1", "--out", "swept", "--json")
     assert code == 0, err
-    assert "images are generated, since refine.beta acts on nothing else" in err
+    assert "generating images, because matching does not use refine.beta" in err
     rows = json.loads(out)["rows"]
     assert [row["refine.beta"] for row in rows] == [0, 0.9]
     for row in rows:
-        told = json.loads((tmp_path / "swept" / row["folder"] / "result.json").read_text())
-        assert (told["synthesis"], told["refine"]["beta"]) == ("generative", row["refine.beta"])
+        result = json.loads((tmp_path / "swept" / row["folder"] / "result.json").read_text())
+        assert (result["synthesis"], result["refine"]["beta"]) == ("generative", row["refine.beta"])
     metrics = [(tmp_path / "swept" / row["folder"] / "metrics.jsonl").read_text() for row in rows]
     assert [text.count('"stage": "diffusion"') for text in metrics] == [3, 0]  # trained once
 
 
 def check(outcome, words: str) -> None:
-    """Exit code 2 and one line."""
+    """Asserts exit code 2 and one line with these words."""
     assert outcome.code == 2, outcome.err
     assert outcome.err.startswith("tadperf: ")
     assert outcome.err.count("\n") == 1, outcome.err
@@ -82,7 +82,7 @@ def check(outcome, words: str) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> Path:
-    """Folders that are no source for digits: no index, 7 classes, a VAE of other latents than its transformer's."""
+    """Folders that cannot generate digits: no index, 7 classes, a VAE with other latents than its transformer."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,3 +249,44 @@ def test_the_error_of_a_background_task_is_raised_with_its_result():
         pool.start(task, [1], 1)
         with pytest.raises(ValueError, match="label 12 is missing"):
             list(pool.as_completed())
+
+
+def differentiate(item: int) -> float:
+    x = torch.ones(3, requires_grad=True)
+    return float(torch.autograd.grad((x * x).sum() * item, x)[0].sum())
+
+
+def fail_in_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes autograd fail in forked processes, as it does after a backward pass if PyTorch sees a GPU."""
+    parent, grad = os.getpid(), torch.autograd.grad
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if os.getpid() != parent:
+            raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+        return grad(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    workers._warn_of_autograd_threads.cache_clear()
+
+
+@linux
+def test_tasks_run_here_if_autograd_cannot_run_in_forked_processes(monkeypatch):
+    fail_in_child(monkeypatch)
+    before = torch.get_num_threads()
+    with pytest.warns(RuntimeWarning, match="set CUDA_VISIBLE_DEVICES to an empty value"):
+        assert list(run_parallel(differentiate, [1, 2, 3], 2)) == [(0, 6.0), (1, 12.0), (2, 18.0)]
+    threads = [count for _, count in run_parallel(lambda _: torch.get_num_threads(), [1, 2], 2)]
+    assert (threads, torch.get_num_threads()) == ([1, 1], before)
+    with BackgroundTasks() as pool:
+        pool.start(differentiate, [1, 2], 2)
+        assert (list(pool.completed()), pool.pending()) == ([], [])
+        pool.cancel()
+        assert list(pool.as_completed()) == []
+
+
+@linux
+def test_a_gpu_that_autograd_has_not_seen_does_not_prevent_forks(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    pids = {pid for _, pid in run_parallel(lambda _: os.getpid(), [1, 2], 2)}
+    assert os.getpid() not in pids

@@ -130,7 +130,7 @@ def test_damaged_and_full(tmp_path, cache, monkeypatch):
     path = folder(tmp_path / "set", True)
     (path / "train" / "b" / "5.png").write_bytes(b"no image")
     monkeypatch.setattr(mapped, "is_large", lambda shape: True)
-    with pytest.raises(UserError, match=r"5\.png: no image"):
+    with pytest.raises(UserError, match=r"5\.png: cannot be decoded"):
         open_data(path)
     assert not list(cache.glob("*.npy"))
     monkeypatch.setattr(mapped.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))

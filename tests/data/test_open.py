@@ -1,26 +1,29 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
 
-def test_digits_are_sklearns_scaled_to_bytes_and_split_for_good():
+def test_digits_are_those_of_scikit_learn_scaled_to_bytes_in_a_fixed_split():
     train, test = open_data("digits")
     assert test is not None
     assert (len(train), len(test), train.shape) == (1400, 397, (1, 8, 8))
     values, classes = load_digits(return_X_y=True)
-    whole = sorted((tuple(round(v * 255 / 16) for v in row), int(c)) for row, c in zip(values, classes, strict=True))
+    expected = sorted((tuple(round(v * 255 / 16) for v in row), int(c)) for row, c in zip(values, classes, strict=True))
     opened = [
         (tuple(image.flatten().tolist()), int(label))
         for split in (train, test)
         for image, label in zip(split.images, split.labels, strict=True)
     ]
-    assert sorted(opened) == whole  # every digit once, in one of the splits
+    assert sorted(opened) == expected  # every digit is in one of the splits, once
     share = train.labels.bincount() / torch.from_numpy(np.bincount(classes)) * 1797 / 1400
     assert share.sub(1).abs().max() < 0.01
     assert train.fingerprint == "e68d69efab014a33ae06a5e4dce3eca1"  # frozen: figures in reports depend on this split
@@ -37,8 +40,6 @@ def test_the_test_split_alone():
 
 
 def test_image_size_resizes_as_pillow_does():
-    from PIL import Image
-
     plain, small = open_data("digits").train, open_data("digits", image_size=5).train
     assert small.shape == (1, 5, 5)
     expected = Image.fromarray(plain.images[7, 0].numpy()).resize((5, 5), Image.Resampling.BICUBIC)
@@ -79,6 +80,75 @@ def test_a_file_of_unknown_kind_names_the_formats(tmp_path):
         open_data(tmp_path / "set.h5")
 
 
+def cifar100(folder, count=200):
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        data = np.full((count, 3072), len(name), np.uint8)
+        (folder / name).write_bytes(pickle.dumps({b"data": data, b"fine_labels": [k % 100 for k in range(count)]}))
+
+
+def mnist(folder):
+    folder.mkdir(parents=True)
+    for prefix, count in (("train", 4), ("t10k", 2)):
+        for content, shape in (("images-idx3", (count, 5, 5)), ("labels-idx1", (count,))):
+            sizes = b"".join(size.to_bytes(4, "big") for size in shape)
+            data = bytes(k % 2 for k in range(int(np.prod(shape))))
+            (folder / f"{prefix}-{content}-ubyte").write_bytes(bytes((0, 0, 8, len(shape))) + sizes + data)
+
+
+def test_torchvisions_folders_are_found_below_their_root(tmp_path):
+    cifar100(tmp_path / "one" / "cifar-100-python")  # without the file meta
+    train = open_data(tmp_path / "one").train
+    assert (len(train), train.num_classes) == (200, 100)
+    assert train.source["path"] == str(tmp_path / "one" / "cifar-100-python")
+    mnist(tmp_path / "two" / "MNIST" / "raw")
+    assert len(open_data(tmp_path / "two").train) == 4
+    assert len(open_data(tmp_path / "two" / "MNIST").train) == 4
+    cifar100(tmp_path / "two" / "cifar-100-python")
+    with pytest.raises(UserError, match=r"several data sets: MNIST/raw, cifar-100-python; name one of these folders"):
+        open_data(tmp_path / "two")
+
+
+def test_folders_around_the_classes_are_passed_and_one_class_is_refused(tmp_path, pixels):
+    for name in ("a", "b"):
+        (tmp_path / "x" / "y" / "z" / "images" / name).mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "x" / "y" / "z" / "images" / name / "0.png")
+    assert len(open_data(tmp_path / "x" / "y").train) == 2
+    with pytest.raises(UserError, match="only one class, 'images'; put the images of each class"):
+        open_data(tmp_path / "x")
+    (tmp_path / "one" / "disc").mkdir(parents=True)
+    Image.fromarray(pixels[0]).save(tmp_path / "one" / "disc" / "0.png")
+    with pytest.raises(
+        UserError, match="only one class, .disc.; put the images of each class into a folder"
+    ):
+        open_data(tmp_path / "one")
+    np.savez(tmp_path / "one.npz", images=pixels, labels=np.zeros(12, int))
+    with pytest.raises(UserError, match="only one class, '0'; put the images"):
+        open_data(tmp_path / "one.npz")
+
+
+def test_errors_of_the_file_system_name_the_file(tmp_path, pixels, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels[0]).save(tmp_path / name / "0.png")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tadperf.data.readers.folder.os.scandir", refuse)
+    with pytest.raises(UserError, match=r"^data: .*: Permission denied; check the file and its permissions$"):
+        open_data(tmp_path)
+
+
+def test_a_set_of_small_images_makes_no_cache_folder(tmp_path, pixels, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "set" / name / "0.png")
+    open_data(tmp_path / "set", image_size=4)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_format_that_is_not_the_files(tmp_path, pixels, classes):
     np.savez(tmp_path / "set.npz", images=pixels, labels=classes)
     for other in ("parquet", "folder", "cifar", "safetensors", "idx"):
@@ -93,7 +163,7 @@ def test_a_class_without_a_training_sample_is_named(tmp_path, pixels, classes):
         open_data(tmp_path / "set.npz")
 
 
-def test_a_class_that_new_labels_leave_empty_is_named(tmp_path, pixels, classes):
+def test_a_class_without_samples_under_new_labels_is_named(tmp_path, pixels, classes):
     np.savez(tmp_path / "set.npz", images=pixels, labels=classes)
     np.save(tmp_path / "noisy.npy", np.minimum(classes, 1))
     with pytest.raises(UserError, match="class '2' has no training sample"):
@@ -119,7 +189,7 @@ def test_splits_of_two_sizes(tmp_path, pixels, classes):
     assert test.shape == (3, 6, 6)
 
 
-def test_a_grey_split_follows_the_other_to_colour(tmp_path, pixels, classes):
+def test_a_grey_split_becomes_colour_if_the_other_is(tmp_path, pixels, classes):
     path = tmp_path / "set.npz"
     np.savez(path, x_train=pixels, y_train=classes, x_test=pixels[..., 0], y_test=classes)
     test = open_data(path).test

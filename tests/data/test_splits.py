@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tadperf.data.splits import choose_splits, look_like_splits, nfc, split_of_file, split_of_folder
+from tadperf.data.splits import choose_splits, look_like_splits, split_of_file, split_of_folder
+from tadperf.data.text import display_name, nfc
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,8 @@ def test_two_names_with_split_words_look_like_splits():
 
 def test_nfc_joins_a_letter_and_its_accent():
     assert nfc("cafe\u0301") == "caf\u00e9"
+
+
+def test_a_name_that_is_not_utf8_becomes_text():
+    assert display_name(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
+    assert display_name("cafe\u0301") == "caf\u00e9"

@@ -60,7 +60,7 @@ def test_the_result_and_its_records(finished):
     assert result.labels.tolist() == [c for c in range(10) for _ in range(2)]
     report = result.report
     assert report["detector"]["held_out"] > 0.5
-    assert Path(report["picture"]).exists()
+    assert (folder / "refined.png").exists()
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in r.items() if k not in ("stage", "step")} for r in logged if r["stage"] == "refine"]
     assert records == report["rounds"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -349,3 +350,41 @@ def test_a_failed_start_unlocks_the_folder(tmp_path, monkeypatch):
     monkeypatch.undo()
     Run.create(tmp_path / "run", CONFIG, resume=True).close()
     assert not folder._held_locks
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path):
+    with Run.create(tmp_path / "run", CONFIG) as run:
+        assert run._metrics is not None
+        run._metrics.close()
+        run._metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            run.log("matching", 1)
+        assert caught.value.filename == "/dev/full"
+    Run.create(tmp_path / "run", CONFIG, resume=True).close()  # the folder was unlocked
+
+
+def test_a_failed_write_names_its_file(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*result.json'$"):
+        write_json(tmp_path / "result.json", {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"No such file or directory: '.*absent/a'$"):
+        write_bytes(tmp_path / "absent" / "a", b"")
+
+
+def test_the_result_of_a_finished_run_can_be_read_in_a_read_only_folder(tmp_path, monkeypatch):
+    with Run.create(tmp_path / "run", CONFIG) as run:
+        run.finish({"accuracy": 0.5})
+    times = {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]}
+    run.path.chmod(0o500)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root ignores the mode
+    try:
+        folder.check_run_folder(run.path, resume=True)
+        assert finished_result(run.path, CONFIG) == {"accuracy": 0.5}
+    finally:
+        run.path.chmod(0o700)
+    assert times == {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]}

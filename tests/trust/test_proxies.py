@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tadperf.compute.workers import run_parallel
 from tadperf.config import NetConfig, TrustConfig
 from tadperf.nets.problem import Problem
+from tadperf.trust import epoch_progress
 from tadperf.trust.proxies import epoch_losses, train_proxies, train_proxy
 from tadperf.trust.state import TrustedView, as_given
 
@@ -59,5 +62,30 @@ def test_progress_of_each_round_starts_at_zero():
 
     p = problem()
     train_proxies(p, as_given(p.labels, p.class_names).view(), trust_config(), record)
-    assert calls[0] == ("trust:proxies", 0, 2)
-    assert calls[-1] == ("trust:proxies", 2, 2)
+    assert calls[0] == ("trust:proxies", 0, 4)
+    assert calls[-1] == ("trust:proxies", 4, 4)
+
+
+def test_epochs_of_forked_workers_are_reported_while_they_train(monkeypatch):
+    """Two workers of three slow epochs: the parent reports epochs before any worker has finished."""
+    monkeypatch.setattr(epoch_progress, "START_DELAY", 0.1)
+    monkeypatch.setattr(epoch_progress, "INTERVAL", 0.05)
+    calls: list[tuple[int, int, object]] = []
+
+    def record(stage: str, done: int, total: int, **values: object) -> None:
+        calls.append((done, total, values.get("finished")))
+
+    def train(m: int) -> int:
+        for _ in range(3):
+            time.sleep(0.4)
+            reporter.epoch_done(m)
+        time.sleep(0.4)
+        return m
+
+    with epoch_progress.EpochProgress(record, "stage", 2, 3) as reporter:
+        for m, _ in run_parallel(train, [0, 1], workers=2):
+            reporter.network_done(m)
+    assert calls[0] == (0, 6, None)
+    assert any(0 < done < 6 and finished == "0 of 2" for done, _, finished in calls)
+    assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
+    assert calls[-1][:2] == (6, 6)

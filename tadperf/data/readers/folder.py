@@ -11,10 +11,11 @@ import torch
 
 from tadperf.data.decode import SUFFIXES, BitDepth, Encoded, decode
 from tadperf.data.layout import Content, Layout, ReadOptions
-from tadperf.data.splits import choose_splits, look_like_splits, nfc, split_of_folder
+from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
+from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
 
-MAX_DESCENT = 2  # folders with nothing but one folder in them that are passed through
+MAX_DESCENT = 2  # levels of folders that hold one folder only; the classes may be below them
 LISTED = 8  # kinds of files that a warning names
 
 
@@ -56,11 +57,6 @@ def read_folder(path: Path, options: ReadOptions) -> Layout:
     return Layout(names, {split: lambda split=split: read(split) for split in files})
 
 
-def display_name(name: str) -> str:
-    """Returns a file name as text in Unicode form NFC. Bytes that are not UTF-8 become escapes: "caf\\xe9.png"."""
-    return nfc(os.fsencode(name).decode("utf-8", "backslashreplace"))
-
-
 def _encoded(file: Path) -> Encoded:
     return Encoded(str(file), file)
 
@@ -88,14 +84,17 @@ def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
     suspects = look_like_splits(folder.name for folder in folders)
     if suspects and all(_is_split_folder(path / name) for name in suspects):
         raise UserError("data", path, f"{', '.join(suspects)} look like splits; rename them to train and test")
-    if len(folders) == 1 and descent < MAX_DESCENT and len(_visible_folders(folders[0])) > 1:
+    if len(folders) == 1 and descent < MAX_DESCENT and _visible_folders(folders[0]):
         return _split_roots(folders[0], descent + 1)
     return {"train": path}
 
 
 def _is_split_folder(folder: Path) -> bool:
     """Returns whether a folder can be a split: it has folders in it, or nothing. A class named "train" holds images."""
-    return bool(_visible_folders(folder)) or not any(_is_image(entry.name) for entry in os.scandir(folder))
+    if _visible_folders(folder):
+        return True
+    with os.scandir(folder) as entries:
+        return not any(_is_image(entry.name) for entry in entries)
 
 
 def _nested(folder: Path) -> Path:
@@ -115,7 +114,7 @@ def _classes(root: Path) -> dict[str, list[Path]]:
 
 def _visible_folders(path: Path) -> list[Path]:
     with os.scandir(path) as entries:
-        return [path / name for name in sorted(e.name for e in entries if _is_visible(e.name) and e.is_dir())]
+        return [path / name for name in sorted(e.name for e in entries if _is_visible(e.name) and _is_folder(e))]
 
 
 def _is_visible(name: str) -> bool:
@@ -147,10 +146,17 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
         for entry in entries:
             if not _is_visible(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(folder / entry.name, (*above, place))
             else:
                 yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _outside_of_classes(roots: set[Path]) -> Counter[str]:
@@ -160,6 +166,7 @@ def _outside_of_classes(roots: set[Path]) -> Counter[str]:
 
 def _report_skipped(path: Path, skipped: Counter[str]) -> None:
     if skipped:
-        listed = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(LISTED))
+        kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
+        listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:LISTED])
         more = f" and {len(skipped) - LISTED} other kinds" if len(skipped) > LISTED else ""
-        warn_user(f"data: {path}: {skipped.total()} files are not used: {listed}{more}")
+        warn_user(f"data: {path}: {skipped.total()} other files are not used: {listed}{more}")

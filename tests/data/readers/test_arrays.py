@@ -148,7 +148,7 @@ def test_npz_damaged_inside(tmp_path, pixels, classes):
     data = bytearray((tmp_path / "set.npz").read_bytes())
     data[300:1500] = bytes(1200)
     (tmp_path / "set.npz").write_bytes(bytes(data))
-    with pytest.raises(UserError, match="images: not a valid array .*copy it again"):
+    with pytest.raises(UserError, match=r"images: not a valid array .*copy it again"):
         open_data(tmp_path / "set.npz")
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tadperf.data.open import open_data
-from tadperf.errors import UserError
+from tadperf.errors import DataWarning, UserError
 
 
 def save(array, path, **options):
@@ -21,9 +21,11 @@ def test_classes_under_train_and_val(tmp_path, pixels):
     (tmp_path / "train/.cache").mkdir()
     (tmp_path / "train/ant/.hidden.png").write_bytes(b"")
     (tmp_path / "train/ant/notes.txt").write_bytes(b"")
-    train, test = open_data(tmp_path)
+    with pytest.warns(DataWarning, match=r"1 other files are not used: \.txt \(1\)"):
+        train, test = open_data(tmp_path)
     assert test is not None
     assert train.class_names == test.class_names == ("ant", "zebra")
+    assert train.file_names == ("train/ant/1.png", "train/ant/2.png", "train/zebra/0.png", "train/zebra/3.png")
     assert train.labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(train.images, torch.from_numpy(pixels[[1, 2, 0, 3]]).permute(0, 3, 1, 2))
 
@@ -105,6 +107,6 @@ def test_an_undecodable_image_is_named(tmp_path, keep):
     save(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), tmp_path / "a/0.jpg")
     data = (tmp_path / "a/0.jpg").read_bytes()
     (tmp_path / "a/1.jpg").write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
-    with pytest.raises(UserError, match=r"1\.jpg: no image .*repair or remove") as caught:
+    with pytest.raises(UserError, match=r"1\.jpg: cannot be decoded .*repair or remove") as caught:
         open_data(tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
-"""Peak memory of each provider above its inputs, in a fresh process: `ask`.
+"""Measures the peak memory of each provider of an operator, without its inputs, in a new process.
 
-There glibc returns every tensor to the system when it is freed (MALLOC_MMAP_THRESHOLD_), so that none hides in memory
-that an earlier one left behind. Results count, inputs do not; each is called once before it is measured.
+In that process glibc returns every tensor to the system when it is freed (MALLOC_MMAP_THRESHOLD_), so a provider cannot
+use memory that an earlier one has left. Results count, inputs do not. Each provider is called once before.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from tadperf.bench.operators import catalogue
 from tadperf.bench.operators.engine import Size
 from tadperf.run.stage_meter import process_peak, reset_peak
 
-TIMEOUT = 120.0  # seconds for all providers of one case
+TIMEOUT = 120.0  # seconds for all providers of one case; not tuned
 
 
-def ask(operator: str, size: Size, dtype: torch.dtype, providers: Sequence[str]) -> dict[str, float]:
-    """MB by provider; empty where the system cannot tell or the process failed or took too long."""
+def measure_peaks(operator: str, size: Size, dtype: torch.dtype, providers: Sequence[str]) -> dict[str, float]:
+    """Returns MB by provider; an empty dict if the system cannot tell, or the process failed or took too long."""
     if not providers:
         return {}
     case = [operator, "x".join(map(str, size)), str(dtype).removeprefix("torch."), str(torch.get_num_threads())]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "tadperf.bench.stages.peak", *case, *providers]
+    command = [sys.executable, "-m", "tadperf.bench.operators.peak", *case, *providers]
     try:
         out = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT, check=True, text=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
@@ -37,27 +37,27 @@ def ask(operator: str, size: Size, dtype: torch.dtype, providers: Sequence[str])
 
 
 def resident() -> int:
-    """Resident bytes of this process."""
+    """Returns the resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(operator: str, size: str, dtype: str, threads: str, *providers: str) -> None:
     torch.set_num_threads(int(threads))
     bench = catalogue.load(operator)
-    found = {}
+    peaks = {}
     with torch.inference_mode():
-        inputs = bench.inputs(catalogue.parsed(bench, size), getattr(torch, dtype), torch.device("cpu"), 0)
+        inputs = bench.inputs(catalogue.parse_size(bench, size), getattr(torch, dtype), torch.device("cpu"), 0)
         for name in providers:
             function = bench.providers[name].build()
             function(*inputs)
             before = resident()
             reset_peak()
-            if process_peak() - before > 2**22:  # a system that does not reset it
+            if process_peak() - before > 2**22:  # this system does not reset the peak
                 break
             results = function(*inputs)
-            found[name] = round(max(process_peak() - before, 0) / 2**20, 1)
+            peaks[name] = round(max(process_peak() - before, 0) / 2**20, 1)
             del results
-    print(json.dumps(found))
+    print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training as the published codes write it: one network, one batch after another, augmented when it is drawn."""
+"""The training loop of the published code: one network, one batch after another, augmented when it is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fit(
     seed: int,
     after_epoch: Callable[[int], object] = lambda _: None,
 ) -> nn.Module:
-    """The plain PyTorch loop, on all cores as threads; arguments as for `tadperf.training.fit`."""
+    """Trains by a simple PyTorch loop with one thread per core. Arguments as in `tadperf.nets.training.fit`."""
     generator = torch.Generator().manual_seed(seed)
     target = labels.softmax(1) if labels.is_floating_point() else labels
     optimiser = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
@@ -41,6 +41,6 @@ def fit(
 
 @torch.no_grad()
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images that are classified rightly."""
-    right = [(module(x).argmax(1) == y).sum() for x, y in zip(images.split(1024), labels.split(1024), strict=True)]
-    return float(torch.stack(right).sum()) / len(images)
+    """Returns the share of images that are classified correctly."""
+    correct = [(module(x).argmax(1) == y).sum() for x, y in zip(images.split(1024), labels.split(1024), strict=True)]
+    return float(torch.stack(correct).sum()) / len(images)

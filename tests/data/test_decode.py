@@ -1,0 +1,154 @@
+"""Image files to pixels: alpha, deep images, warnings, broken files."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tadperf.data.decode import FORMATS, GROUND, SUFFIXES, BitDepth, Encoded, decode
+from tadperf.errors import DataWarning, UserError
+
+
+@pytest.fixture
+def read(tmp_path) -> Callable[..., torch.Tensor]:
+    """Decodes images that are saved under these names."""
+
+    def decode_all(**images: Image.Image | bytes) -> torch.Tensor:
+        files = []
+        for name, image in images.items():
+            files.append(tmp_path / name.replace("_", "."))
+            files[-1].write_bytes(image) if isinstance(image, bytes) else image.save(files[-1])
+        encoded = [Encoded(file.name, file) for file in files]
+        return decode(iter(encoded), len(files), None, files, BitDepth(lambda: iter(encoded)))
+
+    return decode_all
+
+
+def grey(*values: int, dtype: type = np.uint8) -> Image.Image:
+    return Image.fromarray(np.array([values], dtype))
+
+
+def test_transparent_pixels_show_mid_grey_and_opaque_ones_are_not_changed(read):
+    rgba = np.array([[[10, 20, 30, 255], [200, 200, 200, 0], [0, 0, 0, 128]]], np.uint8)
+    (image,) = read(a_png=Image.fromarray(rgba))
+    assert image[:, 0, 0].tolist() == [10, 20, 30]
+    assert image[:, 0, 1].tolist() == [GROUND] * 3
+    assert (image[:, 0, 2] - GROUND // 2).abs().max() <= 1
+    opaque = np.dstack([rgba[..., :3], np.full((1, 3), 255, np.uint8)])
+    (image,) = read(b_png=Image.fromarray(opaque))
+    assert torch.equal(image, torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1))
+
+
+def test_grey_with_alpha_stays_grey(read):
+    (image,) = read(a_png=Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8)))
+    assert image.tolist() == [[[10, GROUND]]]
+
+
+def test_a_transparent_colour_of_a_palette(read, tmp_path):
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.save(tmp_path / "a.gif", transparency=1)
+    (image,) = read(a_gif=(tmp_path / "a.gif").read_bytes())
+    assert image[:, 0].T.tolist() == [[255, 0, 0], [GROUND] * 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "bits"),
+    [
+        ((0, 255), np.uint16, 8),
+        ((256, 1023), np.uint16, 10),
+        ((0, 4095), np.uint16, 12),
+        ((0, 65535), np.uint16, 16),
+        ((0, 1 << 20), np.int32, 21),
+        ((0, 255), np.float32, 8),
+        ((0, 1000), np.float32, 10),
+    ],
+)
+def test_deep_images_are_scaled_by_the_bits_that_the_set_uses(read, values, dtype, bits):
+    images = read(a_tif=grey(*values, dtype=dtype), b_tif=grey(1, 2, dtype=dtype))
+    assert images[0, 0, 0].tolist() == [int(value * 2.0 ** (8 - bits)) for value in values]
+    assert images[1, 0, 0].tolist() == [int(value * 2.0 ** (8 - bits)) for value in (1, 2)]
+
+
+def test_floats_up_to_one_fill_the_range(read):
+    assert read(a_tif=Image.fromarray(np.array([[0, 0.5, 1]], np.float32))).flatten().tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_negative_and_non_finite_pixels_are_refused(read, value):
+    with pytest.raises(UserError, match=r"a\.tif: cannot be decoded \(negative or non-finite pixels\)"):
+        read(a_tif=Image.fromarray(np.array([[0.5, value]], np.float32)))
+
+
+def test_images_of_eight_bits_are_not_scaled_by_deep_ones_beside_them(read):
+    images = read(a_png=grey(7, 250), b_png=grey(16, 4095, dtype=np.uint16))
+    assert images[:, 0, 0].tolist() == [[7, 250], [1, 255]]
+
+
+def test_at_most_twenty_broken_images_are_named(read):
+    with pytest.raises(UserError) as caught:
+        read(**{f"{k:02}_png": b"junk" for k in range(23)}, good_png=grey(1, 2))
+    message = str(caught.value)
+    assert message.startswith("data: 23 files: cannot be decoded: 00.png (unknown format), ")
+    assert "19.png" in message
+    assert "20.png" not in message
+    assert message.endswith("and 3 more; repair or remove them")
+
+
+def test_pillows_warnings_are_counted_in_one_line(read, tmp_path):
+    grey(1, 2).save(tmp_path / "a.tif", description="x" * 10)
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[9] = 1  # 256 more entries in the table of tags than there are
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = read(b_tif=bytes(data), c_tif=bytes(data))
+    assert images[0].flatten().tolist() == [1, 2]
+    assert [warning.category for warning in caught] == [DataWarning]
+    assert re.match(r"Pillow gave \d+ warnings about the images, the first: Corrupt EXIF", str(caught[0].message))
+
+
+def test_libtiff_prints_nothing(read, capfd, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.tif", compression="tiff_adobe_deflate")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[300:400] = bytes(100)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        read(b_tif=bytes(data))
+    assert capfd.readouterr().err == ""
+
+
+def test_suffixes_and_formats_are_known_to_pillow():
+    Image.init()
+    known = Image.registered_extensions()
+    formats = {known[suffix] for suffix in SUFFIXES if suffix in known}
+    assert formats <= set(FORMATS)
+    assert {".jpg", ".png", ".tif", ".webp", ".gif", ".bmp", ".ppm", ".tga", ".jp2"} <= set(SUFFIXES) & set(known)
+    assert not {"EPS", "PDF", "WMF", "HDF5", "MPEG"} & set(FORMATS)
+
+
+def test_lossless_formats_of_other_suffixes(read):
+    assert (
+        read(**{f"{k}_{suffix[1:]}": grey(9, 9) for k, suffix in enumerate((".pgm", ".tga", ".dib", ".pcx"))})
+        .eq(9)
+        .all()
+    )
+
+
+def test_the_bits_are_found_once(tmp_path):
+    calls = []
+    grey(0, 1000, dtype=np.uint16).save(tmp_path / "a.png")
+
+    def images():
+        calls.append(1)
+        return iter([Encoded("a", Path(tmp_path / "a.png"))])
+
+    depth = BitDepth(images)
+    assert [depth(), depth()] == [10, 10]
+    assert calls == [1]

@@ -1,0 +1,15 @@
+"""Files with random damage: each opens or is refused in one line. bench/tools/mutate_files.py tries thousands."""
+
+from __future__ import annotations
+
+import pytest
+
+from tadperf.bench.tools.mutate_files import CASES, run_case
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_damaged_file_opens_or_is_refused(name):
+    result = run_case(name, range(10**6, 10**6 + 25))
+    assert result.faults == []
+    assert result.opened + result.refused == 25
+    assert result.refused > 0

@@ -1,0 +1,71 @@
+"""Every tensor that trust creates is on the device of its inputs.
+
+PyTorch's default device is "meta" in these tests: a tensor created without `device=` would have no values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tadperf.kernels import Reliability, reliability
+from tadperf.trust.neighbours import estimate_from_neighbours
+from tadperf.trust.partition import partition
+from tadperf.trust.recalibrate import recalibrate
+from tadperf.trust.state import as_given
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def clouds() -> tuple[Tensor, Tensor, Tensor]:
+    """Features of three clouds, labels of which a fifth are wrong, and losses."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.arange(3).repeat(40)
+    features = 3 * torch.eye(3, 8)[clean] + torch.randn(120, 8, generator=generator)
+    wrong = torch.arange(120) % 5 == 0
+    losses = torch.where(wrong, 3.0, 0.2) + 0.1 * torch.rand(120, generator=generator)
+    return features, torch.where(wrong, (clean + 1) % 3, clean), losses
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_threshold": False}, {"class_wise": False}], ids=str)
+def test_partition(clouds, options: dict[str, Any]):
+    _, labels, losses = clouds
+    expected = partition(losses, labels, **options)
+    with torch.device("meta"):
+        result = partition(losses, labels, **options)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_recalibrate(clouds, monkeypatch):
+    features, labels, losses = clouds
+    split = partition(losses, labels)
+
+    def on_cpu(*tensors: Tensor) -> Reliability:  # the operators have their own tests
+        with torch.device("cpu"):
+            return reliability(*tensors)
+
+    monkeypatch.setattr("tadperf.trust.recalibrate.nearest_anchors", on_cpu)
+    expected = recalibrate(features, labels, split.trusted, split.posterior, 3)
+    with torch.device("meta"):
+        result = recalibrate(features, labels, split.trusted, split.posterior, 3)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("fold_size", [2**25, 0])
+def test_neighbours(clouds, monkeypatch, fold_size):
+    features, labels, _ = clouds
+    monkeypatch.setattr("tadperf.trust.neighbours.FOLD_SIZE", fold_size)
+    expected = estimate_from_neighbours(features, labels, 3, 0)
+    with torch.device("meta"):
+        result = estimate_from_neighbours(features, labels, 3, 0)
+    assert torch.equal(result.posterior, expected.posterior)
+
+
+def test_as_given(clouds):
+    _, labels, _ = clouds
+    with torch.device("meta"):
+        assert as_given(labels, ("a", "b", "c")).decided.device.type == "cpu"
