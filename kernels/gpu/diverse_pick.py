@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.ops.diverse_pick import unit_rows
 
@@ -150,27 +151,28 @@ def diverse_pick(
     index, rows = torch.empty_like(order), torch.empty_like(order)
     similarity = units.new_empty(count)
     config = launch_config("diverse_pick", candidates.device, choices)
-    diverse_pick_kernel[(count,)](
-        units.contiguous(),
-        scores,
-        pooled.to(torch.int8),
-        order,
-        sorted_classes,
-        held_units.contiguous(),
-        held_usable.to(torch.int8),
-        torch.searchsorted(held, sorted_classes),
-        torch.searchsorted(held, sorted_classes, right=True),
-        rows,
-        index,
-        similarity,
-        torch.full((1,), math.nan if weight is None else weight, dtype=torch.float64, device=units.device),
-        count,
-        choices,
-        size,
-        ROWS=config["rows"],
-        OTHERS=config["others"],
-        DEPTH=config["depth"],
-        num_warps=config["num_warps"],
-        num_stages=1,  # the row of a winner must not be fetched before it is known
-    )
+    with on_device(candidates):
+        diverse_pick_kernel[(count,)](
+            units.contiguous(),
+            scores,
+            pooled.to(torch.int8),
+            order,
+            sorted_classes,
+            held_units.contiguous(),
+            held_usable.to(torch.int8),
+            torch.searchsorted(held, sorted_classes),
+            torch.searchsorted(held, sorted_classes, right=True),
+            rows,
+            index,
+            similarity,
+            torch.full((1,), math.nan if weight is None else weight, dtype=torch.float64, device=units.device),
+            count,
+            choices,
+            size,
+            ROWS=config["rows"],
+            OTHERS=config["others"],
+            DEPTH=config["depth"],
+            num_warps=config["num_warps"],
+            num_stages=1,  # the row of a winner must not be fetched before it is known
+        )
     return index, similarity

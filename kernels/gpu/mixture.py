@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.ops import mixture as constants
 
@@ -280,25 +281,27 @@ def mixture(
     used = losses.isfinite() & (groups >= 0) & (groups < num_groups)
     keys, sample = torch.where(used, groups, num_groups).int().sort(stable=True)
     begins = torch.searchsorted(keys, torch.arange(num_groups + 1, device=keys.device, dtype=torch.int32))
-    posterior = torch.where(losses < 0, 1.0, torch.where(losses > 0, 0.0, torch.nan))
-    posterior = torch.where((groups >= 0) & (groups < num_groups), posterior, torch.nan)
+    posterior = torch.full_like(losses, torch.nan, dtype=torch.float32)
+    in_range = (groups >= 0) & (groups < num_groups)
+    posterior.masked_fill_(in_range & (losses < 0), 1.0).masked_fill_(in_range & (losses > 0), 0.0)
     weight, mean, variance = (losses.new_empty(num_groups, 2, dtype=torch.float64) for _ in range(3))
     steps, total = (losses.new_empty(num_groups, dtype=dtype) for dtype in (torch.int64, torch.float64))
     config = launch_config("mixture", losses.device, len(losses) // num_groups)
-    mixture_kernel[(num_groups,)](
-        losses.float()[sample],
-        sample,
-        begins,
-        posterior,
-        weight,
-        mean,
-        variance,
-        steps,
-        total,
-        iterations // 3,
-        tolerance,
-        floor,
-        int(monotone),
-        **config,  # pyright: ignore[reportArgumentType]
-    )
+    with on_device(losses):
+        mixture_kernel[(num_groups,)](
+            losses.float()[sample],
+            sample,
+            begins,
+            posterior,
+            weight,
+            mean,
+            variance,
+            steps,
+            total,
+            iterations // 3,
+            tolerance,
+            floor,
+            int(monotone),
+            **config,  # pyright: ignore[reportArgumentType]
+        )
     return posterior, weight, mean, variance, steps, total

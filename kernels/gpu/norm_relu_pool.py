@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 
 
@@ -174,7 +175,7 @@ def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bo
     moments = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
     if len(x):
         grid = (triton.cdiv(sizes[0], constants["PLANES"]),)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             forward_kernel[grid](x, weight.contiguous(), bias.contiguous(), y, moments, *sizes, eps, **constants)
     return y, moments
 
@@ -188,6 +189,6 @@ def norm_relu_pool_gradient(
     if len(x):
         grid = (triton.cdiv(sizes[0], constants["PLANES"]),)
         scale, shift = weight.contiguous(), bias.contiguous()
-        with torch.cuda.device_of(x):
+        with on_device(x):
             backward_kernel[grid](grad_y, x, scale, shift, moments, grad_x, partial, *sizes, **constants)
     return grad_x, partial[0].sum(0).to(weight.dtype), partial[1].sum(0).to(bias.dtype)

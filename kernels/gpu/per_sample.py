@@ -9,16 +9,16 @@ softmax, with one exponential per logit). The lanes are merged once, after the l
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.ops.per_sample import PerSample, empty_results
 
+# NaN must not be such a constant: Triton compares the constants of a kernel before each launch, and NaN != NaN.
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -76,12 +76,12 @@ def write_results(
     defined = (total > 0) & (total < INF)
     log_total = tl.log(total)
     share = 1 / total
-    value = tl.where(defined & (label < n_classes) & (label >= -1), log_total + (top - label_logit), NAN)
+    value = tl.where(defined & (label < n_classes) & (label >= -1), log_total + (top - label_logit), float("nan"))
     tl.store(loss_ptr + row, tl.where(label == -1, 0.0, value), mask)
-    tl.store(confidence_ptr + row, tl.where(defined, share, NAN), mask)
+    tl.store(confidence_ptr + row, tl.where(defined, share, float("nan")), mask)
     tl.store(prediction_ptr + row, tl.where(defined, argmax, -1).to(tl.int64), mask)
-    tl.store(margin_ptr + row, tl.where(defined, (1 - tl.exp(second - top)) * share, NAN), mask)
-    tl.store(entropy_ptr + row, tl.where(defined, log_total - weighted * share, NAN), mask)
+    tl.store(margin_ptr + row, tl.where(defined, (1 - tl.exp(second - top)) * share, float("nan")), mask)
+    tl.store(entropy_ptr + row, tl.where(defined, log_total - weighted * share, float("nan")), mask)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def loss_gradient_kernel(
     wrong = (label < -1) | (label >= n_classes)
     p = tl.exp(x - tl.load(top_ptr + row, mask, other=0)) * tl.load(confidence_ptr + row, mask, other=0)
     gradient = (p - (column + first == label).to(tl.float32)) * tl.load(scale_ptr + row, mask, other=0)
-    gradient = tl.where(label == -1, 0.0, tl.where(wrong, NAN, gradient))
+    gradient = tl.where(label == -1, 0.0, tl.where(wrong, float("nan"), gradient))
     tl.store(out_ptr + row * n_columns + column, gradient.to(out_ptr.dtype.element_ty), here)
 
 
@@ -143,7 +143,7 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
     config = launch_config("per_sample", logits.device, classes)
     block = min(config["block"], max(16, triton.next_power_of_2(classes)))
     per_program = max(1, config["tile"] // block)
-    with torch.cuda.device_of(logits):
+    with on_device(logits):
         per_sample_kernel[(triton.cdiv(rows, per_program),)](
             logits, labels, *out, rows, classes, *logits.stride(), labels.stride(0),
             ROWS=per_program, BLOCK=block, ONE_CHUNK=classes <= block, num_warps=config["num_warps"],
@@ -168,7 +168,7 @@ def loss_gradient(
     config = launch_config("per_sample_gradient", logits.device, columns)
     block = min(config["block"], max(16, triton.next_power_of_2(columns)))
     per_program = max(1, config["tile"] // block)
-    with torch.cuda.device_of(logits):
+    with on_device(logits):
         loss_gradient_kernel[(triton.cdiv(rows, per_program), triton.cdiv(columns, block))](
             logits, labels, top, confidence, scale, out, rows, columns, first, classes or columns,
             *logits.stride(), labels.stride(0), ROWS=per_program, BLOCK=block, num_warps=config["num_warps"],

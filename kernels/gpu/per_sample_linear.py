@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.gpu.per_sample import INF, merge_lanes, write_results
 from tadperf.kernels.ops.per_sample import empty_results
@@ -143,13 +144,12 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
     per_split = triton.cdiv(class_blocks, wanted) * config["block"]
     splits = triton.cdiv(classes, per_split)
     state = features.new_empty(splits, 6, rows, dtype=torch.float32)  # pyright: ignore[reportArgumentType]
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    with torch.cuda.device_of(features):
+    with on_device(features):
         linear_kernel[(row_blocks, splits)](
             features, weight, weight if bias is None else bias, labels, state, rows, classes, depth,
             features.stride(0), weight.stride(0), labels.stride(0), per_split,
             HAS_BIAS=bias is not None, ROWS=config["rows"], BLOCK=config["block"], DEPTH=config["depth"],
-            PRECISION=precision, num_warps=config["num_warps"], num_stages=config["num_stages"],
+            PRECISION=MATMUL_PRECISION, num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
         padded = triton.next_power_of_2(splits)
         merge_rows = max(1, 512 // padded)

@@ -1,7 +1,6 @@
 """`reliability` in Triton: whitens the features in blocks of rows, then ranks them against tiles of anchors.
 
-Matrix products use three TF32 products each (the accuracy of float32), or float32 itself on AMD. PyTorch's settings for
-TF32 have no effect here. No program waits for another and no sum depends on the grid, so every run gives the same bits.
+No program waits for another and no sum depends on the grid, so every run gives the same bits.
 """
 
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
@@ -14,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.ops.reliability import Reliability, centre_and_directions
 
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
 BLOCK = 2**23  # whitened floats in memory at a time, 32 MB; not tuned
 
 
@@ -158,20 +157,22 @@ def _whiten(features: Tensor, centre: Tensor, inverse: Tensor, out: Tensor) -> T
     rows, width = features.shape
     config = launch_config("reliability_whiten", features.device, width)
     grid = triton.cdiv(rows, config["ROWS"]), triton.cdiv(width, config["COLUMNS"])
-    whiten_kernel[grid](
-        features, centre, inverse, out, rows, width, features.stride(0), features.stride(1),
-        PRECISION=PRECISION, **config,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+    with on_device(features):
+        whiten_kernel[grid](
+            features, centre, inverse, out, rows, width, features.stride(0), features.stride(1),
+            PRECISION=MATMUL_PRECISION, **config,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
     return out[:rows]
 
 
 def _rank(samples: Tensor, anchors: Tensor, offsets: Tensor, out: tuple[Tensor, ...], distance: bool) -> None:
     (rows, width), classes = samples.shape, len(anchors)
     config = launch_config("reliability", samples.device, classes)
-    rank_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-        samples, anchors, offsets, *out, rows, classes, width, samples.stride(0), samples.stride(1),
-        DISTANCE=distance, PRECISION=PRECISION, **config,
-    )  # fmt: skip
+    with on_device(samples):
+        rank_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+            samples, anchors, offsets, *out, rows, classes, width, samples.stride(0), samples.stride(1),
+            DISTANCE=distance, PRECISION=MATMUL_PRECISION, **config,
+        )  # fmt: skip
 
 
 def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:

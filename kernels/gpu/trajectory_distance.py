@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 
 
@@ -161,10 +162,14 @@ def trajectory_distance(student: Tensor, target: Tensor, start: Tensor, lengths:
         return results
     strides = _strides(student, target, start)
     if count:
-        block_sums_kernel[(rows * count,)](
-            student, target, start, blocks, sums, count, *strides, BLOCK=size, num_warps=config["num_warps"]
+        with on_device(student):
+            block_sums_kernel[(rows * count,)](
+                student, target, start, blocks, sums, count, *strides, BLOCK=size, num_warps=config["num_warps"]
+            )
+    with on_device(student):
+        segment_sums_kernel[(rows * segments,)](
+            sums, firsts, *results, count, segments, FOLD=config["fold"], num_warps=1
         )
-    segment_sums_kernel[(rows * segments,)](sums, firsts, *results, count, segments, FOLD=config["fold"], num_warps=1)
     return results
 
 
@@ -188,18 +193,19 @@ def gradient(
     grads = [torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip(inputs, needs, strict=True)]
     together = rows if 2 in codes else 1
     if len(blocks) and any(needs):
-        gradient_kernel[(len(blocks) * (rows // together),)](
-            *inputs,
-            of_distance,
-            of_expert,
-            *grads,
-            blocks,
-            len(blocks),
-            segments,
-            together,
-            *_strides(*inputs),
-            *codes,
-            BLOCK=size,
-            num_warps=config["num_warps"],
-        )
+        with on_device(student):
+            gradient_kernel[(len(blocks) * (rows // together),)](
+                *inputs,
+                of_distance,
+                of_expert,
+                *grads,
+                blocks,
+                len(blocks),
+                segments,
+                together,
+                *_strides(*inputs),
+                *codes,
+                BLOCK=size,
+                num_warps=config["num_warps"],
+            )
     return grads

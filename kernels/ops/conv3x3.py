@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import native, registry
+from tadperf.kernels.checks import check_dense, check_memory
+from tadperf.kernels.dispatch import is_direct
 
 registry.register("conv3x3", cuda="reference")  # torch.conv2d
 
@@ -33,7 +35,7 @@ MIN_CHANNELS, MAX_CHANNELS = 32, 256
 def covers(x: Tensor, channels_in: int, channels_out: int) -> bool:
     """Whether compiled code supports these maps: float32 on a CPU, 32 to 256 channels, in multiples of 16."""
     return (
-        not torch.compiler.is_compiling()
+        is_direct(x)
         and x.is_cpu
         and x.dtype == torch.float32
         and min(channels_in, channels_out) >= MIN_CHANNELS
@@ -51,16 +53,24 @@ def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     ValueError for wrong shapes or types, and RuntimeError for a second derivative of compiled code.
     """
     _check(x, kernel, kernel.shape[1:2])
-    if not covers(x, kernel.shape[1], kernel.shape[0]):
+    if not is_direct(kernel) or not covers(x, kernel.shape[1], kernel.shape[0]):
         return torch.conv2d(x, kernel, padding=1)
     if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
         return _Conv3x3.apply(x, kernel)  # pyright: ignore[reportReturnType]
-    return _product(x, _transformed(kernel, rotated=False), len(kernel))
+    return _forward(x, kernel)
+
+
+def _forward(x: Tensor, kernel: Tensor) -> Tensor:
+    check_memory(x=x, kernel=kernel)
+    return _product(x, _transformed(kernel.detach(), rotated=False), len(kernel))
 
 
 def _check(maps: Tensor, kernel: Tensor, channels: torch.Size) -> None:
+    check_dense(maps=maps, kernel=kernel)
     fits = kernel.shape[2:] == (3, 3) and maps.ndim == 4 and maps.shape[1:2] == channels
-    if not fits or kernel.dtype != maps.dtype:
+    if kernel.device != maps.device:
+        raise ValueError(f"kernel: on {kernel.device}: expected {maps.device}, like the maps")
+    if not fits or kernel.dtype != maps.dtype or not maps.is_floating_point():
         raise ValueError(
             f"kernel: {kernel.dtype} {list(kernel.shape)}: does not fit maps {maps.dtype} {list(maps.shape)}; "
             "expected [K, C, 3, 3] of the same type"
@@ -71,7 +81,7 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(x, kernel)
-        return _product(x, _transformed(kernel, rotated=False), len(kernel))
+        return _forward(x, kernel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
@@ -86,9 +96,10 @@ class _Conv3x3(torch.autograd.Function):
 def conv3x3_input(grad: Tensor, kernel: Tensor) -> Tensor:
     """Returns the gradient of x, given that of y [N, K, H, W]. Raises ValueError for wrong shapes or types."""
     _check(grad, kernel, kernel.shape[:1])
-    if not covers(grad, kernel.shape[1], kernel.shape[0]):
+    if not is_direct(kernel) or not covers(grad, kernel.shape[1], kernel.shape[0]):
         return _backward(grad, grad[:, :1].expand(-1, kernel.shape[1], -1, -1), kernel, 0)
-    return _product(grad, _transformed(kernel, rotated=True), kernel.shape[1])
+    check_memory(grad=grad, kernel=kernel)
+    return _product(grad, _transformed(kernel.detach(), rotated=True), kernel.shape[1])
 
 
 def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
@@ -96,11 +107,15 @@ def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
 
     The bits are the same for any number of threads. Raises ValueError for wrong shapes or types.
     """
+    check_dense(grad=grad, x=x)
     if x.ndim != 4 or grad.ndim != 4 or (len(x), *x.shape[2:]) != (len(grad), *grad.shape[2:]) or grad.dtype != x.dtype:
         raise ValueError(f"grad: {grad.dtype} {list(grad.shape)}: does not fit x, {x.dtype} {list(x.shape)}")
+    if x.device != grad.device:
+        raise ValueError(f"x: on {x.device}: expected {grad.device}, like grad")
     (images, channels, height, width), out = x.shape, grad.shape[1]
-    if not covers(x, channels, out) or not images:
+    if not is_direct(grad) or not covers(x, channels, out) or not images:
         return _backward(grad, x, x.new_empty(out, channels, 3, 3), 1)
+    check_memory(grad=grad, x=x)
     tiles = images * -(-height // 2) * -(-width // 2)
     parts = 1 << max(0, min(MAX_PARTS, images, tiles // MIN_TILES).bit_length() - 1)
     partial = torch.empty((parts, 16, channels * out), dtype=torch.float32, device=x.device)
@@ -131,9 +146,10 @@ def _transformed(kernel: Tensor, rotated: bool) -> Tensor:
 def _kernel_transform(rotated: bool) -> Tensor:
     """Returns the Kronecker product of G and G, [16, 9]. rotated: for the 9 taps in reverse order."""
     rows = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]]
-    g = torch.tensor(rows, dtype=torch.float32, device="cpu")
-    product = torch.kron(g, g)
-    return product.flip(1).contiguous() if rotated else product
+    with torch.inference_mode(False):  # the cache must not hold an inference tensor
+        g = torch.tensor(rows, dtype=torch.float32, device="cpu")
+        product = torch.kron(g, g)
+        return product.flip(1).contiguous() if rotated else product
 
 
 def _backward(grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:

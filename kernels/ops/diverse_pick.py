@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_memory
+from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("diverse_pick")
@@ -56,10 +58,12 @@ def diverse_pick(
     wrong shapes, types, devices or settings.
     """
     _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
+    way = route("diverse_pick", candidates, scores, qualified, classes, qualified_classes)
     tensors = candidates.detach(), scores.detach(), qualified.detach(), classes, qualified_classes
-    if torch.compiler.is_compiling():
-        return DiversePick(*_operator(*tensors, top_k, None if weight is None else float(weight)))
-    return _forward(*tensors, top_k, weight)
+    if way is Route.REFERENCE:
+        return diverse_pick_reference(*tensors, top_k=top_k, weight=weight)
+    run = _operator if way is Route.DISPATCHER else _forward
+    return DiversePick(*run(*tensors, top_k, None if weight is None else float(weight)))
 
 
 def diverse_pick_reference(
@@ -120,6 +124,8 @@ def _check(
     top_k: int | None,
     weight: float | None,
 ) -> None:
+    tensors = {"scores": scores, "qualified": qualified, "classes": classes, "qualified_classes": qualified_classes}
+    check_dense(candidates=candidates, **tensors)
     if candidates.ndim != 3 or not candidates.is_floating_point():
         raise ValueError(f"candidates: {candidates.dtype} {tuple(candidates.shape)}: expected floats [A, K, D]")
     count, choices, size = candidates.shape
@@ -130,8 +136,7 @@ def _check(
     for name, x, length in (("classes", classes, count), ("qualified_classes", qualified_classes, len(qualified))):
         if tuple(x.shape) != (length,) or x.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}: expected int32 or int64 {(length,)}")
-    others = {"scores": scores, "qualified": qualified, "classes": classes, "qualified_classes": qualified_classes}
-    for name, x in others.items():
+    for name, x in tensors.items():
         if x.device != candidates.device:
             raise ValueError(f"{name}: on {x.device}: expected {candidates.device}, like the candidates")
     if top_k is not None and top_k < 1:
@@ -174,6 +179,8 @@ def _forward(
     top_k: int | None,
     weight: float | None,
 ) -> DiversePick:
+    check_memory(candidates=candidates, scores=scores, qualified=qualified)
+    check_memory(classes=classes, qualified_classes=qualified_classes)
     supported = candidates.dtype in ELEMENT_TYPES and qualified.dtype in ELEMENT_TYPES
     arguments = (candidates, scores, qualified, classes, qualified_classes)
     if supported and candidates.device.type == "cpu" and native.available():
@@ -195,6 +202,7 @@ def _operator(
     top_k: int | None,
     weight: float | None,
 ) -> tuple[Tensor, Tensor]:
+    _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
     return _forward(candidates, scores, qualified, classes, qualified_classes, top_k, weight)[:]  # a plain tuple
 
 

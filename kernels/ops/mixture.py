@@ -34,6 +34,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_memory
+from tadperf.kernels.dispatch import Route, route
 
 registry.register("mixture")
 
@@ -83,8 +85,14 @@ def mixture(
     for the device: a group out of range counts as -1.
     """
     _check(losses, groups, num_groups, iterations, tolerance, floor)
-    run = _operator if torch.compiler.is_compiling() else _forward  # the dispatcher would cost tens of microseconds
-    return Mixture(*run(losses, groups, num_groups, iterations, tolerance, floor, monotone))
+    way = route("mixture", losses, groups)
+    losses = losses.detach()
+    if way is Route.REFERENCE:
+        return mixture_reference(
+            losses, groups, num_groups, iterations=iterations, tolerance=tolerance, floor=floor, monotone=monotone
+        )
+    run = _operator if way is Route.DISPATCHER else _forward
+    return Mixture(*run(losses, groups, num_groups, iterations, float(tolerance), float(floor), bool(monotone)))
 
 
 @torch.no_grad()
@@ -234,10 +242,13 @@ def _clamp_at_turn(theta: Tensor, z: Tensor, g: Tensor) -> Tensor:
 
 
 def _check(losses: Tensor, groups: Tensor, num_groups: int, iterations: int, tolerance: float, floor: float) -> None:
+    check_dense(losses=losses, groups=groups)
     if not losses.is_floating_point():
         raise ValueError(f"losses: {losses.dtype} {tuple(losses.shape)}: expected floats")
     if groups.dtype not in (torch.int32, torch.int64) or groups.shape != losses.shape:
         raise ValueError(f"groups: {groups.dtype} {tuple(groups.shape)}: expected int32 or int64 {tuple(losses.shape)}")
+    if groups.device != losses.device:
+        raise ValueError(f"groups: on {groups.device}: expected {losses.device}, like the losses")
     if num_groups < 1:
         raise ValueError(f"num_groups: {num_groups}: expected 1 or more")
     if iterations < 3:
@@ -278,6 +289,7 @@ def _native(losses: Tensor, groups: Tensor, num_groups: int, *options: float) ->
 def _forward(
     losses: Tensor, groups: Tensor, num_groups: int, iterations: int, tolerance: float, floor: float, monotone: bool
 ) -> Mixture:
+    check_memory(losses=losses, groups=groups)
     options = num_groups, iterations, tolerance, floor, monotone
     if losses.dtype != torch.float64:
         if losses.device.type == "cpu" == groups.device.type and native.available():
@@ -296,6 +308,7 @@ def _forward(
 def _operator(
     losses: Tensor, groups: Tensor, num_groups: int, iterations: int, tolerance: float, floor: float, monotone: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(losses, groups, num_groups, iterations, tolerance, floor)
     return _forward(losses, groups, num_groups, iterations, tolerance, floor, monotone)[:]  # a plain tuple
 
 

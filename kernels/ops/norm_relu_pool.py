@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_like, check_memory
+from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("norm_relu_pool")
@@ -46,8 +48,11 @@ def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, p
     Raises ValueError for wrong shapes, types, devices or eps, and RuntimeError for a second derivative.
     """
     _check(x, weight, bias, eps, pool)
-    if torch.compiler.is_compiling():
-        return _operator(x, weight, bias, eps, pool)[0]
+    way = route("norm_relu_pool", x, weight, bias)
+    if way is Route.REFERENCE:
+        return norm_relu_pool_reference(x, weight, bias, eps, pool)
+    if way is Route.DISPATCHER:
+        return _operator(x, weight, bias, float(eps), pool)[0]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _NormReluPool.apply(x, weight, bias, eps, pool)
     return _forward(x, weight, bias, eps, pool)[0]
@@ -62,6 +67,7 @@ def norm_relu_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> None:
+    check_dense(x=x, weight=weight, bias=bias)
     least = 2 if pool else 1
     if not x.is_floating_point() or x.ndim != 4 or x.shape[1] < 1 or min(x.shape[2:]) < least:
         raise ValueError(f"x: {x.dtype} {tuple(x.shape)}: expected floats [N, C, H, W], H and W of {least} or more")
@@ -73,6 +79,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> N
             )
     if not eps > 0:
         raise ValueError(f"eps: {eps}: expected more than 0")
+
+
+def _check_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool) -> None:
+    _check(x, weight, bias, 1, pool)
+    check_dense(grad_y=grad_y, moments=moments)
+    check_like("grad_y", grad_y, _pooled_shape(x, pool), x.dtype, x.device)
+    check_like("moments", moments, (2, *x.shape[:2]), _accumulator(x), x.device)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -87,8 +100,6 @@ def _format(x: Tensor) -> torch.memory_format:
 
 def _compiled(x: Tensor) -> str | None:
     """Returns the device type whose compiled code supports x, or None."""
-    if torch.compiler.is_compiling():
-        return None
     built = (x.is_cpu and native.available()) or (x.is_cuda and gpu.available())
     return x.device.type if built and x.dtype in ELEMENT_TYPES else None
 
@@ -119,6 +130,7 @@ def _native_format(x: Tensor) -> torch.memory_format:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[Tensor, Tensor]:
     """Returns y, and the mean and rstd of each plane [2, N, C]."""
+    check_memory(x=x, weight=weight, bias=bias)
     device, wanted = _compiled(x), _format(x)
     if device is None:
         return _forward_reference(x, weight, bias, eps, pool)
@@ -144,6 +156,7 @@ def _backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias."""
+    check_memory(grad_y=grad_y, x=x, weight=weight, bias=bias, moments=moments)
     device, wanted = _compiled(x), _format(x)
     if device is None:
         return _backward_reference(grad_y, x, weight, bias, moments, pool)
@@ -157,7 +170,7 @@ def _backward(
     _, *like = inputs
     grad_x, grad_weight, grad_bias = (torch.empty_like(part) for part in like)
     results = grad_x, grad_weight, grad_bias
-    native.call("norm_relu_pool_gradient", *inputs, moments, *results, layout is torch.channels_last, pool)
+    native.call("norm_relu_pool_gradient", *inputs, moments.contiguous(), *results, layout is torch.channels_last, pool)
     return grad_x if layout is wanted else grad_x.contiguous(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
@@ -199,6 +212,7 @@ class _NormReluPool(torch.autograd.Function):
 
 @torch.library.custom_op("tadperf::norm_relu_pool", mutates_args=())
 def _operator(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[Tensor, Tensor]:
+    _check(x, weight, bias, eps, pool)
     return _forward(x, weight, bias, eps, pool)
 
 
@@ -212,6 +226,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[
 def _gradient(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_gradient(grad_y, x, weight, bias, moments, pool)
     return _backward(grad_y, x, weight, bias, moments, pool)
 
 
@@ -240,11 +255,23 @@ def norm_relu_pool_moments(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Returns `norm_relu_pool` without a graph, and the moments of each plane [2, N, C]: mean and rstd."""
-    return _forward(x, weight, bias, eps, pool)
+    _check(x, weight, bias, eps, pool)
+    way = route("norm_relu_pool", x, weight, bias)
+    inputs = x.detach(), weight.detach(), bias.detach()
+    if way is Route.REFERENCE or torch.compiler.is_compiling():
+        return _forward_reference(*inputs, eps, pool)
+    run = _operator if way is Route.DISPATCHER else _forward
+    return run(*inputs, float(eps), pool)
 
 
 def norm_relu_pool_gradient(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight [C] and bias [C], without a graph. moments: from `norm_relu_pool_moments`."""
-    return _backward(grad_y, x, weight, bias, moments, pool)
+    _check_gradient(grad_y, x, weight, bias, moments, pool)
+    way = route("norm_relu_pool", grad_y, x, weight, bias, moments)
+    inputs = grad_y.detach(), x.detach(), weight.detach(), bias.detach(), moments.detach()
+    if way is Route.REFERENCE or torch.compiler.is_compiling():
+        return _backward_reference(*inputs, pool)
+    run = _gradient if way is Route.DISPATCHER else _backward
+    return run(*inputs, pool)

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.kernels import native, registry
+from tadperf.kernels.checks import check_dense, check_like, check_memory
+from tadperf.kernels.dispatch import is_direct
 
 registry.register("norm_relu_pool_dual", cuda="reference")
 
@@ -53,30 +55,40 @@ def norm_relu_pool_dual(x: Dual, affine: Affine, eps: float = 1e-5, pool: bool =
     """Returns y and y', and the moments [4, N, C] that the gradient needs (tadperf; formulas at the top of this file).
 
     x: float [N, C, H, W], value and tangent. Channels_last float32 runs compiled code on a CPU, with the same bits for
-    any number of threads. Everything else runs plain PyTorch.
+    any number of threads. Everything else runs plain PyTorch. Raises ValueError for wrong shapes, types or devices.
     """
-    if not _compiled(x):
+    _check(x, affine, eps, pool)
+    if not _compiled(x, affine):
         return norm_relu_pool_dual_reference(x, affine, eps, pool)
+    _check_memory(x, affine)
     images, channels, height, width = x.value.shape
     window = 2 if pool else 1
     shape = (images, channels, height // window, width // window)
     y = Dual(*(_channels_last(shape) for _ in range(2)))
     moments = torch.empty((4, images, channels), dtype=torch.float32, device="cpu")
-    native.call("norm_relu_pool_dual", *x, *affine, moments, *y, eps, pool)
+    native.call("norm_relu_pool_dual", *x, *_contiguous(affine), moments, *y, eps, pool)
     return y, moments
 
 
 def norm_relu_pool_dual_gradient(
     grad: Dual, x: Dual, affine: Affine, moments: Tensor, pool: bool = True
 ) -> tuple[Dual, Tensor, Tensor]:
-    """Returns grad_x and its tangent, and the tangents of the gradients of weight and bias [C]."""
-    if not _compiled(x):
+    """Returns grad_x and its tangent, and the tangents of the gradients of weight and bias [C].
+
+    Raises ValueError for wrong shapes, types or devices.
+    """
+    _check(x, affine, 1, pool)
+    _check_gradient(grad, x, moments, pool)
+    if not _compiled(x, affine, *grad, moments):
         return norm_relu_pool_dual_gradient_reference(grad, x, affine, moments, pool)
+    _check_memory(x, affine)
+    check_memory(grad_value=grad.value, grad_dot=grad.dot, moments=moments)
     grad = Dual(*(g.contiguous(memory_format=torch.channels_last) for g in grad))
     grad_x = Dual(*map(torch.empty_like, x))
+    affine = _contiguous(affine)
     grad_weight_dot, grad_bias_dot = torch.empty_like(affine.weight), torch.empty_like(affine.bias)
     results = *grad_x, grad_weight_dot, grad_bias_dot
-    native.call("norm_relu_pool_dual_gradient", *grad, *x, *affine, moments, *results, pool)
+    native.call("norm_relu_pool_dual_gradient", *grad, *x, *affine, moments.contiguous(), *results, pool)
     return grad_x, grad_weight_dot, grad_bias_dot
 
 
@@ -127,13 +139,46 @@ def _unpooled(grad: Tensor, x: Tensor, pool: bool) -> Tensor:
     return F.pad(full, (0, x.shape[3] % 2, 0, x.shape[2] % 2)) if x.shape[2] % 2 or x.shape[3] % 2 else full
 
 
-def _compiled(x: Dual) -> bool:
+def _check(x: Dual, affine: Affine, eps: float, pool: bool) -> None:
+    tensors = {"x.value": x.value, "x.dot": x.dot} | {f"affine.{name}": part for name, part in affine._asdict().items()}
+    check_dense(**tensors)
+    value, least = x.value, 2 if pool else 1
+    if not value.is_floating_point() or value.ndim != 4 or value.shape[1] < 1 or min(value.shape[2:]) < least:
+        raise ValueError(
+            f"x.value: {value.dtype} {tuple(value.shape)}: expected floats [N, C, H, W], H and W of {least} or more"
+        )
+    check_like("x.dot", x.dot, value.shape, value.dtype, value.device)
+    for name, part in affine._asdict().items():
+        check_like(f"affine.{name}", part, value.shape[1:2], value.dtype, value.device)
+    if not eps > 0:
+        raise ValueError(f"eps: {eps}: expected more than 0")
+
+
+def _check_gradient(grad: Dual, x: Dual, moments: Tensor, pool: bool) -> None:
+    tensors = {"grad.value": grad.value, "grad.dot": grad.dot, "moments": moments}
+    check_dense(**tensors)
+    value, window = x.value, 2 if pool else 1
+    images, channels, height, width = value.shape
+    for name, part in (("grad.value", grad.value), ("grad.dot", grad.dot)):
+        check_like(name, part, (images, channels, height // window, width // window), value.dtype, value.device)
+    check_like("moments", moments, (4, images, channels), value.dtype, value.device)
+
+
+def _check_memory(x: Dual, affine: Affine) -> None:
+    check_memory(x_value=x.value, x_dot=x.dot, **affine._asdict())
+
+
+def _compiled(x: Dual, affine: Affine, *others: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        is_direct(*x, *affine, *others)
         and native.available()
         and all(part.is_cpu and part.dtype == torch.float32 for part in x)
         and all(part.is_contiguous(memory_format=torch.channels_last) for part in x)
     )
+
+
+def _contiguous(affine: Affine) -> Affine:
+    return Affine(*(part.contiguous() for part in affine))
 
 
 def _channels_last(shape: Iterable[int]) -> Tensor:

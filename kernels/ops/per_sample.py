@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_like, check_memory
+from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("per_sample")
@@ -50,10 +52,13 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
     if logits.ndim != 2:
         flat = per_sample(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
         return PerSample(*(result.view(labels.shape) for result in flat))
-    if torch.compiler.is_compiling() or (logits.requires_grad and torch.is_grad_enabled()):
+    way = route("per_sample", logits, labels)
+    if way is Route.REFERENCE:
+        return per_sample_reference(logits, labels)
+    if way is Route.DISPATCHER or (logits.requires_grad and torch.is_grad_enabled()):
         loss, *others = _operator(logits, labels)
         return PerSample(loss, *(result.detach() for result in others))
-    return _forward(logits, labels)  # the dispatcher would cost tens of microseconds
+    return _forward(logits, labels)
 
 
 def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
@@ -83,6 +88,7 @@ def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
+    check_dense(logits=logits, labels=labels)
     if not logits.is_floating_point() or logits.ndim < 1 or logits.shape[-1] < 2:
         raise ValueError(f"logits: {logits.dtype} {tuple(logits.shape)}: expected floats [..., C] with C of 2 or more")
     if labels.dtype not in (torch.int32, torch.int64) or labels.shape != logits.shape[:-1]:
@@ -132,6 +138,7 @@ def fill_native(
 
 
 def _forward(logits: Tensor, labels: Tensor) -> PerSample:
+    check_memory(logits=logits, labels=labels)
     if logits.dtype in ELEMENT_TYPES and logits.is_cpu and native.available():
         if logits.stride(1) != 1:
             logits = logits.contiguous()
@@ -148,6 +155,9 @@ def _forward(logits: Tensor, labels: Tensor) -> PerSample:
 
 @torch.library.custom_op("tadperf::per_sample", mutates_args=())
 def _operator(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(logits, labels)
+    if logits.ndim != 2:
+        return per_sample(logits, labels)[:]
     return _forward(logits, labels)[:]  # a plain tuple
 
 
@@ -171,8 +181,10 @@ def loss_gradient(
     """Fills `out` with (exp(logits - top) * confidence - onehot(labels)) * scale, and 0 where a label is -1 (tadperf).
 
     logits: [N, C], or columns first..first+C of `classes` in all. out: [N, C], contiguous; may be `logits` itself.
-    top (the largest logit of all classes), confidence, scale: float32 [N], contiguous. Compiled for float32.
+    top (the largest logit of all classes), confidence, scale: float32 [N], contiguous. Compiled for float32. Raises
+    ValueError for wrong shapes, types or devices.
     """
+    _check_gradient(logits, labels, top, confidence, scale, out)
     if logits.is_cuda and gpu.available():
         from tadperf.kernels.gpu import per_sample as triton
 
@@ -187,11 +199,31 @@ def loss_gradient(
     return out
 
 
+def _check_gradient(
+    logits: Tensor, labels: Tensor, top: Tensor, confidence: Tensor, scale: Tensor, out: Tensor
+) -> None:
+    check_dense(logits=logits, labels=labels, top=top, confidence=confidence, scale=scale, out=out)
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits: {logits.dtype} {tuple(logits.shape)}: expected floats [N, C]")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels: {labels.dtype}: expected int32 or int64")
+    check_like("labels", labels, logits.shape[:1], labels.dtype, logits.device)
+    check_like("out", out, logits.shape, logits.dtype, logits.device)
+    for name, x in (("top", top), ("confidence", confidence), ("scale", scale)):
+        check_like(name, x, logits.shape[:1], torch.float32, logits.device)
+    for name, x in (("top", top), ("confidence", confidence), ("scale", scale), ("out", out)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: strides {x.stride()}: expected a contiguous tensor")
+    check_memory(logits=logits, labels=labels, top=top, confidence=confidence, scale=scale, out=out)
+
+
 @torch.library.custom_op("tadperf::per_sample_gradient", mutates_args=())
 def _gradient(logits: Tensor, labels: Tensor, prediction: Tensor, confidence: Tensor, scale: Tensor) -> Tensor:
+    if logits.ndim == 2:
+        check_like("prediction", prediction, logits.shape[:1], torch.int64, logits.device)
     top = logits.gather(1, prediction.clamp(min=0)[:, None])[:, 0].float()
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return loss_gradient(logits.resolve_neg(), labels, top, confidence, scale.contiguous(), out)
+    return loss_gradient(logits.resolve_neg(), labels, top, confidence.contiguous(), scale.contiguous(), out)
 
 
 @_gradient.register_fake

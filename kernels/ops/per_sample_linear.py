@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_like, check_memory
+from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.ops.per_sample import (
     PerSample,
@@ -52,8 +54,11 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
         return PerSample(*(result.view(labels.shape) for result in flat))
     if features.dtype not in ELEMENT_TYPES:
         return per_sample(_all_logits(features, weight, bias), labels)
+    way = route("per_sample_linear", features, weight, labels, bias)
+    if way is Route.REFERENCE:
+        return per_sample_linear_reference(features, weight, labels, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (features, weight, bias))
-    if torch.compiler.is_compiling() or (needs_grad and torch.is_grad_enabled()):
+    if way is Route.DISPATCHER or (needs_grad and torch.is_grad_enabled()):
         loss, *others, _ = _operator(features, weight, labels, bias)
         return PerSample(loss, *(result.detach() for result in others))
     with torch.no_grad():
@@ -77,6 +82,7 @@ def _check(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
     def wrong(name: str, t: Tensor, expected: str) -> ValueError:
         return ValueError(f"{name}: {t.dtype} {tuple(t.shape)} on {t.device}: expected {expected}")
 
+    check_dense(features=features, weight=weight, labels=labels, bias=bias)
     if not features.is_floating_point() or features.ndim < 1 or features.shape[-1] < 1:
         raise wrong("features", features, "floats [..., D] with D of 1 or more")
     dtype, device, depth = features.dtype, features.device, features.shape[-1]
@@ -118,6 +124,7 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tenso
 
 def _forward(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Returns the five results, and the largest logit of each row."""
+    check_memory(features=features, weight=weight, labels=labels, bias=bias)
     if features.is_cuda and gpu.available():
         from tadperf.kernels.gpu import per_sample_linear as triton
 
@@ -143,6 +150,9 @@ def _forward(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
 def _operator(
     features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(features, weight, labels, bias)
+    if features.ndim != 2:
+        raise ValueError(f"features: {tuple(features.shape)}: expected [N, D]")
     return _forward(features, weight, labels, bias)  # pyright: ignore[reportReturnType]
 
 
@@ -163,6 +173,10 @@ def _gradient(
     confidence: Tensor,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(features, weight, labels, bias)
+    check_memory(features=features, weight=weight, labels=labels, bias=bias)
+    for name, x in (("top", top), ("confidence", confidence), ("scale", scale)):
+        check_like(name, x, features.shape[:1], torch.float32, features.device)
     (samples, depth), classes = features.shape, len(weight)
     rows, columns = _block_sizes(features, classes)
     exact = features.dtype == torch.float32

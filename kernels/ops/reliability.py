@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_memory
+from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("reliability")
@@ -56,9 +58,13 @@ def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliabil
     if features.ndim != 2:
         flat = reliability(features.reshape(-1, features.shape[-1]), anchors, cholesky)
         return Reliability(*(result.view(features.shape[:-1]) for result in flat))
-    if torch.compiler.is_compiling():
-        return Reliability(*_operator(features.detach(), anchors.detach(), cholesky.detach()))
-    return _forward(features, anchors, cholesky)  # the dispatcher would cost tens of microseconds
+    way = route("reliability", features, anchors, cholesky)
+    features, anchors, cholesky = features.detach(), anchors.detach(), cholesky.detach()
+    if way is Route.REFERENCE:
+        return reliability_reference(features, anchors, cholesky)
+    if way is Route.DISPATCHER:
+        return Reliability(*_operator(features, anchors, cholesky))
+    return _forward(features, anchors, cholesky)
 
 
 @torch.no_grad()
@@ -137,6 +143,7 @@ def _result_dtype(features: Tensor) -> torch.dtype:
 
 
 def _check(features: Tensor, anchors: Tensor, cholesky: Tensor) -> None:
+    check_dense(features=features, anchors=anchors, cholesky=cholesky)
     if not features.is_floating_point() or features.ndim < 1 or features.shape[-1] < 1:
         raise ValueError(
             f"features: {features.dtype} {tuple(features.shape)}: expected floats [..., D] with D of 1 or more"
@@ -174,7 +181,7 @@ def _native(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
 
 
 def _forward(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    features, anchors, cholesky = features.detach(), anchors.detach(), cholesky.detach()
+    check_memory(features=features, anchors=anchors, cholesky=cholesky)
     if features.dtype in ELEMENT_TYPES and features.device.type == "cpu" and native.available():
         return _native(features, anchors, cholesky)
     if features.dtype in ELEMENT_TYPES and features.device.type == "cuda" and gpu.available():
@@ -188,6 +195,9 @@ def _forward(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability
 def _operator(
     features: Tensor, anchors: Tensor, cholesky: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(features, anchors, cholesky)
+    if features.ndim != 2:
+        return reliability(features, anchors, cholesky)[:]
     return _forward(features, anchors, cholesky)[:]  # a plain tuple
 
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
+from tadperf.kernels.checks import check_dense, check_like, check_memory
+from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("trajectory_distance")
@@ -51,11 +53,16 @@ def trajectory_distance(
     gives the same bits for any number of threads. Raises ValueError for wrong shapes, types, devices or segments.
     """
     lengths, batch = _check(student, target, start, segments)
+    way = route("trajectory_distance", student, target, start)
+    if way is Route.REFERENCE:
+        return trajectory_distance_reference(student, target, start, segments)
+    if way is Route.DIRECT:
+        check_memory(student=student, target=target, start=start)
     flat = _rows(student, batch), _rows(target, batch), _rows(start, batch)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in flat)):
+    if way is Route.DISPATCHER or (torch.is_grad_enabled() and any(x.requires_grad for x in flat)):
         results = _operator(*flat, lengths)
     else:
-        results = _forward(*flat, lengths)  # the dispatcher would cost tens of microseconds
+        results = _forward(*flat, lengths)
     shape = batch if segments is None else (*batch, len(lengths))
     return TrajectoryDistance(*(result.view(shape) for result in results))
 
@@ -82,6 +89,7 @@ def _check(
     student: Tensor, target: Tensor, start: Tensor, segments: Sequence[int] | Tensor | None
 ) -> tuple[list[int], tuple[int, ...]]:
     """Returns the lengths of the segments and the batch shape."""
+    check_dense(student=student, target=target, start=start)
     for name, x in (("student", student), ("target", target), ("start", start)):
         if not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != student.shape[-1] or x.device != student.device:
             raise ValueError(
@@ -94,7 +102,7 @@ def _check(
         batch = shapes[0] if shapes[0] == shapes[1] == shapes[2] else tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         raise ValueError(f"student, target, start: batch shapes {shapes}: expected shapes that broadcast") from None
-    size = student.shape[-1]
+    size = int(student.shape[-1])  # torch.jit.trace makes it a tensor
     if segments is None:
         return [size], batch
     if isinstance(segments, Tensor) and (segments.ndim != 1 or segments.dtype != torch.int64):
@@ -103,6 +111,15 @@ def _check(
     if not lengths or min(lengths) < 0 or sum(lengths) != size:
         raise ValueError(f"segments: {lengths}: expected lengths of 0 or more that sum to {size}")
     return lengths, batch
+
+
+def _check_rows(student: Tensor, target: Tensor, start: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Checks inputs [B or 1, P] of the registered operators. Returns the lengths of the segments."""
+    checked, _ = _check(student, target, start, list(lengths))
+    for name, x in (("student", student), ("target", target), ("start", start)):
+        if x.ndim != 2 or len(x) not in (1, _count(student, target, start)):
+            raise ValueError(f"{name}: {tuple(x.shape)}: expected [B, P] or [1, P]")
+    return checked
 
 
 def _rows(x: Tensor, batch: tuple[int, ...]) -> Tensor:
@@ -156,7 +173,9 @@ def _forward(student: Tensor, target: Tensor, start: Tensor, lengths: list[int])
 
 @torch.library.custom_op("tadperf::trajectory_distance", mutates_args=())
 def _operator(student: Tensor, target: Tensor, start: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(student, target, start, list(lengths))[:]  # a plain tuple
+    lengths = _check_rows(student, target, start, lengths)
+    check_memory(student=student, target=target, start=start)
+    return _forward(student, target, start, lengths)[:]  # a plain tuple
 
 
 @_operator.register_fake
@@ -209,7 +228,11 @@ def _gradient(
 
     student: of_distance * (student - target). start: of_expert * (start - target). target: minus the sum of both.
     """
-    inputs, lengths = (student, target, start), list(lengths)
+    inputs, lengths = (student, target, start), _check_rows(student, target, start, lengths)
+    shape = _count(*inputs), len(lengths)
+    for name, x in (("of_distance", of_distance), ("of_expert", of_expert)):
+        check_like(name, x, shape, _result_type(*inputs), student.device)
+    check_memory(student=student, target=target, start=start, of_distance=of_distance, of_expert=of_expert)
     device, rows = _compiled(*inputs), _count(*inputs)
     if device is None or rows == 0:
         grads = _gradient_reference(*inputs, of_distance, of_expert, lengths)
