@@ -33,7 +33,8 @@ int isa_count() { return int(isas().size()); }
 
 NB_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets that this machine runs, the best one last.");
-  m.def("set_openmp", &set_openmp, nb::arg("address"), "Use the threads of the OpenMP library with GOMP_parallel at this address; 0: a pool.");
+  m.def("set_openmp", &set_openmp, nb::arg("address"),
+        "Use the threads of the OpenMP library with GOMP_parallel at this address; 0: a pool.");
   m.def("thread_pool", &thread_pool, "The threads of the loops: openmp or pool.");
   bind_conv3x3(m);
   bind_diverse_pick(m);
