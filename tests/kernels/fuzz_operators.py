@@ -166,9 +166,9 @@ def norm_relu_pool(case: Case) -> None:
     grad = images(case, *y.shape)
     gradients = run(case, lambda: torch.autograd.grad(kernels.norm_relu_pool(*leaves, pool=pool), leaves, grad))
     if not case.moderate:
-        whole = x.double().isfinite().flatten(2).all(-1)
-        wrong = y.isnan().flatten(2).all(-1) | whole
-        assert wrong.all(), "a plane with a value that is not finite must be NaN"
+        is_finite = x.double().isfinite().flatten(2).all(-1)
+        is_nan = y.isnan().flatten(2).all(-1)
+        assert (is_finite | is_nan).all(), "a plane with a value that is not finite must be NaN"
         return
     wide = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = kernels.norm_relu_pool_reference(*wide, pool=pool)
@@ -252,9 +252,7 @@ def trajectory_distance(case: Case) -> None:
     leaves = [x.detach().requires_grad_() for x in inputs]
     gradients = run(
         case,
-        lambda: torch.autograd.grad(
-            sum(x.sum() for x in kernels.trajectory_distance(*leaves, segments)[:2]), leaves
-        ),
+        lambda: torch.autograd.grad(sum(x.sum() for x in kernels.trajectory_distance(*leaves, segments)[:2]), leaves),
     )
     for actual, wanted in zip(gradients, torch.autograd.grad(expected[0].sum() + expected[1].sum(), wide), strict=True):
         close(case, actual, wanted, 2e-5, 1e-5, "gradient")
