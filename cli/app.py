@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -15,7 +16,7 @@ from tadperf.cli import audit, bench, common, config, distill, evaluate, experts
 from tadperf.cli.interrupts import Interrupts
 from tadperf.compute import launcher, ranks
 from tadperf.compute.allocator import keep_freed_memory
-from tadperf.errors import UserError
+from tadperf.errors import DataWarning, UserError
 
 COMMANDS = (
     distill.distill,
@@ -55,6 +56,7 @@ def main() -> NoReturn:
     keep_freed_memory()
     launcher.follow_launcher()
     _prepare_streams()
+    _show_data_warnings()
     interrupts = Interrupts()
     interrupts.install()
     try:
@@ -77,6 +79,19 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a stream that a test or a notebook has put there may lack it
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _show_data_warnings() -> None:
+    """Prints a warning about the data as one line, like an error; other warnings keep Python's form."""
+    show = warnings.showwarning
+
+    def show_in_one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, DataWarning):
+            common.print_note(f"tadperf: warning: {message}")
+        else:
+            show(message, category, *place, **more)
+
+    warnings.showwarning = show_in_one_line
 
 
 def _run() -> int:
@@ -104,11 +119,11 @@ def _run() -> int:
             common.redirect_to_null(sys.stdout)
             return 0  # the reader of stdout, such as `head`, has all that it wanted
         return _report_failure(error)
-    except common.RunInterruptedError:
-        raise
     except common.RunFailedError as error:
         common.print_error(error)
         return 1
+    except common.RunInterruptedError:
+        raise  # `main` prints it
     except Exception as error:
         return _report_failure(error)
     if code == 130:  # typer returns this for a KeyboardInterrupt

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Out = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        "--out", metavar="FILE", help="Write the list (.csv or .parquet) and a picture of the worst samples beside it."
+        "--out", metavar="FILE", help="Write the list (.csv or .parquet) and a picture of the worst samples next to it."
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""`tadperf bench`: the speed of operators and stages on this machine, beside other implementations."""
+"""`tadperf bench`: compares the speed of operators and stages with other implementations on this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bench(
     tune: Tune = False,
     list_only: ListOnly = False,
 ) -> None:
-    """Measure operators beside eager PyTorch, torch.compile and other libraries; stages beside the published code."""
+    """Compare operators with eager PyTorch, torch.compile and other libraries, and stages with published code."""
     from tadperf.bench import session
 
     request = session.Request(words or (), device, sizes, dtypes, base, threads, repeats, json_file, plot_file, tune)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from tadperf.config.sources import ConfigSources
+from tadperf.errors import printable
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def print_error(message: object) -> None:
 
     if ranks.environment_rank():
         message = f"rank {ranks.environment_rank()}: {message}"
-    print_stderr(f"tadperf: {' '.join(str(message).split())}")
+    print_stderr(printable(f"tadperf: {' '.join(str(message).split())}"))
 
 
 def print_note(message: str) -> None:
@@ -51,7 +52,7 @@ def print_note(message: str) -> None:
     from tadperf.compute import ranks
 
     if ranks.environment_rank() == 0:
-        print_stderr(message)
+        print_stderr(printable(message))
 
 
 def print_stderr(line: str) -> None:

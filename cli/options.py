@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from tadperf.compute import device
 from tadperf.config.options import CONFIG_OPTIONS, DATA_HELP, Option
 from tadperf.config.sources import ConfigSources
 
@@ -116,6 +117,8 @@ def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedO
     invocation.debug = bool(values.get("debug", False))
     invocation.typed = {option.field: option.name for option in given}
     fields = {option.field: value for option, value in given.items()}
+    if fields.get("device") == "cpu":
+        device.hide_gpus()
     sources = ConfigSources(values.get("preset"), values.get("config"), values.get("set") or (), fields)
     return SharedOptions(
         sources,

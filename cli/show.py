@@ -13,7 +13,7 @@ from tadperf.cli.options import SharedOptions, command
 Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A distilled file, or the folder of its run.")]
 Out = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--out", metavar="FILE", help="The PNG file; by default beside the distilled file."),
+    typer.Option("--out", metavar="FILE", help="The PNG file; by default next to the distilled file."),
 ]
 
 

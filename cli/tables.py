@@ -201,8 +201,8 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:
     sizes = [{name: sum(counts) for name, counts in record["sizes"].items()} for record in rounds]
     for verdict in sizes[0]:
         table.add_row(VERDICTS.get(verdict, verdict), *(str(size[verdict]) for size in sizes))
-    kept = ((sum(size.values()) - size.get("untrusted", 0)) / max(sum(size.values()), 1) for size in sizes)
-    table.add_row("labels kept, %", *(f"{100 * share:.1f}" for share in kept))
+    kept_shares = ((sum(size.values()) - size.get("untrusted", 0)) / max(sum(size.values()), 1) for size in sizes)
+    table.add_row("labels kept, %", *(f"{100 * share:.1f}" for share in kept_shares))
     for name, label in SHARES.items():
         if name in rounds[0]:
             table.add_row(label, *("-" if r[name] is None else f"{100 * r[name]:.1f}" for r in rounds))

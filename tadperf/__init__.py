@@ -14,6 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tadperf.artifact import DistilledSet, load
+    from tadperf.config import Config
+    from tadperf.data import Dataset, open_data
+    from tadperf.errors import UserError
+    from tadperf.pipeline.api import distill
+
     __version__: str
 
 __all__ = ["Config", "Dataset", "DistilledSet", "UserError", "__version__", "distill", "load", "open_data"]

@@ -189,6 +189,8 @@ class DistilledSet:
         source = self.data.get("source", {})
         format = source.get("format") if path is None else None
         path = source.get("path", self.data.get("name")) if path is None else path
+        if path is None:
+            raise UserError("test", path, "the set does not name its data; give the path of a test set")
         columns = {name: source.get(name) for name in ("image_size", "image_column", "label_column")}
         test = open_data(path, format=format, need_train=False, **columns).test
         if test is None:
@@ -257,7 +259,7 @@ def _metadata(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         values = json.loads(metadata["tadperf"])
         schema = values["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError("file", path, "its tadperf metadata is damaged; write it again") from None
     if schema != SCHEMA:
         writer = values.get("written_by", "unknown")

@@ -38,11 +38,19 @@ def distilled(kind: str = "meanstd", soft: bool = False) -> DistilledSet:
     normaliser = fit_normaliser(data.images, kind)
     labels = nn.functional.one_hot(data.labels[:6], 3).float() * 5 if soft else data.labels[:6]
     return DistilledSet(
-        images=normaliser(data.images[:6]), labels=labels, lr=0.0213, class_names=NAMES, normaliser=normaliser,
-        augment="color_flip", net=NetConfig.model_validate({"depth": 1, "width": 8}), recipe=RECIPE,
-        config=merge("digits").model_dump(mode="json"), seed=3, versions={"tadperf": "0.1.0"},
+        images=normaliser(data.images[:6]),
+        labels=labels,
+        lr=0.0213,
+        class_names=NAMES,
+        normaliser=normaliser,
+        augment="color_flip",
+        net=NetConfig.model_validate({"depth": 1, "width": 8}),
+        recipe=RECIPE,
+        config=merge("digits").model_dump(mode="json"),
+        seed=3,
+        versions={"tadperf": "0.1.0"},
         data={"name": "colours", "source": {"path": "colours"}, "fingerprint": data.fingerprint},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("kind", "soft"), [("meanstd", False), ("zca", True)])
@@ -99,13 +107,14 @@ def test_repr_is_one_short_line():
 def test_accuracy_takes_numpy_arrays_and_restores_the_mode():
     ds, test = distilled(), photos(9, 1)
     net = ds.train(epochs=1).train()
-    net[0].eval()
+    layers = list(net.children())
+    layers[0].eval()
     expected = ds.accuracy(net, test)
     images, labels = test.images.numpy(), test.labels.numpy()
     assert ds.accuracy(net, (images, labels)) == expected
     assert ds.accuracy(net, (images[::-1], labels[::-1].astype("uint8"))) == expected
     assert ds.accuracy(net, (images, labels.tolist())) == expected
-    assert [module.training for module in net] == [False] + [True] * (len(net) - 1)
+    assert [layer.training for layer in layers] == [False] + [True] * (len(layers) - 1)
     with pytest.raises(UserError, match=r"label -1: must be in 0\.\.2"):
         ds.accuracy(net, (images, labels - 1))
     with pytest.raises(UserError, match="and integer labels"):
@@ -154,10 +163,14 @@ def test_the_recorded_data_set_gives_the_default_test_split():
     normaliser = fit_normaliser(digits.train.images)
     index = torch.cat([(digits.train.labels == c).nonzero()[:2, 0] for c in range(10)])
     ds = replace(
-        distilled(), images=normaliser(digits.train.images[index]), labels=digits.train.labels[index],
-        normaliser=normaliser, class_names=digits.train.class_names, augment="none",
+        distilled(),
+        images=normaliser(digits.train.images[index]),
+        labels=digits.train.labels[index],
+        normaliser=normaliser,
+        class_names=digits.train.class_names,
+        augment="none",
         data={"name": "digits", "source": digits.train.source, "fingerprint": digits.train.fingerprint},
-    )  # fmt: skip
+    )
     assert digits.test is not None
     assert torch.equal(ds.test_split().images, digits.test.images)
     net = ds.train(epochs=3)

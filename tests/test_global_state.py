@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers.models  # noqa: F401  # sets TORCHINDUCTOR_CACHE_DIR when it is imported
 import pytest
+import sklearn.cluster  # noqa: F401  # sets KMP_DUPLICATE_LIB_OK and KMP_INIT_AT_FORK when it is imported
 import torch
 from torch import nn
 

@@ -2,8 +2,8 @@
 
 `python -m tadperf.bench.operators.conv3x3 [--threads N]`.
 
-CPU only, float32, channels_last: y, the input's gradient and the kernel's, in turns, for layers of the networks here.
-The error is the largest difference from float64 over the largest value, PyTorch's own in brackets.
+CPU only, float32, channels_last. It measures y, the input's gradient and the kernel's gradient in turns, for layers of
+tadperf's networks. error: the largest difference from float64 over the largest value; PyTorch's error is in brackets.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SIZES = ((100, 32, 4), (100, 64, 8), (32, 64, 32), (32, 128, 8), (32, 128, 16), 
 
 
 def inputs(images: int, channels: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """x, kernel and the gradient of y; as many channels out as in."""
+    """Returns x, kernel and the gradient of y; the same number of channels in and out."""
     generator = torch.Generator().manual_seed(0)
     maps = (images, channels, size, size)
-    made = (torch.randn(shape, generator=generator) for shape in (maps, (channels, channels, 3, 3), maps))
-    x, kernel, grad = (part.to(dtype).contiguous(memory_format=torch.channels_last) for part in made)
+    tensors = (torch.randn(shape, generator=generator) for shape in (maps, (channels, channels, 3, 3), maps))
+    x, kernel, grad = (part.to(dtype).contiguous(memory_format=torch.channels_last) for part in tensors)
     return x, kernel, grad
 
 
 def passes(x: Tensor, kernel: Tensor, grad: Tensor) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Ours and PyTorch's."""
+    """Returns for each pass our function and PyTorch's."""
 
     def backward(wanted: int) -> Tensor:
         mask = [wanted == 0, wanted == 1, False]
@@ -48,15 +48,15 @@ def passes(x: Tensor, kernel: Tensor, grad: Tensor) -> dict[str, tuple[Callable[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tadperf.bench.operators.conv3x3", description=__doc__)
-    parser.add_argument("--threads", type=int, help="as many as PyTorch's")
+    parser.add_argument("--threads", type=int, help="by default PyTorch's number")
     parser.add_argument("--repeats", type=int, default=20)
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     print("images x channels x side | pass | ours, ms (20 %, 80 %) | direct | times | error")
-    with engine.threads(asked.threads), torch.no_grad():
+    with engine.threads(options.threads), torch.no_grad():
         for size in SIZES:
             truth = {name: pair[1]() for name, pair in passes(*inputs(*size, torch.float64)).items()}
             for name, (ours, direct) in passes(*inputs(*size)).items():
-                times = engine.interleaved({"ours": ours, "direct": direct}, asked.repeats)
+                times = engine.interleaved({"ours": ours, "direct": direct}, options.repeats)
                 low, median, high = np.quantile(times["ours"], (0.2, 0.5, 0.8))
                 other, largest = float(np.median(times["direct"])), truth[name].abs().max()
                 errors = [float((f().double() - truth[name]).abs().max() / largest) for f in (ours, direct)]

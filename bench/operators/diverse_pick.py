@@ -36,11 +36,11 @@ def eager(
 ) -> DiversePick:
     """The published loop over the images: picks the candidate whose largest cosine to its class is the smallest."""
     units, pool = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (candidates, qualified))
-    held = {label: pool[qualified_classes == label] for label in qualified_classes.unique().tolist()}
+    members = {label: pool[qualified_classes == label] for label in qualified_classes.unique().tolist()}
     index, similarity = torch.empty_like(classes), units.new_empty(len(classes))
     for anomaly, label in enumerate(classes.tolist()):
-        similarity[anomaly], index[anomaly] = (units[anomaly] @ held[label].T).amax(-1).min(-1)
-        held[label] = torch.cat([held[label], units[anomaly, index[anomaly]].unsqueeze(0)])
+        similarity[anomaly], index[anomaly] = (units[anomaly] @ members[label].T).amax(-1).min(-1)
+        members[label] = torch.cat([members[label], units[anomaly, index[anomaly]].unsqueeze(0)])
     return DiversePick(index, similarity)
 
 
@@ -52,21 +52,21 @@ def stepwise(
     labels, classes_at = qualified_classes.unique(return_inverse=True)
     order = classes.argsort(stable=True)
     label = torch.searchsorted(labels, classes)
-    counts, held = label.bincount(minlength=len(labels)), classes_at.bincount(minlength=len(labels))
+    counts, sizes = label.bincount(minlength=len(labels)), classes_at.bincount(minlength=len(labels))
     turn = torch.arange(len(classes), device=classes.device) - (counts.cumsum(0) - counts)[label[order]]
-    table = units.new_zeros(len(labels), int((counts + held).max()), units.shape[-1])
+    table = units.new_zeros(len(labels), int((counts + sizes).max()), units.shape[-1])
     by_class = classes_at.argsort(stable=True)
-    row = torch.arange(len(by_class), device=by_class.device) - (held.cumsum(0) - held)[classes_at[by_class]]
+    row = torch.arange(len(by_class), device=by_class.device) - (sizes.cumsum(0) - sizes)[classes_at[by_class]]
     table[classes_at[by_class], row] = pool[by_class]
-    free = torch.arange(table.shape[1], device=table.device) >= held.unsqueeze(1)
+    free = torch.arange(table.shape[1], device=table.device) >= sizes.unsqueeze(1)
     index, similarity = torch.empty_like(classes), units.new_empty(len(classes))
     for step in range(int(counts.max()) if len(classes) else 0):
         now = order[turn == step]
         group = label[now]
         cosines = torch.bmm(units[now], table[group].mT).masked_fill(free[group].unsqueeze(1), -2)
         similarity[now], index[now] = cosines.amax(-1).min(-1)
-        table[group, held[group] + step] = units[now, index[now]]
-        free[group, held[group] + step] = False
+        table[group, sizes[group] + step] = units[now, index[now]]
+        free[group, sizes[group] + step] = False
     return DiversePick(index, similarity)
 
 

@@ -1,4 +1,4 @@
-"""Times an operator beside other implementations of it. `measure` returns the rows of one case.
+"""Compares the speed of an operator with other implementations. `measure` returns the rows of one case.
 
 A bench file describes its operator by a `Bench`: inputs of a size, bytes that must move, and the providers that compute
 it. A provider whose results differ from the tests' reference is not timed. On a CPU the providers take turns: if the

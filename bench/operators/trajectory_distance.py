@@ -1,6 +1,6 @@
 """tadperf.kernels.trajectory_distance against plain PyTorch and torch.compile: `tadperf bench trajectory_distance`.
 
-B pairs of P parameters, each with a start of its own; 320 010 is the ConvNet of CIFAR-10, width 128 and depth 3.
+B pairs of P parameters, each with its own start; 320 010 is the ConvNet of CIFAR-10, width 128 and depth 3.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> t
 
 
 def moved(size: Size, dtype: torch.dtype) -> int:
-    """Three inputs read; the results are a few bytes a row."""
+    """Bytes: reads three inputs; writes three floats for each row."""
     rows, parameters = size
     return rows * (3 * parameters * dtype.itemsize + 3 * 4)
 
 
 def eager(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
-    """As the scripts of this field write it, in float32."""
+    """As published scripts write it, in float32."""
     student, target, start = student.float(), target.float(), start.float()
     distance, expert_distance = ((student - target) ** 2).sum(-1), ((start - target) ** 2).sum(-1)
     return TrajectoryDistance(distance, expert_distance, distance / expert_distance)
 
 
 def dot(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
-    """The squares and their sum in one operation."""
+    """Squares and sums in one operation."""
     a, b = student.float() - target.float(), start.float() - target.float()
     distance, expert_distance = torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
     return TrajectoryDistance(distance, expert_distance, distance / expert_distance)

@@ -1,4 +1,4 @@
-"""Measures compiled networks of generation and detection beside eager ones.
+"""Compares compiled networks of generation and detection with eager ones.
 
 Run `python -m tadperf.bench.stages.compile [--json FILE]`. Weights and inputs are random; the backends of
 `compute.compile.compile_for_inference` take turns. compile_s: the first call with empty caches, after another network
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tadperf.bench.stages.compile", description=__doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--backends", help="backends beside eager; by default inductor, and cudagraphs on CUDA")
+    parser.add_argument("--backends", help="to compare with eager; by default inductor, and cudagraphs on CUDA")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's number")
     parser.add_argument("--json", type=Path, metavar="FILE")

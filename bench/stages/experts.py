@@ -1,4 +1,4 @@
-"""Measures the training of experts: tadperf beside the published loop, one expert after another.
+"""Compares the training of experts with the published loop, one expert after another.
 
 Both train the same networks on the same images and keep a snapshot of every epoch. "published": the loop of
 published_training.py, one thread per core. tadperf: `nets.training.fit`, on a CPU one expert on each core.

@@ -107,7 +107,7 @@ def make_problem(case: Case, device: torch.device, dtype: torch.dtype = torch.fl
     config = MatchConfig.model_validate({"steps": case.steps, "batch": case.batch})
     drawn = draw_steps(config, count, case.shape[-1], AUGMENT, generator)
     labels = torch.arange(10, device=device).repeat_interleave(case.ipc)
-    steps = [inner._replace(index=inner.index.to(device)) for inner in drawn]
+    steps = [inner._replace(rows=inner.rows.to(device)) for inner in drawn]
     return MatchingProblem(net, start, start + 0.01 * step, images, labels, torch.tensor(0.01).to(start), steps)
 
 
@@ -230,9 +230,9 @@ def first_iterations(size: str, device: torch.device) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def main(size: str, place: str) -> None:
+def main(size: str, device_name: str) -> None:
     """Runs the first compiled iteration of this process, with the compiler's cache; saves what it has compiled."""
-    device = torch.device(place)
+    device = torch.device(device_name)
     p = make_problem(SIZES[size], device)
     backend = step_backends.compiled(p.net)
     adjoint(p, backend)

@@ -1,9 +1,9 @@
-"""`tadperf bench matching|experts|students|refinement`: a stage of a run beside the published code of its method.
+"""`tadperf bench matching|experts|students|refinement`: compares a stage with the published code of its method.
 
 The file of a stage has `SIZES` (its cases by name), `DEFAULT_SIZES` (if the default is not all of them),
 `measure(size, device, repeats)`, which returns rows from `make_row`, and `single_call(size, provider, device)`, which
-returns one whole call as a function: its peak memory is measured in a new process. Providers take turns in one process
-(`engine.interleaved`). "published" is the method as its authors wrote it, in the file of the stage.
+returns one complete call as a function: its peak memory is measured in a new process. Providers take turns in one
+process (`engine.interleaved`). "published" is the method as its authors wrote it, in the file of the stage.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return report.table(rows, COLUMNS) + failed
 
 
-def main(stage: str, size: str, provider: str, place: str) -> None:
-    device = resolve_device(place)
+def main(stage: str, size: str, provider: str, device_name: str) -> None:
+    device = resolve_device(device_name)
     load(stage).single_call(size, provider, device)()
     print(cuda_peak()["peak_cuda_mb"] if device.type == "cuda" else process_peak() / 2**20)
 

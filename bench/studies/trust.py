@@ -91,9 +91,9 @@ def student_accuracy(state: TrustState, train: Dataset, test: Dataset, config: C
     normaliser, view, e = fit_normaliser(train.images, config.data.normalise), state.view(), config.evaluate
     recipe = Recipe(e.full_epochs, e.batch, e.real_lr, e.momentum, e.weight_decay, config.data.augment)
     images = normalise_images(normaliser, train.images)[view.index]
-    place = torch.device("cpu")
+    device = torch.device("cpu")
     examples = Examples(images, view.labels)
-    network = train_student(examples, train.num_classes, config.net, recipe, config.seed, place)
+    network = train_student(examples, train.num_classes, config.net, recipe, config.seed, device)
     return accuracy(network, normalise_images(normaliser, test.images), test.labels)
 
 

@@ -95,7 +95,7 @@ def measure_phase(phase: str, device: str, folder: Path, end: float) -> bool:
 
 
 def run_jobs(device: str, folder: Path, end: float, data: str, labels: str | None) -> bool:
-    """Runs whole jobs with trust off, on and the oracle. Returns whether all are done; the next call resumes them."""
+    """Runs jobs with trust off, on and the oracle. Returns whether all are done; the next call resumes them."""
     for mode in MODES:
         out = folder / f"job-{mode}"
         if (out / "DONE").exists():

@@ -1,16 +1,16 @@
-"""Kills runs at random times and resumes them: the bytes must equal those of an undisturbed run.
+"""Interrupts runs at random moments and resumes them: every result must equal that of an undisturbed run.
 
-Run `python -m tadperf.bench.tools.kill_resume --kills 20`. It runs a small job on the digits by the real command line.
-Each kill has its own run, and its time is random in its share of the duration of the undisturbed run. The last run
-receives all kills.
+Run `python -m tadperf.bench.tools.kill_resume --jobs matching hybrid --kills 20 --signal KILL`. A job is a small run on
+the digits by the real command line. Each kill has its own run, and its moment is drawn from its share of the
+undisturbed run's duration. One more run gets all kills. An audit cannot be resumed: it starts again.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,73 +19,115 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-JOB = [
-    "--ipc=1",
-    "--repeats=2",
-    "--device=cpu",
-    "--noise=asymmetric:0.3",
-    "--quiet",
-    "--json",
-    *(
-        f"--set={s}"
-        for s in (
-            "net.width=8",
-            "experts.count=4",
-            "experts.epochs=6",
-            "match.iterations=60",
-            "match.check_every=20",
-            "match.steps=5",
-            "match.max_start=4",
-            "match.expert_epochs=2",
-            "evaluate.epochs=60",
-            "evaluate.full_epochs=2",
-            "evaluate.full_repeats=2",
-        )
-    ),
-]
-MEASURED = ("stages", "seconds", "paths")  # keys of a result that may differ
+COMMON = ["--device=cpu", "--quiet", "--json", "--noise=asymmetric:0.3"]
+MATCHING = {
+    "net.width": 8,
+    "experts.count": 4,
+    "experts.epochs": 6,
+    "match.iterations": 60,
+    "match.check_every": 20,
+    "match.steps": 5,
+    "match.max_start": 4,
+    "match.expert_epochs": 2,
+    "evaluate.epochs": 60,
+    "evaluate.full_epochs": 2,
+    "evaluate.full_repeats": 2,
+}
+REFINEMENT = {
+    "trust.mode": "off",
+    "detector.depth": 1,
+    "detector.width": 8,
+    "detector.epochs": 3,
+    "diffusion.width": 8,
+    "diffusion.iterations": 30,
+    "diffusion.batch": 32,
+    "refine.steps": 6,
+    "refine.rounds": 3,
+    "refine.candidates": 2,
+    "refine.top_k": 1,
+}
+DISTILL = ["distill", "--ipc=1", "--repeats=2", *COMMON]
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """Starts the job in `folder`, or resumes it."""
-    command = [sys.executable, "-m", "tadperf", "distill", *JOB, "--out", str(folder)]
-    return subprocess.Popen(command + ["--resume"] * folder.exists(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def _sets(*settings: dict[str, Any]) -> list[str]:
+    return [f"--set={name}={value}" for part in settings for name, value in part.items()]
 
 
-def finish(folder: Path) -> float:
-    """Runs the job to its end. Returns the seconds."""
+JOBS = {
+    "matching": [*DISTILL, *_sets(MATCHING)],
+    "generative": [*DISTILL, "--synthesis=generative", *_sets(MATCHING, REFINEMENT)],
+    "hybrid": [*DISTILL, "--synthesis=hybrid", *_sets(MATCHING, REFINEMENT)],
+    "audit": [
+        "audit",
+        "digits",
+        *COMMON,
+        *_sets({"net.width": 8, "trust.rounds": 2, "trust.proxies": 2, "trust.epochs": 3}),
+    ],
+}
+# Files that hold times, paths or an order of events, and keys of a result that do.
+MEASURED_FILES = ("env.json", "stages.json", "metrics.jsonl", "result.json", "evaluate.json", ".lock")
+MEASURED = ("stages", "seconds", "paths")
+STAGES = {  # a file of the run folder that shows that a stage was reached, the latest stage first
+    "done": "DONE",
+    "evaluate": "distilled.safetensors",
+    "matching": "checkpoints/initial.safetensors",
+    "experts": "experts",
+    "refine": "checkpoints/refine.safetensors",
+    "diffusion": "diffusion",
+    "detector": "detector.safetensors",
+    "data": "config.json",
+}
+
+
+def start(job: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Starts the job in `folder`, or resumes it. An audit deletes its files and starts again."""
+    command = [sys.executable, "-m", "tadperf", *JOBS[job]]
+    if job == "audit":
+        folder.mkdir(exist_ok=True)
+        for file in (folder / "labels.csv", folder / "labels.png"):
+            file.unlink(missing_ok=True)
+        command += ["--out", str(folder / "labels.csv")]
+    else:
+        command += ["--out", str(folder)] + ["--resume"] * folder.exists()
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(job: str, folder: Path) -> float:
+    """Runs the job to its end. Returns the seconds. Raises RuntimeError if it fails."""
     begun = time.perf_counter()
-    process = start(folder)
+    process = start(job, folder)
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{folder.name} ended with {process.returncode}: {errors.decode()}")
     return time.perf_counter() - begun
 
 
+def is_done(job: str, folder: Path) -> bool:
+    """Returns whether the job has written its last file."""
+    return (folder / ("labels.png" if job == "audit" else "DONE")).exists()
+
+
 def reached(folder: Path) -> str:
     """Returns the stage that the run in `folder` has reached."""
-    marks = {
-        "done": "DONE",
-        "evaluate": "distilled.safetensors",
-        "matching": "checkpoints/initial.safetensors",
-        "experts": "experts",
-        "data": "config.json",
-    }
-    return next((stage for stage, mark in marks.items() if (folder / mark).exists()), "start")
+    return next((stage for stage, mark in STAGES.items() if (folder / mark).exists()), "start")
 
 
-def kill(folder: Path, moment: float) -> str:
-    """Starts or resumes the job and kills it after `moment` seconds. Returns the stage that it was in."""
-    process = start(folder)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        _, errors = process.communicate(timeout=moment)
-        if process.returncode:
-            raise RuntimeError(f"{folder.name} ended with {process.returncode}: {errors.decode()}")
-        return "ended before the kill"
-    process.kill()
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
+def kill(job: str, folder: Path, moment: float, number: int = signal.SIGKILL) -> str:
+    """Starts or resumes the job and sends it a signal after `moment` seconds. Returns the stage that it was in.
+
+    Raises RuntimeError if the job fails before the signal, or if its exit code does not tell that it was interrupted.
+    """
+    process = start(job, folder)
+    try:
+        process.wait(moment)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+    _, errors = process.communicate()
+    code = process.returncode
+    if code == 0 and is_done(job, folder):
+        return "ended before the signal"
+    if code not in (130, -number):
+        raise RuntimeError(f"{folder.name}, at {reached(folder)}, ended with {code}: {errors.decode()}")
     return reached(folder)
 
 
@@ -97,14 +139,22 @@ def moments(kills: int, duration: float, seed: int) -> list[float]:
 
 def differences(folder: Path, whole: Path) -> list[str]:
     """Returns the files of a finished run that differ from the undisturbed run, except for times and paths."""
-    names = ["distilled.safetensors", "grid.png", "config.json", "checkpoints/initial.safetensors"]
-    names += [str(file.relative_to(whole)) for file in sorted((whole / "experts").iterdir())]
-    found = [name for name in names if (folder / name).read_bytes() != (whole / name).read_bytes()]
-    if _result(folder) != _result(whole):
-        found.append("result.json")
-    if _matching(folder) != _matching(whole):
-        found.append("metrics.jsonl")
-    return found + [str(file.relative_to(folder)) for file in folder.rglob("*.tmp")]
+    names = {
+        str(file.relative_to(place))
+        for place in (folder, whole)
+        for file in place.rglob("*")
+        if file.is_file() and file.name not in MEASURED_FILES
+    }
+    differing = [name for name in sorted(names) if _bytes(folder / name) != _bytes(whole / name)]
+    if (whole / "result.json").exists():
+        differing += ["result.json"] * (_result(folder) != _result(whole))
+        differing += ["metrics.jsonl"] * (_records(folder) != _records(whole))
+        differing += ["evaluate.json"] * (_scores(folder) != _scores(whole))
+    return differing
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -112,32 +162,54 @@ def _result(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name not in MEASURED}
 
 
-def _matching(folder: Path) -> list[str]:
-    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"matching"' in line]
+def _scores(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "checkpoints" / "evaluate.json").read_bytes())
+
+
+def _records(folder: Path) -> list[str]:
+    """The records of metrics.jsonl by stage. Students end in any order, so their records are compared by `_scores`."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return sorted(json.dumps(record) for record in records if record["stage"] != "evaluate")
+
+
+def run_job(job: str, kills: int, number: int, seed: int, place: Path) -> int:
+    """Interrupts one run for each kill and one run with all kills; prints what differs. Returns the wrong runs."""
+    whole, chain = place / "whole", place / "all-kills"
+    duration = finish(job, whole)
+    print(f"{job}: undisturbed {duration:.1f} s, {signal.Signals(number).name}", flush=True)
+    times, wrong = moments(kills, duration, seed), 0
+    for k, moment in enumerate(times):
+        folder = place / f"killed-{k}"
+        try:
+            stage = kill(job, folder, moment, number)
+            finish(job, folder)
+            differing = differences(folder, whole)
+        except RuntimeError as error:
+            stage, differing = "failed", [str(error)]
+        wrong += bool(differing)
+        print(f"{moment:6.2f} s  {stage:<24}{'differs: ' + ', '.join(differing) if differing else 'equal'}", flush=True)
+    try:
+        stages = [kill(job, chain, moment, number) for moment in times]
+        finish(job, chain)
+        differing = differences(chain, whole)
+    except RuntimeError as error:
+        stages, differing = [], [str(error)]
+    print("one run, all kills:", ", ".join(stages), "-", "differs: " + ", ".join(differing) if differing else "equal")
+    return wrong + bool(differing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--kills", type=int, default=20, help="kills for each job")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT", "HUP"), default="KILL")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as place:
-        whole, chain = Path(place, "whole"), Path(place, "chain")
-        duration = finish(whole)
-        print(f"undisturbed: {duration:.1f} s", flush=True)
-        drawn, wrong = moments(options.kills, duration, options.seed), 0
-        for k, moment in enumerate(drawn):
-            folder = Path(place, f"killed-{k}")
-            stage = kill(folder, moment)
-            finish(folder)
-            found = differences(folder, whole)
-            wrong += bool(found)
-            print(f"{moment:6.2f} s  {stage:<12}  {'differs: ' + ', '.join(found) if found else 'equal'}", flush=True)
-        stages = [kill(chain, moment) for moment in drawn]
-        finish(chain)
-        found = differences(chain, whole)
-        print("one run, all kills:", ", ".join(stages), "-", "differs: " + ", ".join(found) if found else "equal")
-    return int(bool(wrong or found))
+    number, wrong = signal.Signals[f"SIG{options.signal}"], 0
+    for job in options.jobs:
+        with tempfile.TemporaryDirectory() as place:
+            wrong += run_job(job, options.kills, number, options.seed, Path(place))
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

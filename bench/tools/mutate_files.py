@@ -100,8 +100,8 @@ def mutate(data: bytes, random: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def _opens(path: Path, **options: str) -> Callable[[], object]:
-    return lambda: open_data(path, **options)  # pyright: ignore[reportArgumentType]
+def _opens(path: Path, format: str | None = None) -> Callable[[], object]:
+    return lambda: open_data(path, format=format)
 
 
 def _idx(packed: bool) -> Callable[[Path], tuple[Path, Callable[[], object]]]:

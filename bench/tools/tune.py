@@ -15,12 +15,12 @@ from tadperf.bench.operators.engine import Bench, Size, mismatch
 from tadperf.kernels.gpu import launch_configs
 
 Entry = dict[str, int]
-GAIN = 0.98  # a candidate must take less than this share of the best time: smaller differences are noise
+GAIN = 0.98  # a better candidate needs less than this share of the best time; smaller gains are noise; not tuned
 LIMITS = {"num_warps": (1, 32), "num_stages": (1, 6)}
 
 
 def neighbours(entry: Entry) -> Iterator[Entry]:
-    """Entries with one value changed: stages by one, powers of two halved and doubled."""
+    """Yields entries with one changed value: stages plus or minus one, powers of two halved or doubled."""
     for key, value in entry.items():
         low, high = LIMITS.get(key, (1, 2**20))
         others = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
@@ -29,23 +29,23 @@ def neighbours(entry: Entry) -> Iterator[Entry]:
 
 
 def descend(entry: Entry, cost: Callable[[Entry], float]) -> Entry:
-    """The entry that none of its neighbours betters by GAIN, going on from each that does; inf is a failed launch."""
-    best, least = entry, cost(entry)
-    seen = [entry]
+    """Returns an entry that no neighbour betters by GAIN, by moving to better ones. A cost of inf is a failure."""
+    best, lowest = entry, cost(entry)
+    tried = [entry]
     while True:
         for candidate in neighbours(best):
-            if candidate in seen:
+            if candidate in tried:
                 continue
-            seen.append(candidate)
-            if (found := cost(candidate)) < GAIN * least:
-                best, least = candidate, found
+            tried.append(candidate)
+            if (candidate_cost := cost(candidate)) < GAIN * lowest:
+                best, lowest = candidate, candidate_cost
                 break
         else:
             return best
 
 
-def asked(function: Callable[[], object]) -> dict[tuple[str, int], Entry]:
-    """Which launches a call takes: the entry by (operator, size)."""
+def launch_entries(function: Callable[[], object]) -> dict[tuple[str, int], Entry]:
+    """Returns the launch settings that a call uses, by (operator, size)."""
     found: dict[tuple[str, int], Entry] = {}
 
     def choose(operator: str, size: int, entry: Entry) -> Entry:
@@ -58,9 +58,9 @@ def asked(function: Callable[[], object]) -> dict[tuple[str, int], Entry]:
 
 
 def tune(bench: Bench, sizes: Sequence[Size], device: torch.device) -> Iterator[tuple[str, Path]]:
-    """Tunes each launch that the operator takes at these sizes, one after another; (operator, file written).
+    """Tunes one launch of the operator after another at these sizes. Yields operators and the files written.
 
-    An entry holds up to the size that it was tuned at; beyond the largest, the shipped ones hold.
+    Settings are used up to the size of their tuning; the shipped ones are used above the largest size.
     """
     function = bench.providers["tadperf"].build()
     best: dict[tuple[str, int], Entry] = {}
@@ -68,7 +68,7 @@ def tune(bench: Bench, sizes: Sequence[Size], device: torch.device) -> Iterator[
         count = cuda.rotation(bench.moved(size, torch.float32), cuda.l2_bytes(device))
         sets = [bench.inputs(size, torch.float32, device, seed) for seed in range(count)]
         truth = bench.reference(*sets[0])
-        for key, entry in asked(partial(function, *sets[0])).items():
+        for key, entry in launch_entries(partial(function, *sets[0])).items():
             best[key] = descend(entry, partial(_cost, bench, function, sets, truth, best, key))
     for operator in {operator for operator, _ in best}:
         rows = [{"up_to": extent, **entry} for (name, extent), entry in sorted(best.items()) if name == operator]
@@ -84,7 +84,7 @@ def _cost(
     key: tuple[str, int],
     candidate: Entry,
 ) -> float:
-    """Milliseconds with this candidate for one launch and the best found for the others; inf where it fails."""
+    """Returns milliseconds with this candidate for one launch and the best settings for the others; inf if it fails."""
 
     def choose(operator: str, size: int, entry: Entry) -> Entry:
         return candidate if (operator, size) == key else best.get((operator, size), entry)
@@ -93,5 +93,5 @@ def _cost(
         try:
             wrong = mismatch(truth, function(*sets[0]), bench)
             return float("inf") if wrong else float(np.median(cuda.replayed(function, sets, 5)))
-        except Exception:  # more registers or shared memory than there are
+        except Exception:  # for example too many registers or too much shared memory
             return float("inf")

@@ -102,7 +102,7 @@ def _compiled_forward(inner: nn.Module, backend: str, device: torch.device, batc
 def _inductor(inner: nn.Module, graphs: bool, batch: int | None) -> Call:
     dynamic = False if batch else None  # None: a second batch size makes the first dimension symbolic
     if not graphs and _mostly_repeated(inner):
-        inner.compile_repeated_blocks(dynamic=dynamic)  # pyright: ignore[reportCallIssue]
+        cast(Any, inner).compile_repeated_blocks(dynamic=dynamic)
         return inner.forward
     run = torch.compile(inner.forward, dynamic=dynamic, mode="reduce-overhead" if graphs else None)
     return _with_copied_results(run) if graphs else run
@@ -117,7 +117,7 @@ def _mostly_repeated(inner: nn.Module) -> bool:
         return False
     names = getattr(inner, "_repeated_blocks", None) or REPEATED.get(type(inner).__name__, [])
     blocks = [part for part in inner.modules() if type(part).__name__ in names]
-    inner._repeated_blocks = names  # pyright: ignore[reportArgumentType]
+    cast(Any, inner)._repeated_blocks = names
     return 2 * sum(p.numel() for b in blocks for p in b.parameters()) > sum(p.numel() for p in inner.parameters())
 
 

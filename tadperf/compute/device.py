@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,11 +47,13 @@ def _only(count: int) -> str:
     return f"only {count} CUDA device{'s' if count > 1 else ''} found"
 
 
-def set_tf32(allowed: bool) -> None:
-    """Allows or forbids TF32 in float32 products and convolutions on CUDA, for the rest of the process."""
-    import torch
+def hide_gpus() -> None:
+    """Hides all GPUs from this process and its children. Call it before anything asks PyTorch for a GPU.
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    With a GPU in sight PyTorch starts autograd threads for it, and then CPU tasks cannot run in forked processes
+    (`workers.can_fork`). It changes the environment, so only the command line calls it, for `--device cpu`.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def describe_device(device: torch.device) -> str:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+# The switches of CUDA's products, of its convolutions and of the CPU's products. PyTorch does not declare their types.
+MATMUL: Any = torch.backends.cuda.matmul
+CUDNN: Any = torch.backends.cudnn
+MKLDNN: Any = torch.backends.mkldnn
 
 
 @contextlib.contextmanager
@@ -32,8 +38,8 @@ def torch_settings(*, threads: int | None = None, tf32: bool | None = None) -> I
 
 
 def _set_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    for operator in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # pyright: ignore[reportAttributeAccessIssue]
+    MATMUL.allow_tf32 = CUDNN.allow_tf32 = allowed
+    for operator in (CUDNN.conv, CUDNN.rnn):
         operator.fp32_precision = "tf32" if allowed else "ieee"  # else it may follow torch.backends.fp32_precision
 
 
@@ -43,22 +49,20 @@ def _tf32_restorer() -> Callable[[], None]:
     PyTorch has two sets of switches: `allow_tf32` and, since 2.9, `fp32_precision`. Writing an old one writes the new
     one too, but not the other way round. Reading an old one raises RuntimeError when the two disagree.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    cpu_matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    switches = (matmul, cudnn.conv, cudnn.rnn, cpu_matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    switches = (MATMUL, CUDNN.conv, CUDNN.rnn, MKLDNN.matmul)
     precisions = [switch.fp32_precision for switch in switches]
     try:
         name = torch.get_float32_matmul_precision()
     except RuntimeError:  # the two disagree, so the old switch is the opposite of the new one
         name = "highest" if precisions[0] == "tf32" else "high"
     try:
-        convolutions = cudnn.allow_tf32
+        convolutions = CUDNN.allow_tf32
     except RuntimeError:
         convolutions = precisions[1] != "tf32"
 
     def restore() -> None:
         torch.set_float32_matmul_precision(name)  # the old switch of products; it has three values, allow_tf32 two
-        cudnn.allow_tf32 = convolutions
+        CUDNN.allow_tf32 = convolutions
         for switch, precision in zip(switches, precisions, strict=True):
             switch.fp32_precision = precision
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -86,7 +87,8 @@ def can_fork() -> bool:
 
 def _child_can_differentiate() -> bool:
     """Forks a process that runs a backward pass, and returns whether it succeeds."""
-    child = os.fork()
+    with _ignored_fork_warning():
+        child = os.fork()
     if child == 0:
         code = 1
         try:
@@ -96,6 +98,14 @@ def _child_can_differentiate() -> bool:
         finally:
             os._exit(code)
     return os.waitpid(child, 0)[1] == 0
+
+
+@contextlib.contextmanager
+def _ignored_fork_warning() -> Iterator[None]:
+    """Hides Python's warning about a fork beside threads. The children take no lock of the parent: they never print."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 @cache  # once per process; Python's own filter would repeat the warning for every caller
@@ -146,9 +156,7 @@ class BackgroundTasks:
             return
         fork = multiprocessing.get_context("fork")
         self._pool = ProcessPoolExecutor(workers, fork, _start_worker, (os.getpid(), task, items))
-        with warnings.catch_warnings():
-            # Python warns about a fork beside threads. A worker takes none of the parent's locks: it never prints.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with _ignored_fork_warning():
             self._futures = {self._pool.submit(_run_item, position): position for position in range(len(items))}
 
     def completed(self) -> Iterator[tuple[int, Any]]:

@@ -108,17 +108,20 @@ def decode(
         size = first[1].shape[-2:]
 
         def fill(pixels: np.ndarray) -> int:
-            colour = False
+            colour, equal = False, True
             for done, (image, array) in enumerate(chain([first], _decoded_only(arrays, broken))):
                 if array.shape[-2:] != size:
                     sizes = f"{_size(first[1])} ({first[0]}) and {_size(array)}"
                     raise UserError("data", image, f"images of two sizes, {sizes}; give --image-size to resize them")
                 pixels[done] = array  # a grey image fills all three channels
                 colour |= len(array) == 3
+                equal = equal and np.array_equal(array, first[1])
                 if done % CHUNK == 0 or done + 1 == count:
                     progress("decode", done + 1, count)
             if broken:
                 raise _broken_images(broken)
+            if equal and count > 1:
+                warn_user(f"data: {first[0]}: all {count} images are equal; check that the files are the right ones")
             return 3 if colour else 1
 
         return mapped.fill_images((count, 3, *size), name, fill)
@@ -274,7 +277,8 @@ def _pillow_warnings() -> Iterator[None]:
             shown(message, category, *rest, **more)
         elif category.__name__ != "DecompressionBombWarning":  # MAX_PIXELS decides what is too large
             count += 1
-            caught.append(reason(message)) if not caught and isinstance(message, Warning) else None
+            if not caught:
+                caught.append(" ".join(str(message).split())[:120])
 
     with warnings.catch_warnings():
         shown = warnings.showwarning

@@ -29,12 +29,15 @@ def save_expert(folder: Path, index: int, snapshots: Tensor, **scores: float) ->
 
 def is_complete(folder: Path, index: int, shape: tuple[int, int]) -> bool:
     """Returns whether expert `index` has at least `shape` = (snapshots, parameters). A file is never half written."""
+    path = expert_path(folder, index)
     try:
-        with safe_open(str(expert_path(folder, index)), framework="pt") as handle:
-            rows, parameters = handle.get_slice("snapshots").get_shape()
+        with safe_open(str(path), framework="pt") as handle:
+            stored = handle.get_slice("snapshots").get_shape()
     except (FileNotFoundError, SafetensorError):
         return False
-    return rows >= shape[0] and parameters == shape[1]
+    except OSError as error:
+        raise UserError("--experts", path, f"cannot be read ({error}); check its permissions") from None
+    return len(stored) == 2 and stored[0] >= shape[0] and stored[1] == shape[1]
 
 
 def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ class Experts:
 
     def __init__(self, paths: list[Path]) -> None:
         """paths: one file per expert. Raises UserError if a file is missing or damaged."""
-        self._files = [_open(path) for path in paths]
+        self._paths, self._files = paths, [_open(path) for path in paths]
 
     @classmethod
     def open(cls, folder: Path, count: int) -> Experts:
@@ -82,8 +85,15 @@ class Experts:
         return self._files[expert].get_slice("snapshots")[epoch].to(torch.float32, copy=True)
 
     def train_accuracies(self) -> list[float]:
-        """Returns the training accuracy of each expert's last snapshot, a share in [0, 1]."""
-        return [float(file.metadata()["train_accuracy"]) for file in self._files]
+        """Returns the training accuracy of each expert's last snapshot, a share in [0, 1].
+
+        Raises UserError if a file does not hold it.
+        """
+        metadata = [file.metadata() or {} for file in self._files]
+        for path, values in zip(self._paths, metadata, strict=True):
+            if "train_accuracy" not in values:
+                raise UserError("--experts", path, "has no train_accuracy; train it again with: tadperf experts")
+        return [float(values["train_accuracy"]) for values in metadata]
 
 
 def _open(path: Path) -> Any:

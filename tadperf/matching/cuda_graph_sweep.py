@@ -69,7 +69,7 @@ def join_steps(steps: Sequence[Step], device: torch.device) -> tuple[Tensor | Ha
     """
     fields = zip(*(step.drawn for step in steps), strict=True)
     drawn = (None if field[0] is None else torch.cat(field).to(device) for field in fields)
-    return torch.cat([step.index for step in steps]).to(device), *drawn, tuple(len(step.index) for step in steps)
+    return torch.cat([step.rows for step in steps]).to(device), *drawn, tuple(len(step.rows) for step in steps)
 
 
 def split_steps(index: Tensor, drawn: Draw, sizes: tuple[int, ...]) -> list[Step]:

@@ -39,7 +39,7 @@ KEPT_VECTORS = 40
 class Step(NamedTuple):
     """One inner step: the rows of its synthetic images (int64 [B]) and their drawn augmentation."""
 
-    index: Tensor
+    rows: Tensor
     drawn: augment.Draw
 
 
@@ -61,8 +61,8 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
 def inner_step(backend: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
     """Returns theta [P] after one inner step, without a graph. x, y: all synthetic images and their labels."""
     with torch.no_grad():
-        batch = augment.apply(x[step.index], step.drawn)
-    return theta - lr * backend.gradient(theta, batch, y[step.index])
+        batch = augment.apply(x[step.rows], step.drawn)
+    return theta - lr * backend.gradient(theta, batch, y[step.rows])
 
 
 def step_products(
@@ -111,14 +111,14 @@ def adjoint(
         thetas = [stored[first // stride]]
         for step in segment[:-1]:
             thetas.append(inner_step(backend, thetas[-1], x, y, lr, step))
-        for index, drawn in reversed(segment):
-            h = step_products(backend, thetas.pop(), lam, x[index], y[index], drawn, exact)
+        for rows, drawn in reversed(segment):
+            h = step_products(backend, thetas.pop(), lam, x[rows], y[rows], drawn, exact)
             grad_lr -= h.h
             if h.theta is not None:
                 lam = lam - lr * h.theta
             if grad_y is not None and h.labels is not None:
-                grad_y.index_add_(0, index, h.labels, alpha=-1)
-            grad_x.index_add_(0, index, h.x, alpha=-1)
+                grad_y.index_add_(0, rows, h.labels, alpha=-1)
+            grad_x.index_add_(0, rows, h.x, alpha=-1)
     loss = (end - target).square().sum() / distance
     return Gradient(loss, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end)
 
@@ -154,9 +154,9 @@ def unroll(
     x, lr = images.detach().requires_grad_(), lr.detach().requires_grad_()
     y = labels.detach().requires_grad_(labels.is_floating_point())
     theta = start.detach().requires_grad_()
-    for index, drawn in steps:
-        batch = augment.apply(x[index], drawn)
-        theta = theta - lr * step_backends.step_gradient(net, theta, batch, y[index], create_graph=True)
+    for rows, drawn in steps:
+        batch = augment.apply(x[rows], drawn)
+        theta = theta - lr * step_backends.step_gradient(net, theta, batch, y[rows], create_graph=True)
     loss = matching_loss(theta, start, target)
     grads = torch.autograd.grad(loss, [x, lr] + ([y] if y.requires_grad else []))
     return Gradient(loss.detach(), grads[0], grads[2] if y.requires_grad else None, grads[1], theta.detach())

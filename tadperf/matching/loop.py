@@ -72,7 +72,7 @@ def matching_gradient(
     start = int(torch.randint(first, last + 1, (), generator=generator))
     device = state.images.device
     drawn = draw_steps(config, len(state.images), state.images.shape[-1], problem.augment, generator)
-    steps = [step._replace(index=step.index.to(device)) for step in drawn]
+    steps = [step._replace(rows=step.rows.to(device)) for step in drawn]
     ends = (experts.snapshot(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
     return compute(*ends, state.images, state.labels, state.log_lr.exp(), steps)
 

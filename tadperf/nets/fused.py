@@ -52,8 +52,10 @@ def _is_plain_sequential(module: nn.Module) -> bool:
         return False
     if any(type(layer).__module__.split(".")[0] not in ("torch", "tadperf") for layer in module.modules()):
         return False  # an unknown layer may depend on the memory format, for example by Tensor.view
-    device = next(module.parameters()).device.type
-    return implementations()["norm_relu_pool"].get(device) not in (None, "reference")
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        return False
+    return implementations()["norm_relu_pool"].get(parameter.device.type) not in (None, "reference")
 
 
 def has_hooks(layer: nn.Module) -> bool:

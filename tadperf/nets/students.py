@@ -18,8 +18,6 @@ from tadperf.nets import training
 from tadperf.nets.architectures import build
 from tadperf.nets.training import Recipe, accuracy
 
-__all__ = ["Examples", "Recipe", "Student", "StudentScorer", "accuracy", "score_students", "summarise", "train_student"]
-
 
 class Examples(NamedTuple):
     """Training data: normalised images [N, C, H, W], labels int64 [N] or label logits [N, K], weights [N] or None."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +190,7 @@ def fit(
     target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
     share = None if weights is None else _scale_to_mean_one(weights, len(images)).to(device)
     if device.type == "cuda":
-        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
     predict, parameters = fused_forward(module.train()), tuple(module.parameters())
     velocity = tuple(map(torch.zeros_like, parameters))
 
@@ -222,8 +222,12 @@ def accuracy(module: nn.Module, images: Images, labels: Tensor, batch: int = 102
     """Returns the share of images whose largest logit is that of the label; a row that is not finite counts as wrong.
 
     The network computes in eval mode. Afterwards each of its layers is in train or eval mode as before.
+    Raises UserError if there are no images.
     """
-    device, correct = next(module.parameters()).device, 0
+    if not len(images):
+        raise UserError("images", 0, "there are none to test the network on; give at least one")
+    parameter = next(module.parameters(), None)
+    device, correct = torch.device("cpu") if parameter is None else parameter.device, 0
     batch = min(batch, cache_batch_size(module, images[torch.zeros(1, dtype=torch.int64)][0, 0].numel()))
     with _eval_mode(module):
         predict = fused_forward(module)

@@ -76,5 +76,5 @@ def paste(picture: Image, image: np.ndarray, position: tuple[int, int], size: tu
     cell = Image.fromarray(image)
     if (cell.height, cell.width) != size:
         enlarge = size[0] >= cell.height
-        cell = cell.resize(size[::-1], Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX)
+        cell = cell.resize((size[1], size[0]), Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX)
     picture.paste(cell, position)

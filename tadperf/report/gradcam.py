@@ -99,7 +99,8 @@ def draw_gradcam(
     shown = {name: (pixels[:COLUMNS], classes[:COLUMNS]) for name, (pixels, classes) in rows.items()}
     if not any(len(classes) for _, classes in shown.values()):
         raise ValueError("rows: no image: must have one or more")
-    height, width = cell_size(*next(iter(shown.values()))[0].shape[-2:], CELL, MAX_CELL)
+    shape = next(iter(shown.values()))[0].shape
+    height, width = cell_size(shape[2], shape[3], CELL, MAX_CELL)
     step_x, step_y = max(width, CELL) + GAP, 2 * (height + GAP) + CAPTION
     names = drawable_names(class_names)
     left = widest(shown, FONT, MAX_NAME) + 2 * MARGIN

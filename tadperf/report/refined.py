@@ -60,7 +60,8 @@ def draw_refined(
 
     classes = min(len(class_names), MAX_ROWS)
     rows = [(labels == label).nonzero()[:, 0] for label in range(classes)]
-    height, width = cell_size(*images[0].shape[2:], CELL, min(MAX_CELL, int((MEGAPIXELS * 5e5 / classes) ** 0.5)))
+    largest = min(MAX_CELL, int((MEGAPIXELS * 1e6 / 2 / classes) ** 0.5))
+    height, width = cell_size(images[0].shape[2], images[0].shape[3], CELL, largest)
     step_x, step_y = max(width, CELL) + GAP, height + CAPTION + GAP
     longest = max(1, *(len(row) for row in rows))
     columns = max(1, min(longest, MAX_SHOWN, int(MEGAPIXELS * 1e6 / (2 * step_x * step_y * classes))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
@@ -39,9 +40,12 @@ class Names(NamedTuple):
 
 def drawable_names(names: Sequence[str]) -> Names:
     """Replaces names that no font of this machine can draw, and empty names, by "class 3"."""
-    texts = [clean_text(name) for name in names]
-    texts = [text if text and font_file(text) is not None else f"class {c}" for c, text in enumerate(texts)]
-    replaced = sum(text == f"class {c}" != names[c] and clean_text(names[c]) != "" for c, text in enumerate(texts))
+    texts, replaced = [], 0
+    for number, name in enumerate(names):
+        text = clean_text(name)
+        drawable = font_file(text) is not None
+        texts.append(text if text and drawable else f"class {number}")
+        replaced += not drawable
     note = f"{replaced} class name{'s' if replaced > 1 else ''} shown by number: no font here has the characters"
     return Names(texts, note if replaced else "")
 
@@ -98,7 +102,11 @@ def load_font(file: str, size: int) -> FreeTypeFont:
     """Loads a font file; "" is Pillow's built-in font."""
     from PIL import ImageFont
 
-    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)  # pyright: ignore[reportReturnType]
+    if file:
+        return ImageFont.truetype(file, size)
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # so documented for a size
+    return font
 
 
 @lru_cache(maxsize=4096)
@@ -111,7 +119,7 @@ def font_file(text: str) -> str | None:
 @cache
 def font_files() -> tuple[str, ...]:
     """Fonts of this machine, those with many characters first, and matplotlib's fonts if it is installed."""
-    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
+    folders = [Path(os.path.expanduser(folder)) for folder in FONT_FOLDERS]  # works without a home folder too
     matplotlib = find_spec("matplotlib")
     if matplotlib and matplotlib.origin:
         folders.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf")
@@ -128,10 +136,14 @@ def font_files() -> tuple[str, ...]:
 @lru_cache(maxsize=1 << 16)
 def has_glyph(file: str, letter: str) -> bool:
     """Whether a font draws this character as something other than its sign for missing characters."""
-    return _render(file, letter) not in (None, _render(file, MISSING))
+    return _render(file, letter) not in (None, _missing_sign(file))
 
 
-@lru_cache(maxsize=1 << 16)
+@cache
+def _missing_sign(file: str) -> bytes | None:
+    return _render(file, MISSING)
+
+
 def _render(file: str, letter: str) -> bytes | None:
     """The pixels of one character; None if the font cannot be used, such as a colour font of one fixed size."""
     from PIL import Image, ImageDraw

@@ -38,9 +38,10 @@ def check_run_folder(path: Path | str, resume: bool) -> None:
             raise UserError("--resume", path, "there is no such run folder; leave out --resume to start it")
         if not (path / "config.json").exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise UserError("--resume", path, "is not a run folder: it has no config.json; check --out")
-        if (path / "DONE").exists():
-            return
-    elif path.exists() or path.is_symlink():
+        if not (path / "DONE").exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise UserError("--resume", path, "cannot be written; change its permissions, or resume a copy of it")
+        return
+    if path.exists() or path.is_symlink():
         raise UserError("--out", path, "exists already; continue that run with --resume, or choose another folder")
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

@@ -89,14 +89,12 @@ def find_label_issues(
     """
     _check_options(return_indices_ranked_by, filter_by, frac_noise, min_examples_per_class, multi_label)
     given, probabilities, z = _check_arrays(labels, pred_probs, features)
-    ignored = {
-        "rank_by_kwargs": rank_by_kwargs or None,
-        "filter_by": None if filter_by == FILTERS[0] else filter_by,
-        "num_to_remove_per_class": num_to_remove_per_class,
-        "confident_joint": confident_joint,
-    }
-    if names := [name for name, value in ignored.items() if value is not None]:
-        warnings.warn(f"find_label_issues ignores {', '.join(names)}: tadperf has its own rule", stacklevel=2)
+    _warn_ignored(
+        rank_by_kwargs=rank_by_kwargs or None,
+        filter_by=None if filter_by == FILTERS[0] else filter_by,
+        num_to_remove_per_class=num_to_remove_per_class,
+        confident_joint=confident_joint,
+    )
     if z is None:
         issues, score = contradicted_labels(probabilities, given)
     else:
@@ -109,9 +107,7 @@ def find_label_issues(
     order = _leave_enough(order, given, min_examples_per_class)[: round(frac_noise * len(order))]
     if return_indices_ranked_by is not None:
         return order.numpy()
-    mask = np.zeros(len(given), dtype=bool)
-    mask[order.numpy()] = True
-    return mask
+    return torch.zeros_like(issues).index_fill_(0, order, True).numpy()
 
 
 def contradicted_labels(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +150,13 @@ def _check_options(
         raise ValueError(f"frac_noise: {frac_noise}: must be a share in [0, 1]")
     if min_examples_per_class < 0:
         raise ValueError(f"min_examples_per_class: {min_examples_per_class}: must be 0 or more")
+
+
+def _warn_ignored(**arguments: object) -> None:
+    """Warns of arguments that would change the result of cleanlab, but not this one."""
+    names = [name for name, value in arguments.items() if value is not None]
+    if names:
+        warnings.warn(f"find_label_issues ignores {', '.join(names)}: tadperf has its own rule", stacklevel=3)
 
 
 def _check_arrays(

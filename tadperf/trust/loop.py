@@ -19,6 +19,7 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.config import TrustConfig
+from tadperf.errors import UserError
 from tadperf.nets.problem import Problem
 from tadperf.progress import Progress, silent
 from tadperf.trust.neighbours import estimate_from_neighbours
@@ -48,13 +49,13 @@ def dual_loop(
 
     problem: its labels are the given labels, int64 [N]. The loop never needs clean labels.
     folder: stores each finished round there; a killed run continues after the last one. One seed gives one result.
-    With mode "off", nothing is trained and every label is trusted. Raises ValueError for mode "oracle"; use
-    `as_given(labels, class_names, clean)` instead.
+    With mode "off" or a single class, nothing is trained and every label is trusted. Raises ValueError for mode
+    "oracle" (use `as_given(labels, class_names, clean)` instead), and UserError if the proxies diverge.
     """
     if config.mode == "oracle":
         raise ValueError("config.mode: oracle: must be on or off: the loop takes no clean labels; use as_given instead")
     state = as_given(problem.labels, problem.class_names)
-    if config.mode == "off":
+    if config.mode == "off" or problem.num_classes == 1:
         return DualLoopResult(state, [state])
     rounds: list[TrustState] = []
     for number in range(1, config.rounds + 1):
@@ -107,6 +108,7 @@ def assign_verdicts(
     after two rounds, without it 0.60. The partition uses this round's losses only: with the mean loss, on digits with
     symmetric:0.8, 83 % of the labels in the view are right at 41 % coverage, instead of 91 % at 61 % (2 seeds).
     """
+    _refuse_diverged(outputs, config)
     given, classes = before.given, len(before.class_names)
     class_scores, losses = outputs.probabilities, outputs.losses.clamp(max=-math.log(MIN_PROBABILITY))
     neighbours = None
@@ -139,6 +141,12 @@ def assign_verdicts(
         suggested=torch.where(verdict == UNTRUSTED, class_scores.argmax(1), working),
         class_names=before.class_names,
     )
+
+
+def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
+    for name, values in zip(outputs._fields, outputs, strict=True):
+        if values.isnan().any():
+            raise UserError("trust.lr", config.lr, f"the proxies have diverged ({name}: NaN); use a lower value")
 
 
 def label_loss(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from tadperf.data.convert import as_tensor
+from tadperf.data.dataset import describe_tensor
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, TrustState
 
 
@@ -23,14 +26,18 @@ def round_metrics(rounds: Sequence[TrustState], clean: Tensor | None = None) -> 
     ]
 
 
-def compare_with_clean(state: TrustState, clean: Tensor) -> dict[str, float]:
-    """Compares the verdicts with clean labels int64 [N]; shares in [0, 1], NaN for a share of no samples.
+def compare_with_clean(state: TrustState, clean: Tensor | ArrayLike) -> dict[str, float]:
+    """Compares the verdicts with clean labels, integers [N]; shares in [0, 1], NaN for a share of no samples.
 
     view_accuracy: right working labels in the view. coverage: samples in the view.
     precision: right labels among the trusted samples. recall: trusted samples among the right labels.
     recalled_accuracy, relabel_accuracy: right working labels with that verdict.
     issue_precision, issue_recall: the same for suspected label errors. suggested_accuracy: right suggestions.
+    Raises ValueError if the number of labels differs.
     """
+    clean = as_tensor("clean", clean)
+    if clean.shape != state.given.shape:
+        raise ValueError(f"clean: {describe_tensor(clean)}: must be integers {list(state.given.shape)}")
     right, in_view = state.given == clean, state.trusted
     trusted = state.verdict == TRUSTED
     return {

@@ -15,8 +15,9 @@ and n that predict y_i best.
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -65,16 +66,16 @@ def estimate_from_neighbours(
 
     features: float [N, D], compared by cosine. labels: int64 [N], as given. seed: of the folds and of the samples from
     which reach and n are chosen. transition: False keeps T symmetric, so that the most frequent label wins.
-    progress: on larger sets, called as stage "trust:neighbours" after each pair of reach and n.
+    progress: on larger sets, called as stage "trust:neighbours" after each step of spreading and each pair of reach and
+    n.
     """
-    progress = progress if len(labels) * num_classes >= REPORTED_SIZE else silent
+    report = _step_counter(progress, len(labels), num_classes)
     prior = PRIOR if transition else SYMMETRIC_PRIOR
     share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
     rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows"), device="cpu").to(labels.device)
     rows = rows[: max(SELECTION_SIZE // num_classes, 1)]
-    best, best_score, done = None, -torch.inf, 0
-    progress("trust:neighbours", 0, len(REACHES) * len(LABEL_COUNTS))
-    for reach, seen in neighbour_labels(affinity(features), labels, num_classes, seed):
+    best, best_score = None, -torch.inf
+    for reach, seen in neighbour_labels(affinity(features), labels, num_classes, seed, report):
         seen = seen / seen.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
         g = seen / seen.sum(1, keepdim=True)
         row_labels, start = labels[rows], confident_classes(g[rows] / share)
@@ -83,19 +84,34 @@ def estimate_from_neighbours(
             score = float((classes @ t).gather(1, row_labels.unsqueeze(1)).log().mean())
             if score > best_score:
                 best, best_score = (g, t, reach, label_count), score
-            done += 1
-            progress("trust:neighbours", done, len(REACHES) * len(LABEL_COUNTS))
+            report()
     assert best is not None
     g, t, reach, label_count = best
     if len(rows) < len(labels):
         t = estimate_transition((label_count * (g @ t.log().T)).softmax(1), labels, prior)
     log_t = t.log()
-    posterior = (label_count * (g @ log_t.T)).add_(log_t.T[labels]).softmax(1)
-    progress("trust:neighbours", len(REACHES) * len(LABEL_COUNTS), len(REACHES) * len(LABEL_COUNTS))
-    return NeighbourEstimate(posterior, t, reach, label_count)
+    return NeighbourEstimate((label_count * (g @ log_t.T)).add_(log_t.T[labels]).softmax(1), t, reach, label_count)
 
 
-def neighbour_labels(graph: Tensor, labels: Tensor, num_classes: int, seed: int) -> Iterator[tuple[float, Tensor]]:
+def _step_counter(progress: Progress, count: int, num_classes: int) -> Callable[[], None]:
+    """Returns a function that counts one step and reports it; it reports nothing for small sets."""
+    if count * num_classes < REPORTED_SIZE:
+        return lambda: None
+    folds = _uses_folds(count, num_classes)
+    total = SPREAD_STEPS + len(REACHES) * len(LABEL_COUNTS) if folds else len(LABEL_COUNTS)
+    steps = itertools.count(1)
+    progress("trust:neighbours", 0, total)
+    return lambda: progress("trust:neighbours", next(steps), total)
+
+
+def _uses_folds(count: int, num_classes: int) -> bool:
+    """Whether FOLDS copies of [N, C] are small enough to hide the labels of each sample's fold."""
+    return count * num_classes * FOLDS <= FOLD_SIZE
+
+
+def neighbour_labels(
+    graph: Tensor, labels: Tensor, num_classes: int, seed: int, step_done: Callable[[], None] = lambda: None
+) -> Iterator[tuple[float, Tensor]]:
     """Yields each reach with the labels that every sample sees in the other samples, [N, C].
 
     The labels of a sample's own fold are hidden from it. If FOLDS copies of [N, C] are too large, yields one reach
@@ -103,7 +119,7 @@ def neighbour_labels(graph: Tensor, labels: Tensor, num_classes: int, seed: int)
     """
     count = len(labels)
     given = F.one_hot(labels, num_classes).float()
-    if count * num_classes * FOLDS > FOLD_SIZE:
+    if not _uses_folds(count, num_classes):
         one_step = graph @ given
         returned = torch.zeros(count, device=labels.device)
         row = torch.repeat_interleave(torch.arange(count, device=labels.device), graph.crow_indices().diff())
@@ -112,7 +128,7 @@ def neighbour_labels(graph: Tensor, labels: Tensor, num_classes: int, seed: int)
         return
     fold = torch.randperm(count, generator=seeds.generator(seed, "folds"), device="cpu").to(labels.device) % FOLDS
     visible = torch.cat([given * (fold != f).unsqueeze(1) for f in range(FOLDS)], 1)
-    for reach, seen in zip(REACHES, spread_labels(graph, visible, REACHES), strict=True):
+    for reach, seen in zip(REACHES, spread_labels(graph, visible, REACHES, step_done), strict=True):
         yield reach, seen.view(count, FOLDS, num_classes)[torch.arange(count, device=fold.device), fold]
 
 
@@ -148,7 +164,9 @@ def affinity(features: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(graph.indices(), weight, shape, **options).to_sparse_csr()
 
 
-def spread_labels(graph: Tensor, values: Tensor, reaches: tuple[float, ...]) -> list[Tensor]:
+def spread_labels(
+    graph: Tensor, values: Tensor, reaches: tuple[float, ...], step_done: Callable[[], None] = lambda: None
+) -> list[Tensor]:
     """sum_t a^t S^t Y for every reach a, from one sequence of products; values Y [N, K]."""
     sums = [values.clone() for _ in reaches]
     for step in range(1, SPREAD_STEPS + 1):
@@ -156,6 +174,7 @@ def spread_labels(graph: Tensor, values: Tensor, reaches: tuple[float, ...]) -> 
         for reach, total in zip(reaches, sums, strict=True):
             if reach**step > MIN_POWER:
                 total.add_(values, alpha=reach**step)
+        step_done()
     return sums
 
 

@@ -29,7 +29,7 @@ from tadperf.kernels import Mixture, mixture
 MIN_SAMPLES = 20  # a class with fewer samples is not fitted alone: a mixture has five parameters; not tuned
 MIN_ASHMAN_D = 2.0  # above 2 the two modes are clearly separated (Ashman, Bird and Zepf, 1994)
 MIN_THRESHOLD = 0.5
-KEPT_TENTHS = 10  # a class keeps the best tenth of its posteriors above 0.5, whatever the budget; not tuned
+KEEP_ONE_IN = 10  # a class keeps the best tenth of its posteriors from 0.5 up, even above the budget; not tuned
 
 
 class Partition(NamedTuple):
@@ -73,7 +73,7 @@ def partition(
 
 
 def _split_classes(losses: Tensor, labels: Tensor, classes: int, min_wrong_loss: float) -> tuple[Tensor, Tensor]:
-    """Posteriors [N] by class; classes without two clear modes use the split of all classes. Also: was it split [C]."""
+    """Returns posteriors [N], and which classes were split [C]. Others use the split of all classes together."""
     large = labels.bincount(minlength=classes) >= MIN_SAMPLES
     fitted = labels if large.all() else torch.where(large[labels], labels, -1)
     by_class, bimodal = _split(losses, fitted, classes, min_wrong_loss)
@@ -84,7 +84,7 @@ def _split_classes(losses: Tensor, labels: Tensor, classes: int, min_wrong_loss:
 
 
 def _split_together(losses: Tensor, labels: Tensor, classes: int, min_wrong_loss: float) -> tuple[Tensor, Tensor]:
-    """Posteriors [N] from one mixture for all classes; 1 where the losses have no two modes. Also: was it split [C]."""
+    """Returns posteriors [N] of one mixture for all classes, 1 if there are no two modes; and the same bool for all."""
     posterior, bimodal = _split(losses, torch.zeros_like(labels), 1, min_wrong_loss)
     return torch.where(bimodal | losses.isinf(), posterior, 1.0), bimodal.expand(classes)
 
@@ -134,7 +134,7 @@ def _is_bimodal(fit: Mixture, losses: Tensor, groups: Tensor) -> Tensor:
 def _threshold(posterior: Tensor, groups: Tensor, count: int, budget: float) -> Tensor:
     """Lowest threshold >= 0.5 of each group at which mean(1 - posterior) above it is within the budget, [count].
 
-    A group keeps the best tenth of its posteriors >= 0.5 whatever the budget, so that every class has an anchor.
+    A group keeps the best tenth of its posteriors >= 0.5 even above the budget, so that every class has an anchor.
     """
     group, p = sort_by_group(groups, posterior)
     start = group.bincount(minlength=count).cumsum(0) - group.bincount(minlength=count)
@@ -142,7 +142,7 @@ def _threshold(posterior: Tensor, groups: Tensor, count: int, budget: float) -> 
     wrong = (1 - p).cumsum(0)
     before = torch.cat([wrong.new_zeros(1), wrong])[start.clamp(max=len(group))]
     high = p >= MIN_THRESHOLD
-    kept = (torch.zeros_like(start).index_add_(0, group, high.long()) + KEPT_TENTHS - 1) // KEPT_TENTHS
+    kept = (torch.zeros_like(start).index_add_(0, group, high.long()) + KEEP_ONE_IN - 1) // KEEP_ONE_IN
     # The posteriors descend within a group, so the expected share of wrong labels grows.
     inside = high & (((wrong - before[group]) / rank <= budget) | (rank <= kept[group]))
     threshold = torch.ones(count, dtype=torch.float64, device=group.device)

@@ -133,7 +133,7 @@ class TrustState:
             return cls(**{name: tensors[name] for name in DTYPES}, class_names=tuple(names))
         except KeyError as error:
             raise UserError("trust", path, f"is damaged: {error} is missing; write it again") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError("trust", path, f"is damaged: {error}; write it again") from None
 
     def export(self, path: Path | str) -> None:

@@ -27,7 +27,7 @@ def make(folder: Path) -> dict[str, Path]:
     )
     sets["a label with a colour"] = label
     key = folder / "names-key.npz"
-    np.savez(key, **{f"images{UP}": np.zeros(3)})
+    np.savez(key, **{f"images{UP}": np.zeros(3)})  # pyright: ignore[reportArgumentType]
     sets["a key with a command"] = key
     loop = folder / "names-loop"
     (loop / "a" / "inner").mkdir(parents=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tadperf.compute import allocator
+from tadperf.compute import allocator, device
 
 # A ConvNet of 8 channels on the built-in digits: about 3 s with the start of Python.
 TINY = [
@@ -41,6 +41,7 @@ def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # the setting would stay for all later tests
+    monkeypatch.setattr(device, "hide_gpus", lambda: None)  # likewise
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["tadperf", *map(str, arguments)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -61,6 +63,33 @@ def test_experts_alone(tadperf, tiny):
     result = json.loads(out)
     assert result["experts"] == 2
     assert len(list(Path(result["path"]).glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_says_which_file_and_how_to_continue(tadperf, tiny, monkeypatch, number):
+    from tadperf.pipeline import distill
+
+    def fails(task, run, progress):
+        raise OSError(number, os.strerror(number), "run/experts/0.safetensors")
+
+    monkeypatch.setattr(distill, "distill_task", fails)
+    code, out, err = tadperf("distill", *tiny, "--out", "run", "--quiet")
+    assert (code, out) == (1, "")
+    remedy = "check the disk and its permissions" if number == errno.EIO else "free some space"
+    hint = "continue with: tadperf distill --resume --out run"
+    assert err == f"tadperf: run/experts/0.safetensors: {os.strerror(number)}; {remedy}; {hint}\n"
+
+
+def test_another_system_error_of_a_run_is_a_failure(tadperf, tiny, monkeypatch):
+    from tadperf.pipeline import distill
+
+    def fails(task, run, progress):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(distill, "distill_task", fails)
+    code, _, err = tadperf("distill", *tiny, "--out", "run", "--quiet")
+    assert code == 1
+    assert err.startswith("tadperf: failed: PermissionError: ")
 
 
 def hear_interrupts() -> None:

@@ -48,7 +48,7 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
     assert json.loads(resumed.out)["refine"]["start"] == str(tmp_path / "first")
     refused = tadperf("refine", "first", "--seed", "3", "--out", "other")
     assert refused.code == 2
-    assert refused.err.startswith("tadperf: seed: 3: the run to be refined was made with 0")
+    assert refused.err.startswith("tadperf: --seed: 3: the run to refine used 0; only refine, detector, diffusion")
 
     from tadperf.trust.state import TrustState
 
@@ -106,17 +106,17 @@ def checkpoints(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--set refine.source={}/empty", "has no model_index.json; give a folder of diffusers' save_pretrained"),
-        ("--set refine.source={}/seven", "knows 7 classes, the data have 10; say which of them are meant"),
+        ("--set refine.source={}/empty", "model_index.json is missing; give a folder saved by diffusers"),
+        ("--set refine.source={}/seven", "the model has 7 classes, the data have 10; map them with refine.classes"),
         ("--set refine.source={}/latents", "its transformer takes 4 latent channels, its VAE makes 3"),
-        ("--set refine.source={}/none", "there is no such folder"),
+        ("--set refine.source={}/none", "no such folder"),
         ("--set refine.top_k=9", "refine.top_k: 9: must not be above refine.candidates = 8"),
         ("--set refine.beta=1.5", "refine.beta: 1.5: must be at most 1"),
         ("--set refine.beta=-0.1", "refine.beta: -0.1: must be at least 0"),
         ("--batch 0", "--batch: 0: must be at least 1"),
         ("--backend onnx", "--backend: onnx: must be 'auto', 'eager'"),
         ("--ipc 1000", "--ipc: 1000: class"),
-        ("--set refine.start=none", "RUN: none: is no run's folder"),
+        ("--set refine.start=none", "RUN: none: is not a run folder: config.json is missing"),
         ("--resume --out none", "--resume: none: there is no such run folder"),
     ],
 )

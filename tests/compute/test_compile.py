@@ -62,7 +62,7 @@ class Rows(nn.Module):
 
 
 def unet(**more: Any) -> nn.Module:
-    from diffusers import UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import UNet2DModel
 
     torch.manual_seed(0)
     return UNet2DModel(
@@ -81,7 +81,7 @@ def unet(**more: Any) -> nn.Module:
 
 
 def dit(layers: int = 3) -> nn.Module:
-    from diffusers import DiTTransformer2DModel  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
     return DiTTransformer2DModel(
@@ -98,7 +98,7 @@ def dit(layers: int = 3) -> nn.Module:
 
 
 def detector() -> nn.Module:
-    return build(NetConfig(width=4, depth=1), (1, 8, 8), 10, 0).eval()  # pyright: ignore[reportCallIssue]
+    return build(NetConfig(width=4, depth=1), (1, 8, 8), 10, 0).eval()
 
 
 def inputs(net: nn.Module, rows: int = 3) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -177,13 +177,17 @@ def test_the_result_of_a_row_does_not_depend_on_other_rows():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_images_are_cast_and_time_steps_are_not(dtype):
-    class Shift(nn.Linear):
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
         def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
             assert (x.dtype, time.dtype) == (dtype, torch.float32)
-            return super().forward(x), time
+            return self.linear(x), time
 
-    net = compile_for_inference(Shift(3, 2), "eager", dtype=dtype)
-    assert net.weight.dtype == dtype
+    net = compile_for_inference(Denoiser(), "eager", dtype=dtype)
+    assert net.linear.weight.dtype == dtype
     with torch.no_grad():
         for input_dtype in (torch.float32, torch.float64, dtype):
             y, time = net(torch.ones(4, 3, dtype=input_dtype), 999.0)
@@ -291,9 +295,9 @@ def test_a_change_of_weights_is_detected():
     ],
 )
 def test_auto_compares_saved_time_with_compile_time(kind, flops, calls, backend):
-    chosen, why = choose_backend(kind, flops, 50, calls)
-    assert chosen == backend
-    assert why
+    choice, reason = choose_backend(kind, flops, 50, calls)
+    assert choice == backend
+    assert reason
 
 
 @pytest.mark.parametrize("calls", [1, 10**9])

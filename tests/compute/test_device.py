@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from tadperf.cli import options
 from tadperf.compute import ranks
 from tadperf.compute.device import describe_device, resolve_device
 from tadperf.errors import UserError
@@ -41,3 +44,10 @@ def test_more_ranks_than_cuda_devices_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, "_team", ranks.Team(0, 2, None))
     with pytest.raises(UserError, match=r"^--devices: 2: only 1 CUDA device found; use --devices 1$"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("name", "visible"), [("cpu", ""), ("auto", "0,1"), ("cuda:1", "0,1"), (None, "0,1")])
+def test_the_command_line_hides_gpus_for_the_cpu_alone(monkeypatch, name, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    options._shared_options([options.OPTIONS["--device"]], {"device": name})
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible

@@ -106,12 +106,12 @@ def test_rank_0_decides_and_large_values_arrive_complete():
 
 
 def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks(monkeypatch):
-    config = MatchConfig(trajectories=5)  # pyright: ignore[reportCallIssue]
+    config = MatchConfig(trajectories=5)
 
     def one(*arguments: Any) -> Gradient:
         *_, k = arguments
-        own = torch.Generator().manual_seed(k)
-        draw = [torch.randn(shape, generator=own) for shape in ((), (4, 1, 3, 3), (4, 2), (), (7,))]
+        generator = torch.Generator().manual_seed(k)
+        draw = [torch.randn(shape, generator=generator) for shape in ((), (4, 1, 3, 3), (4, 2), (), (7,))]
         return Gradient(*draw)
 
     monkeypatch.setattr(loop, "matching_gradient", one)
@@ -119,17 +119,18 @@ def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks(monke
 
     def work() -> Any:
         nothing: Any = None
-        found = mean_gradient(state, nothing, MatchProblem(nothing, nothing, config, "none", 0))
-        return [part.double().numpy() for part in found[:4]]  # pyright: ignore[reportOptionalMemberAccess]
+        gradient = mean_gradient(state, nothing, MatchProblem(nothing, nothing, config, "none", 0))
+        return [part.double().numpy() for part in gradient[:4] if part is not None]
 
     draws = [one(None, None, None, k) for k in range(5)]
-    exact = [torch.stack([d[i].double() for d in draws]).mean(0) for i in range(4)]  # pyright: ignore
-    alone = work()
+    parts = ([part for part in draw[:4] if part is not None] for draw in draws)
+    exact = [torch.stack(column).double().mean(0) for column in zip(*parts, strict=True)]
+    single_process = work()
     for world in (2, 7):  # two of seven ranks have no trajectory
         everyone = run_ranks(world, work)
-        for found in everyone:
-            for got, whole, single, leader in zip(found, exact, alone, everyone[0], strict=True):
-                assert abs(got - whole.numpy()).max() < 1e-6
+        for results in everyone:
+            for got, truth, single, leader in zip(results, exact, single_process, everyone[0], strict=True):
+                assert abs(got - truth.numpy()).max() < 1e-6
                 assert abs(got - single).max() < 1e-6
                 assert (got == leader).all()  # all ranks continue with the same bits
 
@@ -153,9 +154,9 @@ def test_only_rank_0_writes_except_in_divided_tasks(tmp_path):
         return sorted(run.stages())
 
     assert run_ranks(2, work) == [["experts"], ["experts"]]
-    found = {file.name for file in (tmp_path / "run").iterdir()}
-    assert {"item-0", "item-1", "rank-0", "result.json", "DONE"} <= found
-    assert "rank-1" not in found
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"item-0", "item-1", "rank-0", "result.json", "DONE"} <= names
+    assert "rank-1" not in names
     assert (tmp_path / "run" / "item-1").read_text() == "1"
     assert '"rank": 0' in (tmp_path / "run" / "result.json").read_text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
@@ -210,14 +211,14 @@ def test_rank_0_takes_over_the_socket_of_its_launcher():
 
 
 def test_each_rank_has_its_own_cuda_device(monkeypatch):
-    chosen = []
+    devices: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(ranks, "_team", ranks.Team(1, 2, None))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert resolve_device("auto") == torch.device("cuda", 1)
-    assert chosen == [1]
+    assert devices == [1]
     with pytest.raises(UserError, match=r"^--device: cuda:3: is one device for 2 ranks"):
         resolve_device("cuda:3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")

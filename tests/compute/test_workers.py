@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -159,16 +159,16 @@ def test_an_early_close_or_an_interrupt_ends_the_workers():
         return item
 
     start = time.monotonic()
-    running = run_parallel(task, [0, 1, 2], 2)
+    running = cast(Generator[tuple[int, int], None, None], run_parallel(task, [0, 1, 2], 2))
     assert next(running) == (0, 0)
     assert children() - before
-    running.close()  # pyright: ignore[reportAttributeAccessIssue]
+    running.close()
     assert wait_for(lambda: children() <= before)
 
-    running = run_parallel(task, [0, 1, 2], 2)
+    running = cast(Generator[tuple[int, int], None, None], run_parallel(task, [0, 1, 2], 2))
     assert next(running) == (0, 0)
     with pytest.raises(KeyboardInterrupt):
-        running.throw(KeyboardInterrupt)  # pyright: ignore[reportAttributeAccessIssue]
+        running.throw(KeyboardInterrupt)
     assert wait_for(lambda: children() <= before)
     assert time.monotonic() - start < 30
 

@@ -202,7 +202,12 @@ def parquet_words(folder: Path) -> Path:
 
 def parquet_columns(folder: Path) -> Path:
     """Other columns of bytes and integers before the right ones."""
-    others = {"embedding": [b"x"] * 9, "mask": [encoded(7)] * 9, "id": list(range(9)), "width": [6] * 9}
+    others = {
+        "embedding": [b"x"] * 9,
+        "mask": [encoded(7 + k) for k in range(9)],
+        "id": list(range(9)),
+        "width": [6] * 9,
+    }
     parquet(folder / "train.parquet", ROWS, **others)
     return folder / "train.parquet"
 
@@ -298,7 +303,7 @@ CORPUS: dict[str, Odd] = {
     "broken images": Odd(broken, refused="2 files: cannot be decoded: "),
     "parquet: training, testing": Odd(parquet_words),
     "parquet: other columns": Odd(parquet_columns, test=None),
-    "parquet: a column by name": Odd(parquet_columns, {"image_column": "mask"}, (7,) * 9, None),
+    "parquet: a column by name": Odd(parquet_columns, {"image_column": "mask"}, tuple(range(7, 16)), None),
     "parquet: no such column": Odd(parquet_columns, {"label_column": "species"}, refused="has no such column"),
     "parquet: two configs": Odd(parquet_configs, refused="holds several data sets: cropped, full"),
     "parquet: unknown split": Odd(parquet_unknown_split, refused="names no split, but other files do"),

@@ -29,7 +29,7 @@ def test_the_set_is_read_right_or_refused(title, tmp_path):
                 open_data(path, **options)
             assert odd.refused in str(error.value)
             return
-        train, test = open_data(path, **options)
+        train, test = open_data(path, image_column=options.get("image_column"), labels=options.get("labels"))
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == bool(odd.warns), messages
     assert all(odd.warns in message for message in messages)

@@ -108,7 +108,7 @@ def test_pillows_warnings_are_counted_in_one_line(read, tmp_path):
     data[9] = 1  # 256 more entries in the table of tags than there are
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        images = read(b_tif=bytes(data), c_tif=bytes(data))
+        images = read(b_tif=bytes(data), c_tif=grey(3, 4))
     assert images[0].flatten().tolist() == [1, 2]
     assert [warning.category for warning in caught] == [DataWarning]
     assert re.match(r"Pillow gave \d+ warnings about the images, the first: Corrupt EXIF", str(caught[0].message))
@@ -139,6 +139,14 @@ def test_lossless_formats_of_other_suffixes(read):
         .eq(9)
         .all()
     )
+
+
+def test_equal_images_are_reported(read):
+    with pytest.warns(DataWarning, match="all 3 images are equal"):
+        read(a_png=grey(1, 2), b_png=grey(1, 2), c_png=grey(1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(d_png=grey(1, 2), e_png=grey(1, 2), f_png=grey(1, 3))
 
 
 def test_the_bits_are_found_once(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -48,6 +49,48 @@ def test_csv(tmp_path, dataset, text):
     assert replaced.clean_labels is None  # the set's own are not taken as clean
     assert torch.equal(dataset.labels, OWN)
     assert replaced.source == {"path": "x", "labels": str(tmp_path / "noisy.csv")}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", table("index;label", BACK, NOISY[BACK].tolist()).replace(",", ";")),
+        ("a.tsv", table("label\tindex", NOISY[BACK].tolist(), BACK).replace(",", "\t")),
+        ("a.csv", table("class", WORDS)),
+        ("a.csv", table(",label", range(12), WORDS)),
+        ("a.csv", table("id,target", BACK, NOISY[BACK].tolist())),
+        ("a.csv", table("index,verdict,given_label,label,score", BACK, WORDS, WORDS, NOISY[BACK].tolist(), WORDS)),
+        ("a.csv", table("species", WORDS)),
+        ("a.json", json.dumps(NOISY.tolist())),
+        ("a.json", json.dumps(WORDS)),
+    ],
+)
+def test_other_tables_and_lists(tmp_path, dataset, name, text):
+    (tmp_path / name).write_text(text)
+    assert torch.equal(replace_labels(dataset, str(tmp_path / name)).labels, NOISY)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", table("file,label", WORDS, WORDS), "column 'file' names files, but made-up has no file names"),
+        ("a.csv", table("index,id,label", range(12), BACK, WORDS), "columns 'index' and 'id' name different samples"),
+        ("a.csv", table("label,label", WORDS, WORDS), "two columns 'label'"),
+        ("a.csv", table("label,comment", WORDS, WORDS), "column 'comment' is unknown; remove it"),
+        ("a.csv", table(",label", BACK[:6] * 2, WORDS), "the column without a name must hold all of 0..11"),
+        ("a.csv", 'label\n"ant', "not a CSV file"),
+        ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        ("a.json", "{}", "must be one JSON list"),
+        ("a.json", "[1.5]", "must be one JSON list"),
+        ("a.json", "[", "not a valid JSON file"),
+        ("a.json", "[" * 100000, "not a valid JSON file"),
+    ],
+)
+def test_errors_of_other_tables_and_lists(tmp_path, dataset, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        replace_labels(dataset, str(tmp_path / name))
+    assert words in str(caught.value)
 
 
 def test_csv_with_clean_labels_in_the_order_of_its_index(tmp_path, dataset):

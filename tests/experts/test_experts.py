@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tadperf import seeds
 from tadperf.config import ExpertConfig, NetConfig
@@ -23,7 +23,7 @@ from tadperf.nets.training import Recipe, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, SHAPE, CLASSES, EPOCHS = torch.device("cpu"), (1, 8, 8), 3, 3
-NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+NET = NetConfig(depth=1, width=4)
 SIZE = FlatNet(build(NET, SHAPE, CLASSES, 0)).num_parameters
 IDENTITY = {"data": "abc", "net": {"depth": 1}, "lr": 0.1}
 
@@ -39,7 +39,7 @@ def problem() -> Problem:
 
 def train(folder: Path, count: int = 3, epochs: int = EPOCHS, **values: Any) -> list[int]:
     """Trains the missing experts; returns the number of experts at each progress report."""
-    config = ExpertConfig(count=count, batch=20, lr=0.1, **values)  # pyright: ignore[reportCallIssue]
+    config = ExpertConfig(count=count, batch=20, lr=0.1, **values)
     counts: list[int] = []
     train_experts(folder, problem(), config, epochs, IDENTITY, lambda stage, done, total, **_: counts.append(done))
     return counts
@@ -170,3 +170,31 @@ def test_experts_are_found_in_a_run_folder_and_in_their_own_folder(folder, tmp_p
         store.find_experts(tmp_path, 3, shape, IDENTITY)
     with pytest.raises(UserError, match="no such folder"):
         store.find_experts(tmp_path / "absent", 3, shape, IDENTITY)
+
+
+def test_foreign_and_damaged_files_are_refused_or_trained_again(tmp_path):
+    shape = (EPOCHS + 1, SIZE)
+    path = store.expert_path(tmp_path, 0)
+    with pytest.raises(UserError, match=r"^--experts: .*expert-0000.safetensors: cannot be read"):
+        Experts.open(tmp_path, 1)
+    for damaged in ({"snapshots": torch.zeros(4)}, {"other": torch.zeros(shape)}, {"snapshots": torch.zeros(1, SIZE)}):
+        save_file(damaged, path)
+        assert not store.is_complete(tmp_path, 0, shape)
+    save_file({"snapshots": torch.zeros(shape)}, path)
+    assert store.is_complete(tmp_path, 0, shape)
+    with pytest.raises(UserError, match="has no train_accuracy; train it again"):
+        Experts.open(tmp_path, 1).train_accuracies()
+    path.write_bytes(b"{")
+    with pytest.raises(UserError, match="cannot be read"):
+        Experts.open(tmp_path, 1)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"cannot be read .*; check its permissions"):
+        store.is_complete(tmp_path, 0, shape)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "{"])
+def test_a_damaged_description_of_experts_is_refused(tmp_path, text):
+    (tmp_path / store.IDENTITY).write_text(text)
+    with pytest.raises(UserError, match=r"^--experts: .*experts.json: is damaged; delete the folder"):
+        store.claim_folder(tmp_path, IDENTITY)

@@ -57,7 +57,7 @@ def test_split_steps_inverts_join_steps(strategy):
     index, affine, color, hole, sizes = join_steps(steps, CPU)
     assert sizes == SIZES
     for step, again in zip(steps, split_steps(index, augment.Draw(affine, color, hole), sizes), strict=True):  # pyright: ignore
-        assert torch.equal(step.index, again.index)
+        assert torch.equal(step.rows, again.rows)
         for field, other in zip(step.drawn, again.drawn, strict=True):
             torch.testing.assert_close(field, other, rtol=0, atol=0, equal_nan=True)
 
@@ -106,7 +106,7 @@ def test_the_graph_on_a_gpu_equals_the_adjoint(soft):
     for seed in (0, 1, 2, 3):
         _, *values, steps = problem("color_crop_cutout_flip_scale_rotate", soft, seed)
         start, target, x, y, lr = (value.cuda() for value in values)
-        on_gpu = [step._replace(index=step.index.cuda()) for step in steps]
+        on_gpu = [step._replace(rows=step.rows.cuda()) for step in steps]
         expected = adjoint(net, start, target, x, y, lr, on_gpu, backend=step_backends.autograd(net))
         actual = sweep(start, target, x, y, lr, on_gpu)
         torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)

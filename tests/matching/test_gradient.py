@@ -43,8 +43,8 @@ def error(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_the_adjoint_equals_the_unrolled_gradient(problem, soft):
     p = problem(soft)
-    assert torch.cat([step.index for step in p.steps]).bincount().min() >= 6  # every image is used repeatedly
-    assert any(len(step.index.unique()) < len(step.index) for step in p.steps)  # some batch holds an image twice
+    assert torch.cat([step.rows for step in p.steps]).bincount().min() >= 6  # every image is used repeatedly
+    assert any(len(step.rows.unique()) < len(step.rows) for step in p.steps)  # some batch holds an image twice
     ours, reference = adjoint(*p), unroll(*p)
     assert float(ours.loss) == pytest.approx(float(reference.loss), rel=1e-12)
     assert float(ours.loss) == pytest.approx(trained_loss(p), rel=1e-10)

@@ -167,12 +167,12 @@ def test_step_back_returns_to_the_state_before():
 
 def test_every_pass_over_the_images_is_complete():
     drawn = draw_steps(match(steps=6, batch=4), 6, 8, "color_crop", torch.Generator().manual_seed(0))
-    assert [len(step.index) for step in drawn] == [4] * 6
-    passes = torch.cat([step.index for step in drawn]).view(4, 6)
+    assert [len(step.rows) for step in drawn] == [4] * 6
+    passes = torch.cat([step.rows for step in drawn]).view(4, 6)
     assert torch.equal(passes.sort(1).values, torch.arange(6).expand(4, 6))
     assert len({tuple(order) for order in passes.tolist()}) > 1
     full_batch = draw_steps(match(steps=2, batch=None), 6, 8, "none", torch.Generator().manual_seed(0))
-    assert [sorted(step.index.tolist()) for step in full_batch] == [list(range(6))] * 2
+    assert [sorted(step.rows.tolist()) for step in full_batch] == [list(range(6))] * 2
     assert full_batch[0].drawn == (None, None, None)
 
 

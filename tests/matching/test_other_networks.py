@@ -65,7 +65,7 @@ def with_hook(net: nn.Sequential) -> nn.Sequential:
 
 def with_own_forward(net: nn.Sequential) -> nn.Sequential:
     plain = net[2].forward
-    net[2].forward = lambda x: plain(x) ** 2
+    net[2].forward = lambda input: plain(input) ** 2
     return net
 
 

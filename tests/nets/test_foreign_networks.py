@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config, NetConfig
 from tadperf.data.normalise import Normaliser
+from tadperf.errors import UserError
 from tadperf.nets.architectures import build
 from tadperf.nets.fused import fused_forward
-from tadperf.nets.training import Recipe
+from tadperf.nets.training import Recipe, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 32
@@ -71,50 +72,50 @@ class Shifted(nn.Conv2d):
         return super().forward(input.roll(1, 3))
 
 
-def with_hook() -> nn.Module:
+def with_hook() -> nn.Sequential:
     module = network()
     module[5].register_forward_hook(lambda _, inputs, output: output.roll(1, 1))
     return module
 
 
-def with_pre_hook() -> nn.Module:
+def with_pre_hook() -> nn.Sequential:
     module = network()
     module.register_forward_pre_hook(lambda _, inputs: (inputs[0].flip(3),))
     return module
 
 
-def with_parametrized_weight() -> nn.Module:
+def with_parametrized_weight() -> nn.Sequential:
     module = network()
     parametrize.register_parametrization(module[4], "weight", Doubled())
     return module
 
 
-def with_own_convolution() -> nn.Module:
+def with_own_convolution() -> nn.Sequential:
     module = network()
     module[4] = Shifted(WIDTH, WIDTH, 3, padding=1)
     return module
 
 
-def with_view() -> nn.Module:
+def with_view() -> nn.Sequential:
     module = network()
     module[9] = View()
     return module
 
 
-def with_first_layer(**settings: Any) -> nn.Module:
+def with_first_layer(**settings: Any) -> nn.Sequential:
     module = network()
     module[0] = nn.Conv2d(1, WIDTH, **{"kernel_size": 3, "padding": 1, **settings})
     return module
 
 
-def with_replaced_forward() -> nn.Module:
+def with_replaced_forward() -> nn.Sequential:
     module = network()
     forward = module[4].forward
-    module[4].forward = lambda x: forward(x.flip(2))
+    module[4].forward = lambda input: forward(input.flip(2))
     return module
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
     "circular padding": lambda: network({"padding_mode": "circular"}),
     "reflected padding": lambda: network({"padding_mode": "reflect"}),
     "padding by name": lambda: network({"padding": "same"}),
@@ -152,8 +153,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def digits() -> tuple[Tensor, Tensor]:
     """Returns images uint8 [N, 1, 8, 8] and labels of the built-in digits."""
-    raw = load_digits()
-    return torch.from_numpy(raw.images * 15.9).byte()[:, None], torch.from_numpy(raw.target)
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(pixels * 15.9).byte().view(-1, 1, 8, 8), torch.from_numpy(labels)
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +216,14 @@ def test_networks_of_tadperf_are_fused(name):
 def test_a_single_image_without_a_batch_dimension_is_passed_on():
     module, image = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(144, 3)), torch.randn(1, 8, 8)
     torch.testing.assert_close(fused_forward(module)(image), module(image))
+
+
+def test_a_network_without_parameters_has_an_accuracy():
+    images, labels = torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    for module in (nn.Flatten(), nn.Sequential(nn.Flatten(), nn.ReLU())):
+        assert accuracy(module, images, labels) == 0.75
+
+
+def test_an_accuracy_needs_images():
+    with pytest.raises(UserError, match=r"^images: 0: there are none to test the network on"):
+        accuracy(nn.Flatten(), torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64))

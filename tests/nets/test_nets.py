@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(name: str = "convnet", **values: object) -> NetConfig:
-    return NetConfig(name=name, **values)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return NetConfig.model_validate({"name": name, **values})
 
 
 @pytest.mark.parametrize("channels", [1, 3])

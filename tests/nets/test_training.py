@@ -18,8 +18,8 @@ from tadperf.nets.flat import FlatNet
 from tadperf.nets.training import Recipe, accuracy, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
-PLAIN = Recipe(1, 100, 0.1, 0.0, 0.0, "none", decay=False)
+NET = NetConfig(depth=1, width=4)
+RECIPE = Recipe(1, 100, 0.1, 0.0, 0.0, "none", decay=False)
 
 
 def data(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,34 +89,34 @@ def test_the_learning_rate_is_divided_by_ten_after_half_of_the_epochs():
         lengths.append(float((now - last[0]).norm() / gradient.norm()))
         last[0] = now
 
-    fit(module, images, labels, PLAIN._replace(epochs=10, lr=0.05, decay=True), 0, after)
+    fit(module, images, labels, RECIPE._replace(epochs=10, lr=0.05, decay=True), 0, after)
     assert lengths == pytest.approx([0.05] * 6 + [0.005] * 4, rel=1e-3)  # at epochs // 2 + 1, as MTT's code has it
     lengths.clear()
     module, last = Linear(), [torch.zeros(192)]
-    fit(module, images, labels, PLAIN._replace(epochs=10, lr=0.05), 0, after)
+    fit(module, images, labels, RECIPE._replace(epochs=10, lr=0.05), 0, after)
     assert lengths == pytest.approx([0.05] * 10, rel=1e-3)
 
 
 def test_confident_soft_labels_equal_hard_labels():
     images, labels = data()
-    hard, soft = (fit(fresh(), images, y, PLAIN, 0) for y in (labels, 100.0 * F.one_hot(labels, 3)))
+    hard, soft = (fit(fresh(), images, y, RECIPE, 0) for y in (labels, 100.0 * F.one_hot(labels, 3)))
     torch.testing.assert_close(weights(soft), weights(hard), rtol=1e-5, atol=1e-6)
-    unsure = fit(fresh(), images, 0.1 * F.one_hot(labels, 3), PLAIN, 0)
+    unsure = fit(fresh(), images, 0.1 * F.one_hot(labels, 3), RECIPE, 0)
     assert (weights(unsure) - weights(hard)).norm() > 1e-3
 
 
 def test_equal_weights_change_nothing_and_zero_leaves_out():
     images, labels = data()
-    recipe = PLAIN._replace(epochs=3, batch=5)
-    plain = weights(fit(fresh(), images, labels, recipe, 0))
+    recipe = RECIPE._replace(epochs=3, batch=5)
+    unweighted = weights(fit(fresh(), images, labels, recipe, 0))
     for equal in (torch.ones(12), torch.full((12,), 7.5, dtype=torch.float64)):
         weighted = weights(fit(fresh(), images, labels, recipe, 0, weights=equal))
-        torch.testing.assert_close(weighted, plain, rtol=1e-5, atol=1e-6)
-    chosen = torch.arange(12) % 2
-    one = weights(fit(fresh(), images, labels, PLAIN, 0, weights=chosen.float()))
-    other = weights(fit(fresh(), images[chosen > 0], labels[chosen > 0], PLAIN, 0))
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert (other - weights(fit(fresh(), images, labels, PLAIN, 0))).norm() > 1e-3
+        torch.testing.assert_close(weighted, unweighted, rtol=1e-5, atol=1e-6)
+    used = torch.arange(12) % 2
+    weighted = weights(fit(fresh(), images, labels, RECIPE, 0, weights=used.float()))
+    subset = weights(fit(fresh(), images[used > 0], labels[used > 0], RECIPE, 0))
+    torch.testing.assert_close(weighted, subset, rtol=1e-5, atol=1e-6)
+    assert (subset - weights(fit(fresh(), images, labels, RECIPE, 0))).norm() > 1e-3
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
@@ -130,7 +130,7 @@ def test_weighted_steps_equal_those_computed_by_hand(soft):
     for index in torch.randperm(12, generator=seeds.generator(0, "epoch", 0)).split(5):
         gap = share[index] * ((x[index] @ weight.t()).softmax(1) - y[index])
         weight = weight - 0.1 * gap.t() @ x[index] / len(index)
-    module = fit(Linear(), images, logits if soft else labels, PLAIN._replace(batch=5), 0, weights=counts)
+    module = fit(Linear(), images, logits if soft else labels, RECIPE._replace(batch=5), 0, weights=counts)
     torch.testing.assert_close(weights(module).view(3, 64).double(), weight, rtol=1e-5, atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_weighted_steps_equal_those_computed_by_hand(soft):
 )
 def test_wrong_weights_are_refused(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        fit(fresh(), *data(), PLAIN, 0, weights=wrong)
+        fit(fresh(), *data(), RECIPE, 0, weights=wrong)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
@@ -210,9 +210,9 @@ def test_the_bits_depend_on_the_seed_alone():
     assert torch.equal(weights(fit(fresh(), images, labels, recipe, 4)), one)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(weights(fit(fresh(), images, labels, recipe, 5)), one)
-    seen: list[int] = []
-    fit(fresh(), images, labels, recipe, 4, seen.append)
-    assert seen == [0, 1, 2]
+    finished: list[int] = []
+    fit(fresh(), images, labels, recipe, 4, finished.append)
+    assert finished == [0, 1, 2]
 
 
 def test_an_epoch_uses_every_image_once():
@@ -231,7 +231,7 @@ def test_an_epoch_uses_every_image_once():
             return images[index]
 
     recorder = Recorder()
-    fit(fresh(), recorder, labels, PLAIN._replace(epochs=2, batch=5), 0)
+    fit(fresh(), recorder, labels, RECIPE._replace(epochs=2, batch=5), 0)
     first, second = recorder.indices[1:13], recorder.indices[13:]  # the first read only gets the image size
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
@@ -267,10 +267,10 @@ def test_a_batch_in_parts_gives_the_result_of_the_whole_batch(rho, weighted, mon
     labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(8))
     counts = torch.arange(20.0) if weighted else None
     recipe = Recipe(3, 8, 0.1, 0.9, 5e-4, "color_crop_flip", rho=rho)
-    whole = weights(fit(fresh(), images, labels, recipe, 0, weights=counts))
+    expected = weights(fit(fresh(), images, labels, recipe, 0, weights=counts))
     monkeypatch.setattr(training, "CACHE_ACTIVATIONS", 3 * 4 * 64)
     assert training.cache_batch_size(fresh(), 64) == 3
-    torch.testing.assert_close(weights(fit(fresh(), images, labels, recipe, 0, weights=counts)), whole)
+    torch.testing.assert_close(weights(fit(fresh(), images, labels, recipe, 0, weights=counts)), expected)
     running = build(NetConfig.model_validate({"depth": 1, "width": 4, "norm": "batch"}), (1, 8, 8), 3, 0)
     assert training.cache_batch_size(running, 64) > 1000  # batch norm needs the whole batch
 
@@ -279,15 +279,17 @@ def test_an_epoch_does_not_depend_on_how_many_follow():
     """Bit for bit, also if many epochs share one call to `augment.draw`."""
     images, labels = data(13)
     long = Recipe(9, 4, 0.05, 0.9, 5e-4, "color_crop_cutout_flip_scale_rotate", decay=False)
-    seen: list[torch.Tensor] = []
+    snapshots: list[torch.Tensor] = []
     module = fresh()
-    fit(module, images, labels, long, 4, lambda _: seen.append(weights(module)))
+    fit(module, images, labels, long, 4, lambda _: snapshots.append(weights(module)))
     for epochs in (1, 2, 5):
-        assert torch.equal(weights(fit(fresh(), images, labels, long._replace(epochs=epochs), 4)), seen[epochs - 1])
+        assert torch.equal(
+            weights(fit(fresh(), images, labels, long._replace(epochs=epochs), 4)), snapshots[epochs - 1]
+        )
 
 
 def test_accuracy_counts_nan_as_wrong():
-    class Given(torch.nn.Module):
+    class Logits(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.parameter = torch.nn.Parameter(torch.zeros(1))
@@ -299,4 +301,4 @@ def test_accuracy_counts_nan_as_wrong():
     images = logits[:, None, None]  # rows 0 and 1 are right; a row with NaN or infinity counts as wrong
     labels = torch.tensor([0, 1, 0, 0, 1, 2])
     for batch in (1, 4, 1024):
-        assert accuracy(Given(), images, labels, batch) == pytest.approx(2 / 6)
+        assert accuracy(Logits(), images, labels, batch) == pytest.approx(2 / 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -237,11 +238,23 @@ def test_datm_starts_from_samples_that_an_expert_classifies_correctly(whole, tmp
         assert mask[chosen_index].all()
 
 
-def test_killed_runs_end_with_the_same_bytes(tmp_path):
-    duration = kill_resume.finish(tmp_path / "whole")
-    stages = [kill_resume.kill(tmp_path / "run", moment) for moment in kill_resume.moments(4, duration, seed=0)]
-    kill_resume.finish(tmp_path / "run")
-    assert stages[0] != "ended before", stages
+@pytest.mark.parametrize("job", ["matching", "hybrid"])
+def test_killed_runs_end_with_the_same_bytes(tmp_path, job):
+    duration = kill_resume.finish(job, tmp_path / "whole")
+    stages = [kill_resume.kill(job, tmp_path / "run", moment) for moment in kill_resume.moments(4, duration, seed=0)]
+    kill_resume.finish(job, tmp_path / "run")
+    assert stages[0] != "ended before the signal", stages
+    assert kill_resume.differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_an_interrupted_run_ends_with_an_error_code(tmp_path, name):
+    """kill_resume.kill raises RuntimeError if a run that is not done ends with exit code 0."""
+    duration = kill_resume.finish("matching", tmp_path / "whole")
+    number = signal.Signals[f"SIG{name}"]
+    for moment in (0.4 * duration, 0.7 * duration):
+        kill_resume.kill("matching", tmp_path / "run", moment, number)
+    kill_resume.finish("matching", tmp_path / "run")
     assert kill_resume.differences(tmp_path / "run", tmp_path / "whole") == []
 
 

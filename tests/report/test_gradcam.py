@@ -96,10 +96,12 @@ def test_every_overlay_is_drawn_below_its_image(tmp_path, channels):
     normaliser = Normaliser(torch.zeros(channels), torch.ones(channels))
     generator = torch.Generator().manual_seed(0)
     rows = {
-        name: (torch.randint(0, 256, (count, channels, 8, 8), dtype=torch.uint8, generator=generator),
-               torch.arange(count) % 3)
+        name: (
+            torch.randint(0, 256, (count, channels, 8, 8), dtype=torch.uint8, generator=generator),
+            torch.arange(count) % 3,
+        )
         for name, count in (("real", 12), ("refined", 2))
-    }  # fmt: skip
+    }
     save_gradcam(tmp_path / "g.png", net, normaliser, rows, ("ant", "bee", "cat"))
     drawn = np.asarray(Image.open(tmp_path / "g.png"))
     scale, step = CELL // 8, 2 * (CELL + GAP) + CAPTION

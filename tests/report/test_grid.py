@@ -19,9 +19,19 @@ def distilled(pixels: torch.Tensor, labels: torch.Tensor, classes: int) -> Disti
     channels = pixels.shape[1]
     normaliser = Normaliser(torch.zeros(channels), torch.ones(channels))
     return DistilledSet(
-        normaliser(pixels), labels, 0.01, tuple(f"class {c}" for c in range(classes)), normaliser, "none",
-        NetConfig.model_validate({}), Recipe(1, 1, 0.1, 0.0, 0.0, "none"), {}, 0, {}, {"name": "made up"},
-    )  # fmt: skip
+        normaliser(pixels),
+        labels,
+        0.01,
+        tuple(f"class {c}" for c in range(classes)),
+        normaliser,
+        "none",
+        NetConfig.model_validate({}),
+        Recipe(1, 1, 0.1, 0.0, 0.0, "none"),
+        {},
+        0,
+        {},
+        {"name": "made up"},
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,11 +140,11 @@ def test_a_thousand_classes_and_large_images_stay_within_the_size_limit():
     class_names = tuple(f"name {c}" for c in range(1000))
     labels = torch.arange(1000)
     images = torch.zeros(1000, 3, 1, 1, dtype=torch.uint8).expand(-1, -1, 1000, 1000)
-    logits = torch.zeros(1000, 1000)
+    small, logits = images[:, :, :64, :64], torch.zeros(1000, 1000)
     for picture in (
         draw_trust_growth([state(labels, class_names)]),
         draw_suspects(Dataset(images[:50], labels[:50], class_names, "photos"), state(labels[:50], class_names)),
-        draw_refined((images[:, :, :64, :64],) * 2, labels, (logits, logits), class_names, 0.5),
+        draw_refined((small, small), labels, (logits, logits), class_names, 0.5),
         draw_grid(distilled(labels, (1, 32, 32), class_names)),
     ):
         assert picture.width * picture.height < 3 * MEGAPIXELS * 1e6
@@ -154,9 +155,7 @@ def test_a_single_recalled_sample_of_a_large_class_does_not_break_the_bars():
     labels = torch.zeros(5000, dtype=torch.int64)
     verdict = torch.zeros(5000, dtype=torch.uint8)
     verdict[0], verdict[1] = 1, 3
-    given_state = as_given(labels, ("a", "b"))
-    fields = vars(given_state) | {"verdict": verdict}
-    picture = draw_trust_growth([TrustState(**fields)])
+    picture = draw_trust_growth([replace(as_given(labels, ("a", "b")), verdict=verdict)])
     colours = {colour for _, colour in picture.getcolors(2**20) or []}
     assert COLOURS["trusted"] in colours
     assert COLOURS["relabelled"] not in colours  # neither in the bars nor in the legend

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"x": 1})
     with pytest.raises(TypeError):
-        write_bytes(file, b"new", "not bytes")  # pyright: ignore[reportArgumentType]
+        write_bytes(file, b"new", cast(Any, "not bytes"))
     assert json.loads(file.read_text()) == {"x": 1}
     assert list(tmp_path.iterdir()) == [file]
 
@@ -171,9 +171,9 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_resumed_run_must_have_the_same_config(tmp_path):
     Run.create(tmp_path / "run", CONFIG).close()
-    other = merge(sets=["match.ipc=1"], base=CONFIG)
+    changed = merge(sets=["match.ipc=1"], base=CONFIG)
     with pytest.raises(UserError, match=r"^match.ipc: 1: the run in .* was started with 10"):
-        Run.create(tmp_path / "run", other, resume=True)
+        Run.create(tmp_path / "run", changed, resume=True)
     Run.create(tmp_path / "run", merge(sets=["experts.workers=3"], base=CONFIG), resume=True).close()
     assert stored_config(tmp_path / "run") == CONFIG
     assert len(json.loads((tmp_path / "run" / "env.json").read_text())["resumed"]) == 1
@@ -319,7 +319,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, text):
             read_and_resume()
         assert "\n" not in str(caught.value)
         file.write_bytes(before)
-    Run.create(run.path, CONFIG, resume=True).close()  # no failed attempt has kept the lock
+    Run.create(run.path, CONFIG, resume=True).close()  # the failed attempts have unlocked the folder
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"stage": "matching"}', '{"stage": "matching", "step": "x"}'])

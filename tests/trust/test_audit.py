@@ -59,10 +59,17 @@ def test_arguments_are_those_of_cleanlab():
     names = {name: p.default for name, p in inspect.signature(find_label_issues).parameters.items()}
     assert list(names)[:3] == ["labels", "pred_probs", "features"]
     assert dict(list(names.items())[3:]) == {
-        "return_indices_ranked_by": None, "rank_by_kwargs": None, "filter_by": "prune_by_noise_rate",
-        "frac_noise": 1.0, "num_to_remove_per_class": None, "min_examples_per_class": 1, "confident_joint": None,
-        "n_jobs": None, "verbose": False, "multi_label": False,
-    }  # fmt: skip
+        "return_indices_ranked_by": None,
+        "rank_by_kwargs": None,
+        "filter_by": "prune_by_noise_rate",
+        "frac_noise": 1.0,
+        "num_to_remove_per_class": None,
+        "min_examples_per_class": 1,
+        "confident_joint": None,
+        "n_jobs": None,
+        "verbose": False,
+        "multi_label": False,
+    }
 
 
 @pytest.mark.parametrize(

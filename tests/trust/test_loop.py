@@ -16,6 +16,7 @@ from tadperf.data.images import normalise_images
 from tadperf.data.noise import add_noise
 from tadperf.data.normalise import fit_normaliser
 from tadperf.data.open import open_data
+from tadperf.errors import UserError
 from tadperf.nets.problem import Problem
 from tadperf.report.trust_growth import draw_trust_growth
 from tadperf.trust import audit
@@ -111,12 +112,19 @@ def test_off_trusts_all_and_oracle_is_refused():
 @pytest.mark.parametrize(
     "values",
     [
-        {"recall": False}, {"relabel": False}, {"graph": False}, {"held_out": False}, {"mixup": False},
-        {"class_wise": False}, {"transition": False}, {"memory": False},
-        {"consistency": 0.5}, {"proxies": 1},
+        {"recall": False},
+        {"relabel": False},
+        {"graph": False},
+        {"held_out": False},
+        {"mixup": False},
+        {"class_wise": False},
+        {"transition": False},
+        {"memory": False},
+        {"consistency": 0.5},
+        {"proxies": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_part_can_be_switched_off_and_changes_the_result(values):
     data = digits("asymmetric:0.3", 240, 4)
     small: dict[str, Any] = {"epochs": 3, "rounds": 2}
@@ -204,12 +212,27 @@ def test_a_class_of_five_is_split_with_the_other_classes():
 def test_diverged_proxies_are_an_error():
     outputs, labels, _ = clouds(3, 30, 0.2)
     outputs.losses[5] = torch.nan
-    with pytest.raises(ValueError, match="losses: nan at sample 5"):
+    with pytest.raises(ValueError, match=r"trust\.lr: 0\.1: the proxies have diverged \(losses: NaN\)"):
         assign_verdicts(outputs, as_given(labels, ("a", "b", "c")), 1, trust_config(), 0)
+
+
+def test_a_learning_rate_that_diverges_is_an_error():
+    with pytest.raises(UserError, match=r"trust\.lr: 1e\+30: the proxies have diverged"):
+        run(digits("none", 60), lr=1e30, rounds=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_very_few_samples_end_in_a_valid_state(count):
+    state = run(digits("none", count), rounds=1, epochs=2).state
+    assert len(state) == count
+
+
+def test_a_single_class_is_trusted():
+    assert run(digits("none", 20, 1)).state.trusted.all()
 
 
 def test_trust_growth_picture(noisy):
     _, result = noisy
     drawn = draw_trust_growth(result.rounds)
-    colours = {colour for _, colour in drawn.getcolors(2**20)}  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    colours = {colour for _, colour in drawn.getcolors(2**20) or []}
     assert {(27, 94, 150), (240, 173, 64)} <= colours

@@ -131,3 +131,20 @@ def test_transition_by_counting_with_a_prior_and_a_largest_diagonal():
     torch.testing.assert_close(off, off.mean().expand(6))
     flipped = estimate_transition(F.one_hot(clean, 3).float(), noisy(clean, 0.7, "pair"), 0.0)
     assert (flipped.diagonal() >= flipped.amax(1)).all()
+
+
+@pytest.mark.parametrize(("fold_size", "total"), [(2**25, 156), (0, 8)])
+def test_progress_counts_every_step_on_large_sets(monkeypatch, fold_size, total):
+    calls: list[tuple[int, int]] = []
+
+    def record(stage: str, done: int, total: int, **values: object) -> None:
+        assert stage == "trust:neighbours"
+        calls.append((done, total))
+
+    z, clean = points(3, 20)
+    monkeypatch.setattr(neighbours, "FOLD_SIZE", fold_size)
+    estimate_from_neighbours(z, clean, 3, 0, progress=record)
+    assert calls == []
+    monkeypatch.setattr(neighbours, "REPORTED_SIZE", 60 * 3)
+    estimate_from_neighbours(z, clean, 3, 0, progress=record)
+    assert calls == [(done, total) for done in range(total + 1)]

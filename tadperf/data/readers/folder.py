@@ -67,19 +67,21 @@ def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
     splits: dict[str, list[Path]] = {}
     others = []
     for folder in folders:
-        split = split_of_folder(folder.name) if _is_split_folder(folder) else None
-        splits.setdefault(split, []).append(folder) if split else others.append(folder)
+        split = split_of_folder(folder.name)
+        if split and _is_split_folder(folder):
+            splits.setdefault(split, []).append(folder)
+        else:
+            others.append(folder)
     for split, candidates in splits.items():
         if len(candidates) > 1:
             listed = " and ".join(folder.name for folder in candidates)
             raise UserError("data", path, f"{listed} are both {split} splits by their names; keep or rename one")
     if splits and ("train" in splits or not others):
         chosen = choose_splits(splits)
-        unused = [folder.name for folder in others] + [
-            splits[name][0].name for name in splits if name not in chosen.values()
-        ]
+        unused = [*others, *(splits[name][0] for name in splits if name not in chosen.values())]
         if unused:
-            warn_user(f"data: {path}: folders that are not used: {', '.join(sorted(unused)[:LISTED])}")
+            listed = ", ".join(sorted(folder.name for folder in unused)[:LISTED])
+            warn_user(f"data: {path}: {len(unused)} folders are not used: {listed}")
         return {split: _nested(splits[name][0]) for split, name in chosen.items()}
     suspects = look_like_splits(folder.name for folder in folders)
     if suspects and all(_is_split_folder(path / name) for name in suspects):

@@ -44,7 +44,8 @@ def read_parquet(path: Path, options: ReadOptions) -> Layout:
     columns = {split: _read_column(shards, label) for split, shards in files.items()}
     if options.label_column is None and label not in LABELS and label not in features:
         _require_few_classes(columns, label, path)
-    class_names = tuple(map(str, features.get(label, {}).get("names") or ())) or None
+    hub_names = features.get(label, {}).get("names")
+    class_names = tuple(map(str, hub_names)) if isinstance(hub_names, list) and hub_names else None
     chosen = choose_splits(split for split, values in columns.items() if not _is_unlabelled(values))
     if not chosen:
         raise UserError("data", path, f"every label in column {label!r} is -1; this file holds no labels")
@@ -73,7 +74,10 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
     for file in files:
         parts = (file.stem, *reversed(file.relative_to(path).parent.parts))
         split = next(filter(None, map(split_of_file, parts)), None)
-        splits.setdefault(split, []).append(file) if split else unknown.append(file)
+        if split:
+            splits.setdefault(split, []).append(file)
+        else:
+            unknown.append(file)
     if splits and unknown:
         remedy = "names no split, but other files do; name it train or test, or move it away"
         raise UserError("data", unknown[0], remedy)
@@ -89,9 +93,8 @@ def _require_one_set(path: Path, files: list[Path]) -> None:
         parents = file.relative_to(path).parent.parts
         sets.add("/".join(part for part in parents if not _is_split(part)) or ".")
     if len(sets) > 1:
-        raise UserError(
-            "data", path, f"holds several data sets: {', '.join(sorted(sets)[:20])}; name one of the folders"
-        )
+        listed = ", ".join(sorted(sets)[:20])
+        raise UserError("data", path, f"holds several data sets: {listed}; name one of these folders")
 
 
 def _is_split(folder: str) -> bool:

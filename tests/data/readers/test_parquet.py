@@ -145,3 +145,34 @@ def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encode
     pq.write_table(pa.table({"i": encoded[:2], "a": [1, 2], "b": [1, 2]}), tmp_path / "g.parquet")
     with pytest.raises(UserError, match=r"which column holds the labels, a or b\? Use --set data.label_column=NAME"):
         open_data(tmp_path / "g.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"label": [0.0, 1.0, 2.0]}, "column 'label' holds double; labels must be integers or class names"),
+        ({"label": [True, False, True]}, "column 'label' holds bool"),
+        ({"label": [[0], [1], [2]]}, "column 'label' holds list"),
+        ({"id": [0, 1, 2]}, "has no column of labels"),
+        ({"caption": ["a cat", "a dog", "a cow"]}, "column 'caption' differs in most rows"),
+        ({"mask": [b"x"] * 3, "photo2": [b"x"] * 3, "label": [0, 1, 0]}, None),
+    ],
+)
+def test_columns_that_are_no_labels_are_refused(tmp_path, encoded, columns, words):
+    image = "img" if words else "rendering"
+    pq.write_table(pa.table({**columns, image: encoded[:3]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as caught:
+        open_data(tmp_path / "a.parquet")
+    assert (words or "which column holds the images, mask or photo2 or rendering?") in str(caught.value)
+
+
+def test_columns_can_be_chosen(tmp_path, encoded, classes):
+    table = pa.table({"a": encoded, "b": encoded[::-1], "x": classes, "y2": [0] * 12})
+    pq.write_table(table, tmp_path / "a.parquet")
+    train = open_data(tmp_path / "a.parquet", image_column="b", label_column="x").train
+    assert train.labels.tolist() == classes.tolist()
+    other = open_data(tmp_path / "a.parquet", image_column="a", label_column="x").train
+    assert torch.equal(train.images, other.images.flip(0))
+    assert (train.source["image_column"], train.source["label_column"]) == ("b", "x")
+    with pytest.raises(UserError, match=r"data.label_column: b: holds binary; must hold integers or class names"):
+        open_data(tmp_path / "a.parquet", image_column="b", label_column="b")
