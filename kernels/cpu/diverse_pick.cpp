@@ -99,5 +99,7 @@ void TADPERF_ISA::largest_cosines(const float *units, int64_t count, const float
       return rows_by_set<4>(units, set, held, size, largest);
     case 5:
       return rows_by_set<5>(units, set, held, size, largest);
+    default:
+      return;
   }
 }

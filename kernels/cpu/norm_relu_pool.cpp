@@ -149,6 +149,9 @@ inline f32 repeat_pairs(f32 x) {
 }
 #endif
 
+template <class T>
+constexpr int64_t elements_ahead = AHEAD / int64_t{sizeof(T)};
+
 // As `moments`, with adjacent pixels in the lanes.
 template <class T>
 inline void wide_moments(const T *x, int64_t height, int64_t width, float eps, float &mean, float &rstd) {
@@ -157,7 +160,7 @@ inline void wide_moments(const T *x, int64_t height, int64_t width, float eps, f
   for (int64_t i = 0; i < height; i++) {
     f32 row{};
     for (int64_t j = 0; j < width; j += LANES) {
-      __builtin_prefetch(x + i * width + j + AHEAD / sizeof(T));
+      __builtin_prefetch(x + i * width + j + elements_ahead<T>);
       row += load(x + i * width + j);
     }
     sum += row;
@@ -218,7 +221,7 @@ inline void wide_gradient(const NormReluPool &args, const T *x, const T *grad_y,
                           const Affine &affine) {
   f32 sums{}, sums_d{};
   each_wide<WINDOW>(args, grad_y, [&](int64_t offset, f32 g) {
-    __builtin_prefetch(x + offset + AHEAD / sizeof(T));
+    __builtin_prefetch(x + offset + elements_ahead<T>);
     f32 d = load(x + offset) - affine.mean;
     f32 p = passed(g, d, affine);
     sums += p;

@@ -13,7 +13,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace {
@@ -73,16 +72,23 @@ bool spin(Ready ready) {
   }
 }
 
-// Blocks all signals in the new threads, so that signals go to the threads that Python knows of.
+// Starts a thread of the pool. Returns false if the system gives no more threads.
+bool start_thread(Pool &pool) {
+  try {
+    std::thread(serve, std::ref(pool)).detach();
+    return true;
+  } catch (const std::exception &) {
+    return false;
+  }
+}
+
+// Starts threads up to `size`, or as many as the system gives. They block all signals, so that signals go to the
+// threads that Python knows of.
 void grow(Pool &pool, int size) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, &before);
-  try {
-    for (; pool.size < size; pool.size++) std::thread(serve, std::ref(pool)).detach();
-  } catch (const std::system_error &) {
-    // The system gives no more threads. Those that started and the caller's do the work.
-  }
+  while (pool.size < size && start_thread(pool)) pool.size++;
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
