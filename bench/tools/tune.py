@@ -1,4 +1,4 @@
-"""Chooses how Triton kernels are launched on this GPU; `tadperf bench --tune` saves it in launch_configs.user_file()."""
+"""Chooses how Triton kernels are launched on this GPU; `tadperf bench --tune` saves to launch_configs.user_file()."""
 
 from __future__ import annotations
 

@@ -2,14 +2,20 @@
 //
 // A vector holds LANES channels of one pixel. A group of vectors goes over all pixels of its image: its sums stay in
 // registers, and its part of an image (256 kB at 32 x 32 pixels) stays in the cache from the first pass to the second.
-// Moments are taken of differences from the first pixel: one pass, without the cancellation of plain squares. The names
-// are those of kernels/norm_relu_pool_dual.py. An image's result depends on that image only.
+// The names are those of kernels/norm_relu_pool_dual.py. An image's result depends on that image only.
 #include "norm_relu_pool_dual.h"
 
 #include "common/load_store.h"
 #include "common/vector_math.h"
 
 namespace {
+
+// Returns x and resets it to 0.
+inline f32 take(f32 &x) {
+  f32 value = x;
+  x = f32{};
+  return value;
+}
 
 // VECTORS vectors of channels, from channel `first` of image `image`. `count` lanes of the last vector are in use.
 template <int VECTORS, bool WHOLE>
@@ -39,28 +45,58 @@ struct Group {
     return map + ((image * height + row) * width + column) * args.channels + first;
   }
 
-  void moments() const {
-    f32 x0[VECTORS], d1[VECTORS]{}, d2[VECTORS]{}, t1[VECTORS]{}, t2[VECTORS]{};
-    for (int v = 0; v < VECTORS; v++) x0[v] = get(pixel(args.x, 0), v);
-    for (int64_t p = 0; p < pixels; p++) {
-      const float *x = pixel(args.x, p), *x_dot = pixel(args.x_dot, p);
-      for (int v = 0; v < VECTORS; v++) {
-        f32 d = get(x, v) - x0[v], t = get(x_dot, v);
-        d1[v] += d;
-        d2[v] += d * d;
-        t1[v] += t;
-        t2[v] += d * t;
-      }
+  // Calls f(pixel, v) for all pixels and vectors, and finish(v) after each row. Short sums of a row lose less.
+  template <class F, class Finish>
+  void each_row(F f, Finish finish) const {
+    for (int64_t row = 0; row < args.height; row++) {
+      for (int64_t p = row * args.width; p < (row + 1) * args.width; p++)
+        for (int v = 0; v < VECTORS; v++) f(p, v);
+      for (int v = 0; v < VECTORS; v++) finish(v);
     }
-    const float share = 1.0f / float(pixels);
+  }
+
+  // Two passes, as in norm_relu_pool_channels.h: the second takes differences from the first means and corrects them.
+  void moments() const {
+    f32 mean[VECTORS]{}, mean_dot[VECTORS]{}, x_row[VECTORS]{}, x_dot_row[VECTORS]{};
+    each_row(
+        [&](int64_t p, int v) {
+          x_row[v] += get(pixel(args.x, p), v);
+          x_dot_row[v] += get(pixel(args.x_dot, p), v);
+        },
+        [&](int v) {
+          mean[v] += take(x_row[v]);
+          mean_dot[v] += take(x_dot_row[v]);
+        });
     for (int v = 0; v < VECTORS; v++) {
-      f32 d = d1[v] * share, t = t1[v] * share;
-      f32 variance = max(fill(0), d2[v] * share - d * d);
+      mean[v] /= float(pixels);
+      mean_dot[v] /= float(pixels);
+    }
+    // Sums of d, d_dot, d^2 and d d_dot, where d and d_dot are the differences from the two means.
+    f32 d_sum[VECTORS]{}, d_dot_sum[VECTORS]{}, square_sum[VECTORS]{}, product_sum[VECTORS]{};
+    f32 d_row[VECTORS]{}, d_dot_row[VECTORS]{}, square_row[VECTORS]{}, product_row[VECTORS]{};
+    each_row(
+        [&](int64_t p, int v) {
+          f32 d = get(pixel(args.x, p), v) - mean[v];
+          f32 d_dot = get(pixel(args.x_dot, p), v) - mean_dot[v];
+          d_row[v] += d;
+          d_dot_row[v] += d_dot;
+          square_row[v] += d * d;
+          product_row[v] += d * d_dot;
+        },
+        [&](int v) {
+          d_sum[v] += take(d_row[v]);
+          d_dot_sum[v] += take(d_dot_row[v]);
+          square_sum[v] += take(square_row[v]);
+          product_sum[v] += take(product_row[v]);
+        });
+    for (int v = 0; v < VECTORS; v++) {
+      f32 correction = d_sum[v] / float(pixels), correction_dot = d_dot_sum[v] / float(pixels);
+      f32 variance = max(fill(0), square_sum[v] / float(pixels) - correction * correction);
       f32 rstd = inverse_root(variance + args.eps);
-      put(args.mean + plane, v, x0[v] + d);
+      put(args.mean + plane, v, mean[v] + correction);
       put(args.rstd + plane, v, rstd);
-      put(args.mean_dot + plane, v, t);
-      put(args.slope + plane, v, rstd * (t2[v] * share - d * t));
+      put(args.mean_dot + plane, v, mean_dot[v] + correction_dot);
+      put(args.slope + plane, v, rstd * (product_sum[v] / float(pixels) - correction * correction_dot));
     }
   }
 };

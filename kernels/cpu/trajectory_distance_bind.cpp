@@ -84,7 +84,7 @@ void trajectory_distance(Input student, Input target, Input start, const Lengths
     }
   });
   for (int64_t row = 0; row < rows; row++) {
-    const double *sum = sums.data() + 2 * row * count;
+    const double *sum = sums.data() + 2 * row * count;  // sums may be empty
     const Block *block = blocks.data(), *last = block + count;
     for (int64_t segment = 0; segment < segments; segment++) {
       double student_sum = 0, expert_sum = 0;

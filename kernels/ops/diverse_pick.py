@@ -79,7 +79,9 @@ def diverse_pick_reference(
     """`diverse_pick` as a loop over the anomalies in plain PyTorch, on any device and float type."""
     _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
     units, usable = unit_rows(candidates.detach())
-    held_units, held_usable = unit_rows(qualified.detach().to(candidates.dtype))
+    wide = torch.promote_types(candidates.dtype, qualified.dtype)  # rounds neither of them
+    held_units, held_usable = unit_rows(qualified.detach().to(wide))
+    held_units = held_units.to(units.dtype)
     scores = scores.detach().double()
     usable &= scores > -math.inf
     index = classes.new_full(classes.shape, -1, dtype=torch.int64)

@@ -14,6 +14,10 @@ anchor with a NaN or an infinity (a class without samples) is never chosen.
 z - mu_c is whitened as L^-1 (z - m) - L^-1 (mu_c - m), where m is the mean of the anchors. Classes are ranked by the
 expanded square, which costs one matrix product. The distances of the first two classes are then computed again from
 differences, so that they are as exact as the rounding of L^-1 (z - m).
+
+Rounding can exchange two classes in the ranking if their squared distances differ by less than about 1e-6 of the
+largest |L^-1 (z - m)|^2 or |L^-1 (mu_c - m)|^2. This happens if one anchor is much farther from the mean than the
+samples are from their anchors. Similarities that differ by less than about 1e-6 can be exchanged likewise.
 """
 
 from __future__ import annotations

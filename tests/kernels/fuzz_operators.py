@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tadperf import kernels
 from tadperf.kernels import native
-from tadperf.kernels import conv3x3, conv3x3_kernel
+from tadperf.kernels.ops.conv3x3 import conv3x3, conv3x3_kernel
 from tadperf.kernels.ops.norm_relu_pool_dual import (
     Affine,
     Dual,
@@ -123,6 +123,16 @@ def close(case: Case, actual: Tensor, expected: Tensor, relative: float, absolut
     )
 
 
+def mostly_close(case: Case, actual: Tensor, expected: Tensor, limit: float, name: str) -> None:
+    """Compares 98 % of the elements: a pixel near 0 before the ReLU may pass a gradient in one and not in the other."""
+    if not case.moderate:
+        return
+    assert actual.isfinite().all(), name
+    error = (actual.double() - expected).abs()
+    far = error > limit * (1 + expected.abs().max()) if expected.numel() else error > 0
+    assert far.double().mean() <= 0.02 or far.numel() < 50, name
+
+
 def per_sample(case: Case) -> None:
     rows, classes = case.size(700), case.size(300, 2)
     logits, labels = case.floats(rows, classes, scale=4), case.integers(-1, classes, rows)
@@ -173,13 +183,8 @@ def norm_relu_pool(case: Case) -> None:
     wide = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = kernels.norm_relu_pool_reference(*wide, pool=pool)
     close(case, y, expected, 0, 2e-5, "y")
-    # A pixel near 0 before the ReLU may pass the gradient in one and not in the other: only the bulk is compared.
-    for name, actual, wanted in zip(
-        ("x", "weight", "bias"), gradients, torch.autograd.grad(expected, wide, grad.double()), strict=True
-    ):
-        error = (actual.double() - wanted).abs()
-        limit = (1e-4 + 2 * ROUNDING[actual.dtype]) * (1 + wanted.abs().max()) if wanted.numel() else 0
-        assert (error > limit).double().mean() <= 0.02 or error.numel() < 50, f"gradient of {name}"
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, wide, grad.double()), strict=True):
+        mostly_close(case, actual, wanted, 1e-4 + 2 * ROUNDING[actual.dtype], "gradients")
 
 
 def norm_relu_pool_dual_case(case: Case) -> None:
@@ -190,19 +195,17 @@ def norm_relu_pool_dual_case(case: Case) -> None:
     affine = Affine(*(case.floats(shape[1]).contiguous() for _ in range(4)))
     y, y_dot, moments = run(case, lambda: norm_relu_pool_dual(x, affine, 1e-5, pool))
     wide_x, wide_affine = Dual(*(t.double() for t in x)), Affine(*(t.double() for t in affine))
-    (wanted, _), wanted_moments = norm_relu_pool_dual_reference(wide_x, wide_affine, 1e-5, pool)
+    (wanted, wanted_dot), wanted_moments = norm_relu_pool_dual_reference(wide_x, wide_affine, 1e-5, pool)
     close(case, y, wanted, 0, 2e-5, "y")
+    mostly_close(case, y_dot, wanted_dot, 1e-3, "tangent of y")
     if shape[2] * shape[3] > 8:  # in a plane of few pixels rstd may be large, and so may its rounding
         close(case, moments, wanted_moments, 1e-4, 1e-4, "moments")
     grad = Dual(*(case.floats(*y.shape) for _ in range(2)))
     results = run(case, lambda: norm_relu_pool_dual_gradient(grad, x, affine, moments, pool))
-    assert all(t.isfinite().all() for t in results) or not case.moderate
     wide_grad = Dual(*(t.double() for t in grad))
     expected = norm_relu_pool_dual_gradient_reference(wide_grad, wide_x, wide_affine, moments.double(), pool)
     for actual, wanted in zip(results, tensors(expected), strict=True):
-        error = (actual.double() - wanted).abs()
-        limit = 1e-3 * (1 + wanted.abs().max()) if wanted.numel() else 0
-        assert not case.moderate or (error > limit).double().mean() <= 0.02 or error.numel() < 50, "gradients"
+        mostly_close(case, actual, wanted, 1e-3, "gradients")
 
 
 def conv(case: Case) -> None:
@@ -312,6 +315,15 @@ OPERATORS: dict[str, Callable[[Case], None]] = {
 }
 
 
+def failure(name: str, seed: int) -> str:
+    """Runs one case. Returns the traceback of a failure, or an empty string."""
+    try:
+        OPERATORS[name](Case(seed))
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 def use(isa: str) -> None:
     os.environ["TADPERF_ISA"] = isa
     native.isa_index.cache_clear()
@@ -332,15 +344,11 @@ def main() -> int:
     for isa in module.isas():
         use(isa)
         for name in options.operators.split(","):
-            failed = []
-            for seed in range(options.seed, options.seed + options.cases):
-                try:
-                    OPERATORS[name](Case(seed))
-                except Exception:
-                    failed.append(seed)
-                    if len(failed) <= 3:
-                        print(f"{isa} {name} seed {seed}:\n{traceback.format_exc()[-1500:]}", file=sys.stderr)
-            print(f"{isa:9} {name:20} {options.cases} cases, {len(failed)} failed {failed[:10] or ''}", flush=True)
+            seeds = range(options.seed, options.seed + options.cases)
+            failed = {seed: text for seed in seeds if (text := failure(name, seed))}
+            for seed, text in list(failed.items())[:3]:
+                print(f"{isa} {name} seed {seed}:\n{text[-1500:]}", file=sys.stderr)
+            print(f"{isa:9} {name:20} {options.cases} cases, {len(failed)} failed {list(failed)[:10]}", flush=True)
             failures, total = failures + len(failed), total + options.cases
     print(f"{total} cases, {failures} failed; threads: {module.thread_pool()}")
     return int(failures > 0)

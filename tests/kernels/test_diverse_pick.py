@@ -249,6 +249,19 @@ def test_any_shape_stride_and_dtype(data):
         np.testing.assert_allclose(results.similarity.numpy(), similarity, atol=1e-6)
 
 
+@OPERATORS
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_types_that_differ_are_read_exactly(operator, types):
+    """Qualified images are not rounded to the type of the candidates."""
+    candidates, scores, qualified, classes, of = random_case(20, 5, 30, 15, 2)
+    case = candidates.to(types[0]), scores, qualified.to(types[1]), classes, of
+    index, similarity, gap = truth(*case)
+    assert gap > 1e-6
+    results = operator(*case)
+    assert results.index.tolist() == index.tolist()
+    np.testing.assert_allclose(results.similarity.numpy(), similarity, atol=5e-7)
+
+
 GOOD = random_case(2, 3, 4, 5, 2)
 WRONG = [
     (0, GOOD[0][0], {}, "candidates: torch.float32 (3, 4): expected floats [A, K, D]"),

@@ -1,7 +1,7 @@
-"""Every Triton launcher, as it is called for real: arguments, specialisation and compilation, all but the launch itself.
+"""Every Triton launcher, called as in a run: arguments, specialisation and compilation, but no launch.
 
-Triton checks a launch in ways that neither the interpreter nor a compilation ahead of time does. For example it compares
-the constants of a kernel before each launch. This runs in a process of its own, because it replaces Triton's driver.
+Triton checks a launch in ways that the interpreter and a compilation ahead of time do not. For example it compares the
+constants of a kernel before each launch. This runs in a process of its own, because it replaces Triton's driver.
 """
 
 from __future__ import annotations

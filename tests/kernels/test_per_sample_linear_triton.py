@@ -92,9 +92,11 @@ def test_per_sample_linear_compiles_without_spills(aot, name):
         "ROWS": how["rows"],
         "BLOCK": how["block"],
         "DEPTH": how["depth"],
-        "PRECISION": "ieee",
     }
-    found = aot(linear_kernel, signature, constants, num_warps=how["num_warps"], num_stages=how["num_stages"])
+    options = {key: how[key] for key in ("num_warps", "num_stages")}
+    found = {}
+    for backend, precision in (("cuda", "tf32x3"), ("hip", "ieee")):
+        found |= aot(linear_kernel, signature, {**constants, "PRECISION": precision}, backend=backend, **options)
     no_spills(found)
     assert found["sm_80"].shared <= 163 * 1024
     assert found["gfx942"].shared <= 64 * 1024

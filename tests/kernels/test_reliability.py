@@ -328,3 +328,32 @@ def test_memory(shape):
     script = MEMORY.format(shape=shape)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 64
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_rounding_exchanges_only_classes_that_are_nearly_equal(operator):
+    """Also if one anchor is very far away: the bound that the module states, in squared distances and in cosines."""
+    random = torch.Generator().manual_seed(3)
+    for case in range(300):
+        rows, width, classes = (int(torch.randint(1, high, (1,), generator=random)) for high in (9, 20, 9))
+        features, anchors = (torch.randn(n, width, generator=random) for n in (rows, classes))
+        anchors.view(-1)[case % anchors.numel()] *= 10.0 ** (case % 8)
+        cholesky = torch.linalg.cholesky(torch.eye(width) * (1 + case % 3) + 0.05)
+        centre = anchors.double().mean(0)
+        y, v = (
+            torch.linalg.solve_triangular(cholesky.double(), (x.double() - centre).mT, upper=False).mT
+            for x in (features, anchors)
+        )
+        squares = torch.cdist(y, v, compute_mode="donot_use_mm_for_euclid_dist").square()
+        scale = torch.maximum(y.square().sum(1), v.square().sum(1).max())
+        directions = [torch.nn.functional.normalize(x.double()) for x in (features, anchors)]
+        cosines = directions[0] @ directions[1].mT
+        result = operator(features, anchors, cholesky)
+        for table, chosen, limit in (
+            (squares, (result.nearest, result.second), 1e-6 * scale),
+            (-cosines, (result.most_similar, result.second_similar), torch.full((rows,), 1e-6)),
+        ):
+            ordered = table.sort(-1).values
+            for place in range(min(2, classes)):
+                excess = table.gather(1, chosen[place][:, None])[:, 0] - ordered[:, place]
+                assert (excess <= limit).all()
