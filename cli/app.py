@@ -12,15 +12,23 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tadperf import launch, memory, ranks
+from tadperf.cli import audit, bench, common, config, distill, evaluate, experts, info, refine, show, sweep
+from tadperf.compute import launcher, ranks
+from tadperf.compute.allocator import keep_freed_memory
 from tadperf.errors import UserError
 
-from . import audit, bench, common, config, distill, evaluate, experts, info, refine, show, sweep
-
 COMMANDS = (
-    distill.distill, refine.refine, sweep.sweep, audit.audit, experts.experts, evaluate.evaluate, show.show, info.info,
-    config.config, bench.bench,
-)  # fmt: skip
+    distill.distill,
+    refine.refine,
+    sweep.sweep,
+    audit.audit,
+    experts.experts,
+    evaluate.evaluate,
+    show.show,
+    info.info,
+    config.config,
+    bench.bench,
+)
 
 # Plain help: rich would double the time that `--help` takes (0.21 s for 0.11 s).
 app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
@@ -44,30 +52,30 @@ def tadperf(
 
 def main() -> NoReturn:
     """Runs the command line and ends the process."""
-    memory.keep()
-    launch.obey()
-    if ranks.asked_rank():  # what all ranks find out, rank 0 says
+    keep_freed_memory()
+    launcher.follow_launcher()
+    if ranks.environment_rank():  # what all ranks find out, rank 0 says
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is where a shell started us in the background
             signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
-        if code == 130 and not ranks.asked_rank():  # typer has turned a KeyboardInterrupt into this
+        if code == 130 and not ranks.environment_rank():  # typer has turned a KeyboardInterrupt into this
             common.complain("interrupted")
     except UserError as error:
         code = 2
-        if ranks.asked_rank() == 0 or launch.launched():
+        if ranks.environment_rank() == 0 or launcher.is_launched():
             common.complain(error)
     except common.EndedError as end:
         code = end.code
     except common.RunLostError as error:
-        code = launch.LOST if launch.launched() else 1
-        if ranks.asked_rank() == 0 and not launch.launched():
+        code = launcher.LOST if launcher.is_launched() else 1
+        if ranks.environment_rank() == 0 and not launcher.is_launched():
             common.complain(error)
     except (common.RunInterruptedError, KeyboardInterrupt, typer.Abort) as error:
         code = 130
-        if ranks.asked_rank() == 0:
+        if ranks.environment_rank() == 0:
             common.complain(str(error) or "interrupted")
     except Exception as error:
         code = _failure(error)

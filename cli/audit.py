@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 if TYPE_CHECKING:
     from tadperf.config import Config
-    from tadperf.data import Dataset
-    from tadperf.trust import TrustState
+    from tadperf.data.dataset import Dataset
+    from tadperf.trust.state import TrustState
 
 Out = Annotated[
     common.Folder,
@@ -42,9 +42,15 @@ def audit(
 ) -> None:
     """List the labels of DATA's training split that should not be trusted, the worst first."""
     options = common.fields(
-        data=data, labels=labels, noise=noise, seed=seed, device=device, image_size=image_size, format=format,
+        data=data,
+        labels=labels,
+        noise=noise,
+        seed=seed,
+        device=device,
+        image_size=image_size,
+        format=format,
         trust="on",
-    )  # fmt: skip
+    )
     config = common.merged(common.Asked(preset, config_file, sets or (), options, quiet))
     _refuse(out)
     dataset, state = common.divided(lambda: _run(config, quiet), devices)
@@ -53,7 +59,7 @@ def audit(
     if as_json:
         common.print_json(result)
     else:
-        from .tables import print_audit
+        from tadperf.cli.tables import print_audit
 
         print_audit(result)
 
@@ -74,10 +80,10 @@ def _refuse(out: Path | None) -> None:
 
 
 def _run(config: Config, quiet: bool) -> tuple[Dataset, TrustState]:
-    from tadperf.data import add_noise, open_data
+    from tadperf.cli.progress import display
+    from tadperf.data.noise import add_noise
+    from tadperf.data.open import open_data
     from tadperf.trust import audit
-
-    from .progress import display
 
     d = config.data
     with display(quiet) as progress:
@@ -105,20 +111,25 @@ def _result(dataset: Dataset, state: TrustState, paths: dict[str, str]) -> dict[
     worst = worst[state.issues[worst]][:10].tolist()
     names = state.class_names
     result: dict[str, Any] = {
-        "data": dataset.name, "samples": len(state), "issues": int(state.issues.sum()), "by_class": state.counts(),
+        "data": dataset.name,
+        "samples": len(state),
+        "issues": int(state.issues.sum()),
+        "by_class": state.counts(),
         "pairs": [{"suggested": s, "given": g, "samples": n} for s, g, n in state.pairs()],
         "worst": [
             {
-                "index": i, "given": names[int(state.given[i])], "suggested": names[int(state.suggested[i])],
+                "index": i,
+                "given": names[int(state.given[i])],
+                "suggested": names[int(state.suggested[i])],
                 "score": float(state.score[i]),
             }
             for i in worst
         ],
         "paths": paths,
-    }  # fmt: skip
+    }
     if dataset.clean_labels is not None:
-        from tadperf.runs import plain
-        from tadperf.trust.measure import measure
+        from tadperf.files import to_json_value
+        from tadperf.trust.metrics import compare_with_clean
 
-        result["against_clean_labels"] = plain(measure(state, dataset.clean_labels))
+        result["against_clean_labels"] = to_json_value(compare_with_clean(state, dataset.clean_labels))
     return result

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 if TYPE_CHECKING:
     import torch
 
-    from tadperf.bench.engine import Bench, Row  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators.engine import Bench, Row
 
 Operators = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -54,16 +54,17 @@ def bench(
     debug: common.Debug = False,
 ) -> None:
     """Measure operators beside eager PyTorch, torch.compile and installed peers; stages beside the published way."""
-    import tadperf.device
-    from tadperf.bench import catalogue, engine, report, stages  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import catalogue, engine, report
+    from tadperf.bench.stages import runner  # pyright: ignore[reportMissingImports]
+    from tadperf.compute.device import resolve_device
     from tadperf.errors import UserError
 
     benches, asked = _named(operators or [])
     if not benches:
         _refused({"--base": base, "--plot": plot_file, "--tune": tune, "--dtypes": dtypes != "float32" and dtypes})
-    place = tadperf.device.resolve(device or "auto")
+    place = resolve_device(device or "auto")
     if list_only:
-        print("\n".join([*_listed(benches, place), *_listed_stages(asked if operators else list(stages.STAGES))]))
+        print("\n".join([*_listed(benches, place), *_listed_stages(asked if operators else list(runner.STAGES))]))
         return
     if tune and place.type != "cuda":
         raise UserError("--tune", place.type, "tunes launches on a CUDA device; use --device cuda")
@@ -99,28 +100,29 @@ def _count(field: str, text: str) -> int:
 
 def _named(words: list[str]) -> tuple[list[Bench], list[str]]:
     """The benches of the operators among these words, of all where there is no word; and the stages among them."""
-    from tadperf.bench import catalogue, stages  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import catalogue
+    from tadperf.bench.stages import runner  # pyright: ignore[reportMissingImports]
     from tadperf.errors import UserError
 
-    asked = [word for word in words if word in stages.STAGES]
+    asked = [word for word in words if word in runner.STAGES]
     others = [word for word in words if word not in asked]
     for word in others:
         if word not in catalogue.NAMES:
-            raise UserError("OPERATOR|STAGE", word, f"must be one of {', '.join((*catalogue.NAMES, *stages.STAGES))}")
+            raise UserError("OPERATOR|STAGE", word, f"must be one of {', '.join((*catalogue.NAMES, *runner.STAGES))}")
     return catalogue.chosen(others) if others or not asked else [], asked
 
 
 def _plan(asked: list[str], sizes: str | None) -> dict[str, list[str]]:
     """The sizes of each stage; one without a bench is left out, with a line that says so."""
-    from tadperf.bench import stages  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.stages import runner  # pyright: ignore[reportMissingImports]
 
     plan = {}
     for name in asked:
-        stage = stages.load(name)
+        stage = runner.load(name)
         if stage is None:
             print(f"{name}: there is no bench of this stage yet", file=sys.stderr, flush=True)
         else:
-            plan[name] = stages.sizes(stage, sizes)
+            plan[name] = runner.sizes(stage, sizes)
     return plan
 
 
@@ -134,7 +136,7 @@ def _refused(options: dict[str, Any]) -> None:
 
 
 def _listed(benches: list[Bench], place: torch.device) -> list[str]:
-    from tadperf.bench.engine import runs_here  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators.engine import runs_here  # pyright: ignore[reportMissingImports]
     from tadperf.kernels import implementations
 
     found = []
@@ -147,16 +149,19 @@ def _listed(benches: list[Bench], place: torch.device) -> list[str]:
 
 
 def _listed_stages(names: list[str]) -> list[str]:
-    from tadperf.bench import stages  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.stages import runner  # pyright: ignore[reportMissingImports]
 
-    return [f"{name}: a stage; {', '.join(stage.SIZES)}" for name in names if (stage := stages.load(name))]
+    return [f"{name}: a stage; {', '.join(stage.SIZES)}" for name in names if (stage := runner.load(name))]
 
 
 def _operator(
     one: Bench, cases: list[tuple[Any, torch.dtype]], place: torch.device, providers: list[str], turns: int, used: int
 ) -> list[Row]:
     """Measures one operator, prints its table and returns its rows."""
-    from tadperf.bench import engine, report  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import (
+        engine,
+        report,  # pyright: ignore[reportMissingImports]
+    )
 
     facts = report.facts(one.name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
     rows: list[Row] = []
@@ -169,34 +174,34 @@ def _operator(
 
 def _stage(name: str, sizes: list[str], place: torch.device, turns: int, used: int) -> list[Row]:
     """Measures one stage, prints its table and returns its rows."""
-    from tadperf.bench import stages  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.stages import runner  # pyright: ignore[reportMissingImports]
 
-    stage = stages.load(name)
+    stage = runner.load(name)
     assert stage is not None
-    facts = stages.facts(name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
+    facts = runner.facts(name, place, used, shlex.join(["tadperf", *sys.argv[1:]]))
     rows: list[Row] = []
     for size in sizes:
         print(name, size, file=sys.stderr, flush=True)
         rows += stage.measure(size, place, turns)
-    stages.ratios(rows)
-    print("", stages.title(facts), *stages.lines(rows), sep="\n", flush=True)
+    runner.ratios(rows)
+    print("", runner.title(facts), *runner.lines(rows), sep="\n", flush=True)
     return [row | facts for row in rows]
 
 
 def _tune(one: Bench, sizes: list[Any], place: torch.device) -> None:
-    from tadperf.bench import tune  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.tools import tune  # pyright: ignore[reportMissingImports]
 
     for operator, path in tune.tune(one, sizes, place):
         print(f"{operator}: launches kept in {path}", file=sys.stderr, flush=True)
 
 
 def _keep(rows: list[Row], json_file: Path | None, plot_file: Path | None) -> None:
-    from tadperf.bench import report  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import report  # pyright: ignore[reportMissingImports]
 
     if json_file:
         report.save(json_file, rows)
     if plot_file:
-        from tadperf.bench.plot import plot  # pyright: ignore[reportMissingImports]
+        from tadperf.bench.operators.plot import plot  # pyright: ignore[reportMissingImports]
 
         names = list(dict.fromkeys(row["operator"] for row in rows if "operator" in row))
         for name in names:

@@ -129,18 +129,18 @@ class RunLostError(Exception):
 
 def complain(message: object) -> None:
     """One line on stderr."""
-    from tadperf import ranks
+    from tadperf.compute import ranks
 
-    if ranks.asked_rank():
-        message = f"rank {ranks.asked_rank()}: {message}"
+    if ranks.environment_rank():
+        message = f"rank {ranks.environment_rank()}: {message}"
     print("tadperf:", " ".join(str(message).split()), file=sys.stderr, flush=True)
 
 
 def note(message: str) -> None:
     """One line on stderr that is no complaint; several ranks say it once."""
-    from tadperf import ranks
+    from tadperf.compute import ranks
 
-    if ranks.asked_rank() == 0:
+    if ranks.environment_rank() == 0:
         print(message, file=sys.stderr, flush=True)
 
 
@@ -151,14 +151,14 @@ def fields(**options: Any) -> dict[str, Any]:
 
 def merged(asked: Asked, base: Config | None = None) -> Config:
     """The config that the options ask for, over that of a resumed run."""
-    from tadperf.merge import merge
+    from tadperf.config.merge import merge
 
     return merge(asked.preset, asked.file, asked.sets, asked.options, base)
 
 
 def state_preset(asked: Asked) -> None:
     """Says on stderr which preset a new run starts from, where none was named."""
-    from tadperf.merge import default_preset
+    from tadperf.config.merge import default_preset
 
     if asked.preset is None and not asked.quiet:
         preset = default_preset(asked.file, asked.sets, asked.options)
@@ -169,16 +169,16 @@ def run_config(
     asked: Asked, out: Path | None, resume: bool, default_out: Callable[[Config], Path]
 ) -> tuple[Config, Path]:
     """The config and folder of a run; for a resumed one, options that were not given come from its config.json."""
-    from tadperf import runs
+    from tadperf.run.folder import check_run_folder, stored_config
 
     if not (resume and out):
         config = merged(asked)
         out = out or default_out(config)
         if not resume:
-            runs.check(out, resume)
+            check_run_folder(out, resume)
             return config, out
-    runs.check(out, resume)
-    return merged(asked, runs.stored_config(out)), out
+    check_run_folder(out, resume)
+    return merged(asked, stored_config(out)), out
 
 
 def data_name(path: str) -> str:
@@ -205,17 +205,17 @@ def divided(run: Callable[[], T], devices: str | None) -> T:
 
     Only rank 0 comes back with the result; the others, and a process that has started others, end.
     """
-    from tadperf import launch, ranks
+    from tadperf.compute import launcher, ranks
 
-    count = launch.count(devices)
+    count = launcher.num_ranks(devices)
     try:
         if count > 1:
-            raise EndedError(launch.launch(count, sys.argv[1:]))
+            raise EndedError(launcher.launch_ranks(count, sys.argv[1:]))
         ranks.join()
         result = run()
         leader = ranks.rank() == 0
         ranks.leave()
-    except (launch.RankDiedError, ranks.RankLostError) as error:
+    except (launcher.RankDiedError, ranks.RankLostError) as error:
         raise RunLostError(str(error)) from None
     if not leader:
         raise EndedError(0)
@@ -231,6 +231,6 @@ def print_json(value: object) -> None:
     """One JSON object on stdout."""
     import json
 
-    from tadperf.runs import plain
+    from tadperf.files import to_json_value
 
-    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+    print(json.dumps(to_json_value(value), ensure_ascii=False, allow_nan=False))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 Schema = Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config instead.")]
 
@@ -35,16 +35,25 @@ def config(
 
     Presets: digits, quick, cifar10-ipc{1,10,50}, cifar100-ipc{1,10,50}, tiny-ipc{1,10}.
     """
-    from tadperf.config import Config
-    from tadperf.merge import to_toml
+    from tadperf.config.merge import to_toml
+    from tadperf.config.schema import Config
 
     if schema:
         common.print_json(Config.model_json_schema())
         return
     options = common.fields(
-        data=data, ipc=ipc, noise=noise, labels=labels, trust=trust, seed=seed, device=device, method=method,
-        repeats=repeats, image_size=image_size, format=format,
-    )  # fmt: skip
+        data=data,
+        ipc=ipc,
+        noise=noise,
+        labels=labels,
+        trust=trust,
+        seed=seed,
+        device=device,
+        method=method,
+        repeats=repeats,
+        image_size=image_size,
+        format=format,
+    )
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     merged = common.merged(asked)
     common.state_preset(asked)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 if TYPE_CHECKING:
     from tadperf.config import Config
@@ -48,10 +48,21 @@ def distill(
 ) -> None:
     """Distil DATA into a few synthetic images per class, and measure what they are worth."""
     options = common.fields(
-        data=data, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, method=method, trust=trust,
-        synthesis=synthesis, repeats=repeats, image_size=image_size, format=format,
-        experts=experts and str(experts.resolve()), compile=compile,
-    )  # fmt: skip
+        data=data,
+        ipc=ipc,
+        noise=noise,
+        labels=labels,
+        seed=seed,
+        device=device,
+        method=method,
+        trust=trust,
+        synthesis=synthesis,
+        repeats=repeats,
+        image_size=image_size,
+        format=format,
+        experts=experts and str(experts.resolve()),
+        compile=compile,
+    )
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)
 
@@ -63,7 +74,7 @@ def distill(
     if as_json:
         common.print_json(result | ({"compare": compared} if compared else {}))
     else:
-        from .tables import print_comparison, print_result
+        from tadperf.cli.tables import print_comparison, print_result
 
         print_result(result)
         if compared:
@@ -76,26 +87,27 @@ def default_out(config: Config) -> Path:
 
 
 def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict[str, Any]:
-    from tadperf import runs
+    from tadperf.pipeline.distill import distill_task
+    from tadperf.pipeline.prepare import prepare
+    from tadperf.run.folder import Run, finished_result
 
-    if resume and (result := runs.finished(out, config)) is not None:
+    if resume and (result := finished_result(out, config)) is not None:
         return result
-    from tadperf import pipeline
+    pass
 
-    from .progress import display
+    from tadperf.cli.progress import display
 
     with display(asked.quiet) as progress:
-        job = pipeline.prepare(config, progress)
-        with runs.Run.create(out, config, resume) as run:
+        task = prepare(config, progress)
+        with Run.create(out, config, resume) as run:
             if not resume:
                 common.state_preset(asked)
-            return pipeline.distill(job, run, progress)
+            return distill_task(task, run, progress)
 
 
 def _compare(config: Config, out: Path, quiet: bool) -> dict[str, Any]:
-    from tadperf.compare import compare
-
-    from .progress import display
+    from tadperf.cli.progress import display
+    from tadperf.pipeline.compare import compare_trust_modes
 
     with display(quiet) as progress:
-        return compare(config, out, progress)
+        return compare_trust_modes(config, out, progress)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A distilled file, or the folder of its run.")]
 Networks = Annotated[
@@ -29,17 +29,18 @@ def evaluate(
     debug: common.Debug = False,
 ) -> None:
     """Train fresh networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
-    from tadperf.merge import merge
+    from tadperf.config.merge import merge
+    from tadperf.pipeline.scoring import evaluate_file
 
     options = common.fields(repeats=repeats, networks=network or None, seed=seed, device=device)
     config = merge(options=options)
-    from tadperf import outcome
+    pass
 
-    from .progress import display
+    from tadperf.cli.progress import display
 
     def run() -> dict[str, Any]:
         with display(quiet) as progress:
-            return outcome.evaluate_file(
+            return evaluate_file(
                 common.distilled_file(file),
                 data,
                 networks=config.evaluate.networks if network else None,
@@ -53,6 +54,6 @@ def evaluate(
     if as_json:
         common.print_json(result)
     else:
-        from .tables import print_accuracy
+        from tadperf.cli.tables import print_accuracy
 
         print_accuracy(result)

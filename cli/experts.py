@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import common
+from tadperf.cli import common
 
 if TYPE_CHECKING:
     from tadperf.config import Config
@@ -33,9 +33,16 @@ def experts(
 ) -> None:
     """Train the experts whose trajectories `distill --experts DIR` matches."""
     options = common.fields(
-        data=data, noise=noise, labels=labels, trust=trust, seed=seed, device=device, method=method,
-        image_size=image_size, format=format,
-    )  # fmt: skip
+        data=data,
+        noise=noise,
+        labels=labels,
+        trust=trust,
+        seed=seed,
+        device=device,
+        method=method,
+        image_size=image_size,
+        format=format,
+    )
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     config, out = common.run_config(asked, out, resume, default_out)
     with common.resumable("experts", out, devices):
@@ -43,7 +50,7 @@ def experts(
     if as_json:
         common.print_json(result)
     else:
-        from .tables import print_figures
+        from tadperf.cli.tables import print_figures
 
         print_figures(result)
 
@@ -54,13 +61,14 @@ def default_out(config: Config) -> Path:
 
 
 def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict:
-    from tadperf import pipeline, runs
-
-    from .progress import display
+    from tadperf.cli.progress import display
+    from tadperf.pipeline.experts import train_experts
+    from tadperf.pipeline.prepare import prepare
+    from tadperf.run.folder import Run
 
     with display(asked.quiet) as progress:
-        job = pipeline.prepare(config, progress)
-        with runs.Run.create(out, config, resume) as run:
+        task = prepare(config, progress)
+        with Run.create(out, config, resume) as run:
             if not resume:
                 common.state_preset(asked)
-            return pipeline.train_experts(job, run, progress)
+            return train_experts(task, run, progress)

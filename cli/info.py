@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import common
+from tadperf.cli import common
 
 
 def info(as_json: common.Json = False, debug: common.Debug = False) -> None:
@@ -13,7 +13,7 @@ def info(as_json: common.Json = False, debug: common.Debug = False) -> None:
     if as_json:
         common.print_json(facts)
     else:
-        from .tables import print_info
+        from tadperf.cli.tables import print_info
 
         print_info(facts)
 
@@ -25,15 +25,15 @@ def gather() -> dict[str, Any]:
 
     import torch
 
-    import tadperf.device
-    from tadperf import runs
+    from tadperf.compute.device import describe_device
+    from tadperf.compute.versions import versions
     from tadperf.kernels import implementations, native  # pyright: ignore[reportMissingImports]
 
-    devices = {"cpu": tadperf.device.describe(torch.device("cpu"))}
+    devices = {"cpu": describe_device(torch.device("cpu"))}
     for index in range(torch.cuda.device_count()):
-        devices[f"cuda:{index}"] = tadperf.device.describe(torch.device("cuda", index))
+        devices[f"cuda:{index}"] = describe_device(torch.device("cuda", index))
     return {
-        "versions": runs.versions(),
+        "versions": versions(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from tadperf import ranks
+from tadperf.compute import ranks
 from tadperf.progress import Progress, silent
 
 if TYPE_CHECKING:

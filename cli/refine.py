@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 if TYPE_CHECKING:
     from tadperf.config import Config
@@ -56,9 +56,18 @@ def refine(
     """
     other = Path(what) if what and (Path(what) / "config.json").exists() else None
     options = common.fields(
-        data=None if other else what, ipc=ipc, noise=noise, labels=labels, seed=seed, device=device, trust=trust,
-        batch=batch, backend=backend, image_size=image_size, format=format,
-    )  # fmt: skip
+        data=None if other else what,
+        ipc=ipc,
+        noise=noise,
+        labels=labels,
+        seed=seed,
+        device=device,
+        trust=trust,
+        batch=batch,
+        backend=backend,
+        image_size=image_size,
+        format=format,
+    )
     if other is None:
         options["synthesis"] = "generative"
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
@@ -68,7 +77,7 @@ def refine(
     if as_json:
         common.print_json(result)
     else:
-        from .tables import print_refined
+        from tadperf.cli.tables import print_refined
 
         print_refined(result)
 
@@ -83,9 +92,9 @@ def default_out(config: Config) -> Path:
 def _config(asked: common.Asked, other: Path | None, out: Path | None, resume: bool) -> tuple[Config, Path]:
     if other is None:
         return common.run_config(asked, out, resume, default_out)
-    from tadperf import runs
     from tadperf.errors import UserError
     from tadperf.refine import start
+    from tadperf.run.folder import check_run_folder
 
     if asked.preset:
         raise UserError("--preset", asked.preset, f"belongs to new runs; the config is that of the run in {other}")
@@ -93,21 +102,23 @@ def _config(asked: common.Asked, other: Path | None, out: Path | None, resume: b
     config = common.merged(asked, base)
     start.refuse_change(base, config)
     out = out or default_out(config)
-    runs.check(out, resume)
+    check_run_folder(out, resume)
     return config, out
 
 
 def _run(asked: common.Asked, config: Config, out: Path, resume: bool, evaluate: bool) -> dict[str, Any]:
-    from tadperf import runs
+    from tadperf.pipeline.distill import distill_task
+    from tadperf.pipeline.prepare import prepare
+    from tadperf.run.folder import Run, finished_result
 
-    if resume and (result := runs.finished(out, config)) is not None:
+    if resume and (result := finished_result(out, config)) is not None:
         return result
-    from tadperf import pipeline
+    pass
 
-    from .progress import display
+    from tadperf.cli.progress import display
 
-    job = pipeline.prepare(config)
-    with runs.Run.create(out, config, resume) as run, display(asked.quiet) as progress:
+    task = prepare(config)
+    with Run.create(out, config, resume) as run, display(asked.quiet) as progress:
         if not resume and not config.refine.start:
             common.state_preset(asked)
-        return pipeline.distill(job, run, progress, tested=evaluate)
+        return distill_task(task, run, progress, tested=evaluate)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A distilled file, or the folder of its run.")]
 Out = Annotated[

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from . import common
+from tadperf.cli import common
 
 if TYPE_CHECKING:
-    from tadperf.sweep import Cell
+    from tadperf.pipeline.sweep import Cell
 
 Axes = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -46,9 +46,16 @@ def sweep(
 ) -> None:
     """Distil with every combination of the values named, each as `tadperf distill` would; compare what comes out."""
     options = common.fields(
-        data=data, noise=noise, labels=labels, trust=trust, seed=seed, device=device, synthesis=synthesis,
-        image_size=image_size, format=format,
-    )  # fmt: skip
+        data=data,
+        noise=noise,
+        labels=labels,
+        trust=trust,
+        seed=seed,
+        device=device,
+        synthesis=synthesis,
+        image_size=image_size,
+        format=format,
+    )
     asked = common.Asked(preset, config_file, sets or (), options, quiet)
     cells, out, notes = _asked(axes or [], asked, out, resume)
     with common.resumable("sweep", out):
@@ -56,7 +63,7 @@ def sweep(
     if as_json:
         common.print_json(result)
     else:
-        from .tables import print_sweep
+        from tadperf.cli.tables import print_sweep
 
         print_sweep(result)
 
@@ -65,16 +72,16 @@ def _asked(axes: list[str], asked: common.Asked, out: Path | None, resume: bool)
     """The cells, their folder and what to say of them; those of the folder where a sweep goes on without a field."""
     from dataclasses import replace
 
-    from tadperf import runs
     from tadperf.errors import UserError
-    from tadperf.sweep import cells, parse, stored
+    from tadperf.pipeline.sweep import parse_axes, stored_cells, sweep_cells
+    from tadperf.run.folder import check_run_folder
 
     if resume and out and not axes:
-        return stored(out), out, []
-    fields = parse(axes)
+        return stored_cells(out), out, []
+    fields = parse_axes(axes)
     _refuse_twice(fields, asked)
     presets: list[str] = []
-    made = cells(fields, lambda sets: _config(asked, sets, presets))
+    made = sweep_cells(fields, lambda sets: _config(asked, sets, presets))
     notes = [f"preset {', '.join(dict.fromkeys(presets))} (--preset chooses one for all)"] if presets else []
     if generative := _without_effect(fields, made):
         if "synthesis" in asked.options:
@@ -82,14 +89,14 @@ def _asked(axes: list[str], asked: common.Asked, out: Path | None, resume: bool)
                 "--synthesis", "matching", f"{generative} would change nothing; generative and hybrid use it"
             )
         asked = replace(asked, options=asked.options | {"synthesis": "generative"})
-        made = cells(fields, lambda sets: _config(asked, sets, presets))
+        made = sweep_cells(fields, lambda sets: _config(asked, sets, presets))
         notes.append(f"images are generated, since {generative} acts on nothing else (--synthesis hybrid matches, too)")
     name = "-".join(field.rpartition(".")[2] for field in fields)
     out = out or Path("runs") / f"{common.data_name(made[0].config.data.path)}-sweep-{name}"
     if resume:
-        stored(out)
+        stored_cells(out)
     else:
-        runs.check(out, resume)
+        check_run_folder(out, resume)
     return made, out, notes
 
 
@@ -102,8 +109,8 @@ def _without_effect(fields: dict[str, list[str]], made: list[Cell]) -> str | Non
 
 def _refuse_twice(fields: dict[str, list[str]], asked: common.Asked) -> None:
     """A named option would win over the field of a sweep without a word."""
+    from tadperf.config.merge import OPTIONS
     from tadperf.errors import UserError
-    from tadperf.merge import OPTIONS
 
     for field, values in fields.items():
         if field in asked.options:
@@ -115,7 +122,7 @@ def _config(asked: common.Asked, sets: list[str], presets: list[str]) -> Any:
     """The config of one combination; notes the preset it starts from where none was named."""
     from dataclasses import replace
 
-    from tadperf.merge import default_preset
+    from tadperf.config.merge import default_preset
 
     asked = replace(asked, sets=[*asked.sets, *sets])
     if asked.preset is None:
@@ -124,12 +131,11 @@ def _config(asked: common.Asked, sets: list[str], presets: list[str]) -> Any:
 
 
 def _run(cells: list[Cell], out: Path, notes: list[str], quiet: bool) -> dict[str, Any]:
-    from tadperf.sweep import check, sweep
+    from tadperf.cli.progress import display
+    from tadperf.pipeline.sweep import check_cells, run_sweep
 
-    from .progress import display
-
-    check(cells, out)
+    check_cells(cells, out)
     for note in notes * (not quiet):
         common.note(note)
     with display(quiet) as progress:
-        return sweep(cells, out, progress)
+        return run_sweep(cells, out, progress)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .progress import duration
+from tadperf.cli.progress import duration
 
 USE = """import tadperf
 ds = tadperf.load({path!r})
@@ -94,11 +94,13 @@ def trust_words(trust: Mapping[str, Any]) -> str:
     return f", {100 * trust['coverage']:.0f} % of the images trusted"
 
 
-SHARES = {  # rows of the table of trust's rounds, by what `tadperf.trust.measure` calls them
-    "view_accuracy": "labels right in the view, %", "precision": "trusted: right, %",
-    "recall": "trusted, of all right labels, %", "recalled_accuracy": "recalled: right, %",
+SHARES = {  # rows of the table of trust's rounds, by what `tadperf.trust.metrics` calls them
+    "view_accuracy": "labels right in the view, %",
+    "precision": "trusted: right, %",
+    "recall": "trusted, of all right labels, %",
+    "recalled_accuracy": "recalled: right, %",
     "relabel_accuracy": "relabelled: right now, %",
-}  # fmt: skip
+}
 
 
 def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:

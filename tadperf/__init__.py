@@ -14,12 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tadperf.api import distill
-    from tadperf.artifact import DistilledSet, load
-    from tadperf.config import Config
-    from tadperf.data import Dataset, open_data
-    from tadperf.errors import UserError
-
     __version__: str
 
 __all__ = ["Config", "Dataset", "DistilledSet", "UserError", "__version__", "distill", "load", "open_data"]
@@ -29,7 +23,7 @@ _HOMES = {
     "Dataset": "tadperf.data",
     "DistilledSet": "tadperf.artifact",
     "UserError": "tadperf.errors",
-    "distill": "tadperf.api",
+    "distill": "tadperf.pipeline.api",
     "load": "tadperf.artifact",
     "open_data": "tadperf.data",
 }
@@ -37,12 +31,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from tadperf.compute.versions import tadperf_version
 
-        try:
-            return version("tadperf")  # pyproject.toml is the one place that states it
-        except PackageNotFoundError:
-            return "0+source"
+        return tadperf_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'tadperf' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

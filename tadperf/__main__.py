@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tadperf.cli.app import main  # pyright: ignore[reportMissingImports]
+from tadperf.cli.app import main
 
 if __name__ == "__main__":
     main()

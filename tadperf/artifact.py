@@ -12,21 +12,32 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from tadperf.compute.device import resolve_device
+from tadperf.compute.versions import tadperf_version
 from tadperf.config import NetConfig
 from tadperf.data import augment
+from tadperf.data.normalise import Normaliser
+from tadperf.data.open import open_data
 from tadperf.errors import UserError
-from tadperf.runs import load_tensors, plain, save_tensors
-from tadperf.training import Recipe, accuracy
+from tadperf.files import load_tensors, save_tensors, to_json_value
+from tadperf.nets.students import Examples, train_student
+from tadperf.nets.training import Recipe, accuracy
 
 if TYPE_CHECKING:
-    from tadperf.data import Dataset
+    from tadperf.data.dataset import Dataset
     from tadperf.data.normalise import Normaliser
 
 SCHEMA = 1  # of the metadata; raised when a reader of this version could misread the file
 SECTIONS = {  # of the metadata, and what JSON has for them
-    "class_names": list, "augment": str, "net": dict, "recipe": dict, "config": dict, "seed": int, "versions": dict,
+    "class_names": list,
+    "augment": str,
+    "net": dict,
+    "recipe": dict,
+    "config": dict,
+    "seed": int,
+    "versions": dict,
     "data": dict,
-}  # fmt: skip
+}
 CHUNK = 8192  # test images normalised at a time
 
 
@@ -116,7 +127,7 @@ class DistilledSet:
         values |= {"schema": SCHEMA, "written_by": self.versions.get("tadperf", "unknown")}
         tensors = {"images": self.images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
         tensors |= {f"normaliser.{name}": tensor for name, tensor in self.normaliser.tensors().items()}
-        text = json.dumps(plain(values), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(to_json_value(values), sort_keys=True, ensure_ascii=False, allow_nan=False)
         save_tensors(path, tensors, {"tadperf": text})
 
     def train(
@@ -126,16 +137,13 @@ class DistilledSet:
 
         network: another architecture, by name or as a NetConfig; by default the one the set was distilled with.
         """
-        import tadperf.device
-        from tadperf.evaluate import Examples, train_student
-
         if isinstance(network, str):
             try:
                 network = NetConfig(**{**self.net.model_dump(), "name": network})  # pyright: ignore[reportArgumentType]
             except ValidationError:
                 raise UserError("network", network, "must be convnet, resnet18, alexnet or vgg11") from None
         recipe = self.recipe if epochs is None else self.recipe._replace(epochs=epochs)
-        where = tadperf.device.resolve(device)
+        where = resolve_device(device)
         examples = Examples(self.images, self.labels)
         return train_student(examples, self.num_classes, network or self.net, recipe, seed, where)
 
@@ -162,8 +170,6 @@ class DistilledSet:
 
         Raises UserError where there is none, or where its shape or the order of its classes is not that of the set.
         """
-        from tadperf.data import open_data
-
         source = self.data.get("source", {})
         where, kind = (
             (path, None) if path is not None else (source.get("path", self.data.get("name")), source.get("format"))
@@ -213,8 +219,6 @@ def load(path: Path | str) -> DistilledSet:
 
 
 def _metadata(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
-    import tadperf
-
     if "tadperf" not in metadata:
         raise UserError("file", path, "holds no tadperf metadata: it is not a distilled set")
     try:
@@ -224,14 +228,12 @@ def _metadata(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
         raise UserError("file", path, "its tadperf metadata is damaged; write it again") from None
     if schema != SCHEMA:
         writer = values.get("written_by", "unknown")
-        remedy = f"upgrade tadperf (this is {tadperf.__version__}, which reads schema {SCHEMA})"
+        remedy = f"upgrade tadperf (this is {tadperf_version()}, which reads schema {SCHEMA})"
         raise UserError("file", path, f"has schema {schema}, written by tadperf {writer}; {remedy}")
     return values
 
 
 def _assemble(tensors: dict[str, Tensor], values: dict[str, Any]) -> DistilledSet:
-    from tadperf.data.normalise import Normaliser
-
     for name, kind in SECTIONS.items():
         if not isinstance(values[name], kind):
             raise TypeError(f"{name} is not a {kind.__name__}")

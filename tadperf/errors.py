@@ -1,5 +1,7 @@
 """What a user got wrong, in one line."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """Wrong use: which field, the value it had, and the remedy.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-# One process for each core and one thread in each, also in what a test starts: more would wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 import torch
+
+# One process for each core and one thread in each, also in what a test starts: more would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

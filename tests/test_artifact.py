@@ -13,11 +13,12 @@ from torch import nn
 import tadperf
 from tadperf.artifact import DistilledSet, load
 from tadperf.config import NetConfig
-from tadperf.data import Dataset, fit
+from tadperf.config.merge import merge
+from tadperf.data.dataset import Dataset
+from tadperf.data.normalise import fit_normaliser
 from tadperf.errors import UserError
-from tadperf.merge import merge
-from tadperf.runs import load_tensors, save_tensors
-from tadperf.training import Recipe
+from tadperf.files import load_tensors, save_tensors
+from tadperf.nets.training import Recipe
 
 NAMES = ("circle", "sqüare", "dot")
 RECIPE = Recipe(epochs=30, batch=8, lr=0.05, momentum=0.9, weight_decay=5e-4, augment="flip")
@@ -34,7 +35,7 @@ def photos(count: int, seed: int) -> Dataset:
 
 def distilled(kind: str = "meanstd", soft: bool = False) -> DistilledSet:
     data = photos(60, 0)
-    normaliser = fit(data.images, kind)
+    normaliser = fit_normaliser(data.images, kind)
     labels = nn.functional.one_hot(data.labels[:6], 3).float() * 5 if soft else data.labels[:6]
     return DistilledSet(
         images=normaliser(data.images[:6]), labels=labels, lr=0.0213, class_names=NAMES, normaliser=normaliser,
@@ -114,7 +115,7 @@ def test_a_test_set_in_another_class_order_is_refused():
 
 def test_the_recorded_data_are_the_default_test_set():
     digits = tadperf.open_data("digits")
-    normaliser = fit(digits.train.images)
+    normaliser = fit_normaliser(digits.train.images)
     index = torch.cat([(digits.train.labels == c).nonzero()[:2, 0] for c in range(10)])
     ds = replace(
         distilled(), images=normaliser(digits.train.images[index]), labels=digits.train.labels[index],

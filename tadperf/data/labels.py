@@ -177,7 +177,8 @@ def _require_same_order(clean: Tensor, own: Tensor, spec: str) -> None:
     differ = (clean != own).nonzero().squeeze(1)
     if len(differ):
         raise UserError(
-            "--labels", spec,
+            "--labels",
+            spec,
             f"its clean labels differ from the set's own in {len(differ)} of {len(own)} samples, first at index "
             f"{int(differ[0])}: it is for another order of the samples",
-        )  # fmt: skip
+        )

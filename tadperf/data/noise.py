@@ -8,6 +8,7 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.data.dataset import Dataset
 from tadperf.data.labels import require_every_class
+from tadperf.data.normalise import fit_normaliser
 from tadperf.errors import UserError
 
 KINDS = ("symmetric", "asymmetric", "instance")
@@ -124,9 +125,7 @@ def _instance(dataset: Dataset, rate: float, generator: torch.Generator) -> Tens
     class y, x_i its standardised pixels and W_y standard normal [D, C]. In float64, so that a rounding difference
     between machines practically never moves a draw.
     """
-    from tadperf.data.normalise import fit
-
-    normaliser, labels = fit(dataset.images, "meanstd"), dataset.labels
+    normaliser, labels = fit_normaliser(dataset.images, "meanstd"), dataset.labels
     draws = torch.rand(2, len(labels), generator=generator, dtype=torch.float64)
     low, high = torch.special.ndtr(torch.tensor([0 - rate, 1 - rate], dtype=torch.float64) / SPREAD)
     q = (rate + SPREAD * torch.special.ndtri(low + (high - low) * draws[0])).clamp(0, 1)

@@ -11,7 +11,6 @@ from tadperf.errors import UserError
 
 EPS = 0.1  # added to the covariance's eigenvalues, as MTT does (kornia's ZCAWhitening with eps=0.1)
 MAX_ZCA = 12288  # inputs (64 x 64 x 3): the matrix then takes 1.2 GB in float64 and its decomposition minutes
-WHOLE = 2 << 30  # bytes of float32 up to which a set is normalised once and kept
 CHUNK = 4096  # images normalised at a time
 
 
@@ -71,7 +70,7 @@ class Normaliser:
         return cls(**tensors)
 
 
-def fit(images: Tensor, kind: str = "meanstd") -> Normaliser:
+def fit_normaliser(images: Tensor, kind: str = "meanstd") -> Normaliser:
     """Fits "meanstd" or "zca" to images uint8 [N, C, H, W] (ZCA after mean and deviation, as MTT has it).
 
     Mean and deviation are exact, from a histogram; nothing as large as the set is made. A constant channel gets
@@ -84,31 +83,6 @@ def fit(images: Tensor, kind: str = "meanstd") -> Normaliser:
         raise UserError("data.normalise", kind, f"images of {size} are too large for it; use meanstd or --image-size")
     mean, std = _moments(images)
     return Normaliser(mean, std, *_whitening(images, mean, std)) if kind == "zca" else Normaliser(mean, std)
-
-
-class View:
-    """Normalised images of a set too large to hold as floats: a batch is normalised when it is asked for."""
-
-    def __init__(self, normaliser: Normaliser, images: Tensor, device: torch.device | str):
-        self.normaliser, self.images, self.device = normaliser.to(device), images, device
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """index int64 [B], on any device, to float32 [B, C, H, W] on the view's device."""
-        return self.normaliser(self.images[index.to(self.images.device)].to(self.device))
-
-
-def prepare(normaliser: Normaliser, images: Tensor, device: torch.device | str = "cpu") -> Tensor | View:
-    """Normalised images by index: a float32 tensor on `device` up to 2 GiB, above it a view that makes batches."""
-    view = View(normaliser, images, device)
-    if images.numel() * 4 > WHOLE:
-        return view
-    whole = torch.empty(images.shape, dtype=torch.float32, device=device)
-    for start in range(0, len(images), CHUNK):
-        whole[start : start + CHUNK] = view.normaliser(images[start : start + CHUNK].to(device))
-    return whole
 
 
 def _standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tadperf import seeds
-from tadperf.training import Images
+from tadperf.data.images import Images
 
 POINTS = 2**28  # numbers clustered at a time, 1 GiB
 

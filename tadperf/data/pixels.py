@@ -23,9 +23,12 @@ BLOCK = 32  # of them decoded by one thread in one go: on images of 32 x 32 a th
 
 
 def decode(
-    encoded: Iterator[tuple[str, bytes | Path]], count: int, image_size: int | None, files: Sequence[Path],
+    encoded: Iterator[tuple[str, bytes | Path]],
+    count: int,
+    image_size: int | None,
+    files: Sequence[Path],
     progress: Progress = silent,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Decodes `count` images (a name for messages, and bytes or a file) to uint8 [N, C, H, W].
 
     C is 1 where all are greyscale, else 3. `image_size` resizes each one: shorter side, centre crop. files: where the

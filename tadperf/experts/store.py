@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tadperf import runs
+from tadperf import files
 from tadperf.errors import UserError
 
 IDENTITY = "experts.json"  # what the experts of a folder are experts of
@@ -23,7 +23,7 @@ def file(folder: Path, index: int) -> Path:
 
 def save(folder: Path, index: int, snapshots: Tensor, **scores: float) -> None:
     """Writes one expert's snapshots [S, P], atomically, with its scores beside them."""
-    runs.save_tensors(
+    files.save_tensors(
         file(folder, index), {"snapshots": snapshots}, {name: repr(score) for name, score in scores.items()}
     )
 
@@ -53,7 +53,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
                 )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(note, identity)
+    files.write_json(note, identity)
 
 
 class Experts(NamedTuple):

@@ -8,18 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tadperf import nets, parallel, ranks, seeds, training
+from tadperf import seeds
+from tadperf.compute import ranks
+from tadperf.compute.workers import run_parallel
 from tadperf.config import ExpertConfig, NetConfig
+from tadperf.data.images import Images
 from tadperf.experts import store
+from tadperf.nets import training
+from tadperf.nets.architectures import Shape, build
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.training import Recipe
 from tadperf.progress import Progress, silent
-from tadperf.training import Images, Recipe
 
 
 def train_expert(
     images: Images,
     labels: Tensor,
     net: NetConfig,
-    shape: nets.Shape,
+    shape: Shape,
     num_classes: int,
     recipe: Recipe,
     seed: int,
@@ -30,8 +36,8 @@ def train_expert(
 
     labels: int64 [N], or label logits [N, C], whose largest then counts as right; weights: as for `training.fit`.
     """
-    module = nets.build(net, shape, num_classes, seed).to(device)
-    flat = nets.FlatNet(module)
+    module = build(net, shape, num_classes, seed).to(device)
+    flat = FlatNet(module)
     snapshots = [flat.flatten().cpu()]
     training.fit(module, images, labels, recipe, seed, lambda _: snapshots.append(flat.flatten().cpu()), weights)
     right = labels.argmax(1) if labels.is_floating_point() else labels
@@ -39,10 +45,21 @@ def train_expert(
 
 
 def train_experts(
-    folder: Path, images: Images, labels: Tensor, net: NetConfig, shape: nets.Shape, num_classes: int,
-    config: ExpertConfig, epochs: int, augment: str, seed: int, device: torch.device, identity: dict[str, Any],
-    progress: Progress = silent, weights: Tensor | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    images: Images,
+    labels: Tensor,
+    net: NetConfig,
+    shape: Shape,
+    num_classes: int,
+    config: ExpertConfig,
+    epochs: int,
+    augment: str,
+    seed: int,
+    device: torch.device,
+    identity: dict[str, Any],
+    progress: Progress = silent,
+    weights: Tensor | None = None,
+) -> None:
     """Trains the experts that `folder` lacks, one file each; on a CPU several at once, one core each.
 
     identity: all that the trajectories depend on; whoever passes weights has to name them in it.
@@ -53,7 +70,7 @@ def train_experts(
     recipe = Recipe(
         epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment, False, config.rho, config.alpha
     )
-    size = nets.FlatNet(nets.build(net, shape, num_classes, 0)).num_parameters
+    size = FlatNet(build(net, shape, num_classes, 0)).num_parameters
     shape_on_disk = epochs + 1, size
     missing = ranks.once(lambda: [i for i in range(config.count) if not store.complete(folder, i, shape_on_disk)])
     done = config.count - len(missing)
@@ -67,6 +84,6 @@ def train_experts(
         return accuracy
 
     workers = config.workers if device.type == "cpu" else 1
-    for _, accuracy in parallel.run(train, missing, workers):
+    for _, accuracy in run_parallel(train, missing, workers):
         done += 1
         progress("experts", done, config.count, train_accuracy=accuracy)

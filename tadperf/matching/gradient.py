@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from tadperf.data import augment
-from tadperf.matching import ways
-from tadperf.matching.ways import Products, Way
-from tadperf.nets import FlatNet
+from tadperf.matching import step_backends
+from tadperf.matching.convnet_second_order import Products
+from tadperf.matching.step_backends import StepBackend
+from tadperf.nets.flat import FlatNet
 
 # Parameter vectors kept. T = 80 then repeats every other forward step, and one is 0.20 of a step's time: +10 %
 KEPT = 40
@@ -56,14 +57,16 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     return (end - target).square().sum() / (start - target).square().sum()
 
 
-def step(way: Way, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
+def step(way: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
     """theta after one inner step, without a graph."""
     with torch.no_grad():
         batch = augment.apply(x[step.index], step.drawn)
     return theta - lr * way.gradient(theta, batch, y[step.index])
 
 
-def products(way: Way, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool) -> Products:
+def products(
+    way: StepBackend, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool
+) -> Products:
     """`Products` of one step by its batch x before the augmentation."""
     x = x.detach().requires_grad_()
     batch = augment.apply(x, drawn)
@@ -73,15 +76,22 @@ def products(way: Way, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: 
 
 
 def adjoint(
-    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step],
-    exact: bool = True, way: Way | None = None,
-) -> Gradient:  # fmt: skip
+    net: FlatNet,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: Sequence[Step],
+    exact: bool = True,
+    way: StepBackend | None = None,
+) -> Gradient:
     """The exact gradient at constant memory in T; with `exact=False` TESLA's approximation of it.
 
     start, target: [P]; images: [M, C, H, W]; labels: int64 [M] or logits [M, C]; lr: scalar tensor. way: how one step
     is computed; by default the fastest that needs no compiler.
     """
-    way = way or ways.eager(net)
+    way = way or step_backends.eager(net)
     x, y, lr = images.detach(), labels.detach(), lr.detach()
     soft = y.is_floating_point()
     stride = -(-len(steps) // KEPT)
@@ -114,23 +124,37 @@ def adjoint(
 
 
 def tesla(
-    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step],
-    way: Way | None = None,
-) -> Gradient:  # fmt: skip
+    net: FlatNet,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: Sequence[Step],
+    way: StepBackend | None = None,
+) -> Gradient:
     """TESLA's constant-memory gradient: inexact (its error grows with T and lr); for comparison only."""
     return adjoint(net, start, target, images, labels, lr, steps, exact=False, way=way)
 
 
 def unroll(
-    net: FlatNet, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: Sequence[Step],
-    way: Way | None = None,
-) -> Gradient:  # fmt: skip
+    net: FlatNet,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    steps: Sequence[Step],
+    way: StepBackend | None = None,
+) -> Gradient:
     """The same gradient by differentiating through all T steps at once, by autograd whatever the way: memory grows."""
     x, lr = images.detach().requires_grad_(), lr.detach().requires_grad_()
     y = labels.detach().requires_grad_(labels.is_floating_point())
     theta = start.detach().requires_grad_()
     for index, drawn in steps:
-        theta = theta - lr * ways.step_gradient(net, theta, augment.apply(x[index], drawn), y[index], create_graph=True)
+        theta = theta - lr * step_backends.step_gradient(
+            net, theta, augment.apply(x[index], drawn), y[index], create_graph=True
+        )
     loss = matching_loss(theta, start, target)
     grads = torch.autograd.grad(loss, [x, lr] + ([y] if y.requires_grad else []))
     return Gradient(loss.detach(), grads[0], grads[2] if y.requires_grad else None, grads[1], theta.detach())

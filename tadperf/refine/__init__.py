@@ -3,9 +3,3 @@
 After label-consistent distillation with detector-guided refinement (arXiv 2507.13074), of which the abstract states the
 anomaly rule, the pool of the k most confident candidates and the choice of the least similar; the rest is tadperf's.
 """
-
-from __future__ import annotations
-
-from tadperf.refine.loop import Refined, refine, refuse
-
-__all__ = ["Refined", "refine", "refuse"]

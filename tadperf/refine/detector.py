@@ -9,35 +9,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tadperf import accelerate, nets, runs, seeds, training
+from tadperf import files, seeds
+from tadperf.compute.compile import compile_for_inference
 from tadperf.config import DetectorConfig, RefineConfig
+from tadperf.data.images import Images
 from tadperf.errors import UserError
 from tadperf.kernels import per_sample
-from tadperf.training import Images, Recipe
+from tadperf.nets import training
+from tadperf.nets.architectures import build
+from tadperf.nets.training import Recipe
 
 BATCH = 1024  # images judged at a time
 ERRORS = 3.0  # standard errors that the accuracy has to lie above chance
 
 
-class Verdict(NamedTuple):
+class DetectorOutput(NamedTuple):
     """What the detector says of M images: logits float32 [M, C] and penultimate features float32 [M, D]."""
 
     logits: Tensor
     features: Tensor
 
 
-def fast(detector: nn.Module, config: RefineConfig, batches: int) -> nn.Sequential:
+def compile_detector(detector: nn.Module, config: RefineConfig, batches: int) -> nn.Sequential:
     """The detector in two parts, of which the first, to the features, runs by refine.backend; the weights are shared.
 
     batches: how many batches of images it is likely to judge.
     """
     assert isinstance(detector, nn.Sequential)
-    features = accelerate.compile(detector[:-1], config.backend, batch=config.batch, calls=batches + config.rounds + 1)
+    features = compile_for_inference(
+        detector[:-1], config.backend, batch=config.batch, calls=batches + config.rounds + 1
+    )
     return nn.Sequential(features, detector[-1])
 
 
 @torch.no_grad()
-def judge(detector: nn.Module, images: Images, batch: int = BATCH) -> Verdict:
+def classify_images(detector: nn.Module, images: Images, batch: int = BATCH) -> DetectorOutput:
     """Logits and features of normalised images [M, channels, H, W]; the features are what the last layer reads."""
     assert isinstance(detector, nn.Sequential)
     device = next(detector.parameters()).device
@@ -46,28 +52,34 @@ def judge(detector: nn.Module, images: Images, batch: int = BATCH) -> Verdict:
         for start in range(0, len(images), batch)
     ]
     whole = torch.cat(features)
-    return Verdict(detector[-1](whole), whole)
+    return DetectorOutput(detector[-1](whole), whole)
 
 
-def train(
-    config: DetectorConfig, images: Images, labels: Tensor, weights: Tensor | None, num_classes: int, augment: str,
-    seed: int, device: torch.device,
-) -> nn.Module:  # fmt: skip
+def train_detector(
+    config: DetectorConfig,
+    images: Images,
+    labels: Tensor,
+    weights: Tensor | None,
+    num_classes: int,
+    augment: str,
+    seed: int,
+    device: torch.device,
+) -> nn.Module:
     """A fresh detector trained on normalised images [N, channels, H, W] with labels int64 [N] and weights float [N]."""
-    module = build(config, images, num_classes, seeds.derive(seed, "detector")).to(device)
+    module = build_detector(config, images, num_classes, seeds.derive(seed, "detector")).to(device)
     recipe = Recipe(config.epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment)
     return training.fit(module, images, labels, recipe, seeds.derive(seed, "detector"), weights=weights)
 
 
-def build(config: DetectorConfig, images: Images, num_classes: int, seed: int) -> nn.Module:
+def build_detector(config: DetectorConfig, images: Images, num_classes: int, seed: int) -> nn.Module:
     """The detector's network for these images, untrained."""
     channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
-    return nets.build(config, (channels, height, width), num_classes, seed)
+    return build(config, (channels, height, width), num_classes, seed)
 
 
-def load(path: Path | str, module: nn.Module, num_classes: int) -> nn.Module:
+def load_detector(path: Path | str, module: nn.Module, num_classes: int) -> nn.Module:
     """`module` with the weights of a safetensors file; raises UserError where they are another network's."""
-    tensors, _ = runs.load_tensors(path)
+    tensors, _ = files.load_tensors(path)
     wanted = module.state_dict()
     last = next(name for name in reversed(wanted) if name.endswith("bias"))
     if last in tensors and wanted[last].shape != tensors[last].shape:
@@ -86,13 +98,13 @@ def load(path: Path | str, module: nn.Module, num_classes: int) -> nn.Module:
     return module.eval()
 
 
-def prove(detector: nn.Module, images: Images, labels: Tensor, class_names: tuple[str, ...]) -> float:
+def check_detector(detector: nn.Module, images: Images, labels: Tensor, class_names: tuple[str, ...]) -> float:
     """Accuracy on held-out normalised images with labels int64 [N]; a detector that cannot be believed is refused.
 
     Raises UserError where its accuracy is not three standard errors above chance, and where a permutation of its
     classes explains its answers: several classes of which each is mostly taken for another one, each for its own.
     """
-    logits = judge(detector, images).logits
+    logits = classify_images(detector, images).logits
     count, classes = logits.shape
     labels = labels.to(logits.device)
     prediction = per_sample(logits, labels).prediction.long()

@@ -16,9 +16,14 @@ NEIGHBOURS = 20  # of the local outlier factor (scikit-learn's default)
 
 
 def prototypes(
-    pixels: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor], labels: Tensor,
-    class_names: tuple[str, ...], ipc: int, config: RefineConfig, seed: int,
-) -> Tensor:  # fmt: skip
+    pixels: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    ipc: int,
+    config: RefineConfig,
+    seed: int,
+) -> Tensor:
     """`ipc` k-means prototypes of every class in the diffusion model's space, float32 [C * ipc, ...], class by class.
 
     pixels: uint8 images by index int64 [B]; encode: images to the model's space; labels: int64 [N], -1 for samples that

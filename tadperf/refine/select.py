@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tadperf.config import RefineConfig
 from tadperf.kernels import diverse_pick, per_sample
-from tadperf.refine.detector import Verdict
+from tadperf.refine.detector import DetectorOutput
 
 
 def anomalous(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -28,7 +28,7 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def choose(
-    candidates: Verdict, labels: Tensor, qualified: Tensor, qualified_labels: Tensor, config: RefineConfig
+    candidates: DetectorOutput, labels: Tensor, qualified: Tensor, qualified_labels: Tensor, config: RefineConfig
 ) -> Tensor:
     """The winner's place among the candidates of each anomaly, int64 [A]; -1 where none is finite (2507.13074).
 

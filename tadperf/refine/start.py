@@ -6,14 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
-from tadperf import artifact, runs
+from tadperf import artifact, files
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config
-from tadperf.data import Dataset
+from tadperf.config.schema import flatten_sections
+from tadperf.data.dataset import Dataset
 from tadperf.errors import UserError
-from tadperf.job import Job
-from tadperf.runs import Run
-from tadperf.trust import TrustState
+from tadperf.run.folder import Run, stored_config
+from tadperf.task.task import Task
+from tadperf.trust.state import TrustState
 
 # Of the config: what may differ from the other run's; what trust, detector and diffusion model depend on.
 FREE = ("refine", "detector", "diffusion", "evaluate", "device", "tf32")
@@ -22,7 +23,7 @@ UPSTREAM = ("data", "net", "trust", "seed", "device", "tf32")
 
 def config_of(folder: Path) -> Config:
     """What refining the run in `folder` starts from: its config. Raises UserError where it is no run's folder."""
-    config = runs.stored_config(folder)
+    config = stored_config(folder)
     if config is None:
         raise UserError("RUN", folder, "is no run's folder: there is no config.json in it")
     experts = config.experts.model_copy(update={"path": None})  # none are needed
@@ -32,14 +33,14 @@ def config_of(folder: Path) -> Config:
 
 def refuse_change(before: Config, now: Config) -> None:
     """Raises UserError where `now` asks for other data, labels or images per class than the run was made with."""
-    old, new = (runs.flat(config.model_dump(mode="json")) for config in (before, now))
+    old, new = (flatten_sections(config.model_dump(mode="json")) for config in (before, now))
     for name, value in new.items():
         if name.partition(".")[0] not in FREE and value != old[name]:
             remedy = f"the run to be refined was made with {old[name]}; only {', '.join(FREE)} may differ"
             raise UserError(name, value, remedy)
 
 
-def trusted(folder: Path, train: Dataset) -> TrustState:
+def starting_trust(folder: Path, train: Dataset) -> TrustState:
     """The run's trusted view. Raises UserError where it has none yet, or one of other labels."""
     file = folder / "trust.safetensors"
     if not file.exists():
@@ -51,25 +52,25 @@ def trusted(folder: Path, train: Dataset) -> TrustState:
     return state
 
 
-def images(folder: Path, job: Job) -> DistilledSet | None:
+def starting_images(folder: Path, task: Task) -> DistilledSet | None:
     """The run's synthetic set; None where it was killed before it had one. Raises UserError where it does not fit."""
     file = folder / "distilled.safetensors"
     if not file.exists():
         return None
     made = artifact.load(file)
-    if made.class_names != job.train.class_names or made.data.get("fingerprint") != job.train.fingerprint:
+    if made.class_names != task.train.class_names or made.data.get("fingerprint") != task.train.fingerprint:
         raise UserError("RUN", folder, "its synthetic images were made from other data; distil these again")
-    assert len(made.images) == job.train.num_classes * job.config.match.ipc
+    assert len(made.images) == task.train.num_classes * task.config.match.ipc
     return made
 
 
-def borrow(folder: Path, config: Config, run: Run) -> None:
+def borrow_models(folder: Path, config: Config, run: Run) -> None:
     """Copies the other run's detector and diffusion model into `run`, where they were trained as `config` asks."""
-    other = runs.stored_config(folder)
+    other = stored_config(folder)
     assert other is not None
     detector, diffusion = folder / "detector.safetensors", folder / "diffusion"
     if other.detector == config.detector and detector.exists() and not (run.path / detector.name).exists():
-        runs.write_bytes(run.path / detector.name, detector.read_bytes())
+        files.write_bytes(run.path / detector.name, detector.read_bytes())
     if other.diffusion == config.diffusion:
         copy_folder(diffusion, run.path / diffusion.name)
 
@@ -83,18 +84,18 @@ def copy_folder(source: Path, target: Path) -> None:
         partial.rename(target)
 
 
-def inherit(folder: Path, job: Job, run: Run) -> None:
+def inherit(folder: Path, task: Task, run: Run) -> None:
     """Takes over what the finished run in `folder` learned before it made images, where `job` would learn the same.
 
     That is the rounds of trust, the detector and the diffusion model (tadperf).
     """
-    other, now = runs.stored_config(folder), job.config
+    other, now = stored_config(folder), task.config
     if other is None or not (folder / "DONE").exists():
         return
     same = all(getattr(other, name) == getattr(now, name) for name in UPSTREAM)
     told = json.loads((folder / "result.json").read_bytes())
-    if not same or other.refine.start != now.refine.start or told["data"]["fingerprint"] != job.train.fingerprint:
+    if not same or other.refine.start != now.refine.start or told["data"]["fingerprint"] != task.train.fingerprint:
         return
     copy_folder(folder / "trust", run.path / "trust")
     if now.synthesis != "matching":
-        borrow(folder, now, run)
+        borrow_models(folder, now, run)

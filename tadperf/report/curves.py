@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tadperf.runs import write_bytes
+from tadperf.files import write_bytes
 
 LOGARITHMIC = 30.0  # ratio of the largest to the smallest value from which the axis is
 LINES = 12  # named in the legend at most
 
 
 def save_curves(path: Path | str, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws rows of `tadperf.sweep.sweep`, means with their deviations, into a PNG file, atomically (tadperf).
+    """Draws rows of `tadperf.pipeline.sweep.run_sweep`, means and deviations, into a PNG file (tadperf).
 
     The axis is the field that takes most numbers, or the first one where none does.
     """

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tadperf.data import Normaliser
-from tadperf.report.grid import BACKGROUND, FAINT, INK, MARGIN, drawable
-from tadperf.report.suspects import fitting
-from tadperf.runs import write_bytes
+from tadperf.data.normalise import Normaliser
+from tadperf.files import write_bytes
+from tadperf.report.grid import BACKGROUND, FAINT, INK, MARGIN, to_drawable
+from tadperf.report.suspects import shorten_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,16 +72,19 @@ def _cut(net: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def save_gradcam(
-    path: Path | str, net: nn.Module, normaliser: Normaliser, rows: Mapping[str, tuple[Tensor, Tensor]],
+    path: Path | str,
+    net: nn.Module,
+    normaliser: Normaliser,
+    rows: Mapping[str, tuple[Tensor, Tensor]],
     class_names: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """Writes `picture` as a PNG file, atomically."""
     buffer = io.BytesIO()
-    picture(net, normaliser, rows, class_names).save(buffer, "PNG")
+    draw_gradcam(net, normaliser, rows, class_names).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
-def picture(
+def draw_gradcam(
     net: nn.Module, normaliser: Normaliser, rows: Mapping[str, tuple[Tensor, Tensor]], class_names: Sequence[str]
 ) -> Image:
     """Images above their Grad-CAM overlays, a named row for each kind (tadperf).
@@ -105,14 +108,14 @@ def picture(
         draw.text((left - MARGIN, y + height * scale), name, INK, font, anchor="rm")
         found = grad_cam(net, normaliser(pixels), classes)
         confidence, taken_for = (part.tolist() for part in found.probability.max(1))
-        for place, (plain, mixed) in enumerate(zip(drawable(pixels), overlay(pixels, found.maps), strict=True)):
+        for place, (plain, mixed) in enumerate(zip(to_drawable(pixels), overlay(pixels, found.maps), strict=True)):
             x = left + place * step_x
             for image, top in ((plain, y), (mixed, y + height * scale + GAP)):
                 large = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
                 canvas.paste(large, (x, top))
             verdict = f"{confidence[place]:.2f} {class_names[taken_for[place]]}"
             right = taken_for[place] == int(classes[place])
-            text = fitting(verdict, step_x - GAP, font)
+            text = shorten_text(verdict, step_x - GAP, font)
             draw.text((x, y + 2 * (height * scale + GAP)), text, INK if right else FAINT, font)
     return canvas
 
@@ -122,7 +125,7 @@ def overlay(pixels: Tensor, maps: Tensor) -> np.ndarray:
 
     uint8 [N, H, W, 3]; a map of 0 leaves the darkest colour over the image, so that overlays can be compared.
     """
-    grey = drawable(pixels).astype(np.float32)
+    grey = to_drawable(pixels).astype(np.float32)
     image = grey if grey.ndim == 4 else np.repeat(grey[..., None], 3, -1)
     return ((1 - STRENGTH) * image + STRENGTH * colours(maps.numpy())).round().astype(np.uint8)
 

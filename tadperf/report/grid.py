@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.runs import write_bytes
+from tadperf.files import write_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,15 +26,15 @@ BACKGROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 def save_grid(path: Path | str, distilled: DistilledSet) -> None:
     """Writes `grid` as a PNG file, atomically."""
     buffer = io.BytesIO()
-    grid(distilled).save(buffer, "PNG")
+    draw_grid(distilled).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
-def grid(distilled: DistilledSet) -> Image:
+def draw_grid(distilled: DistilledSet) -> Image:
     """A picture of the set: a headline, then one row per class with its name; nearest-neighbour enlarged (tadperf)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    pixels, labels = drawable(distilled.pixels()), distilled.hard_labels.numpy()
+    pixels, labels = to_drawable(distilled.pixels()), distilled.hard_labels.numpy()
     rows = [pixels[labels == label] for label in range(distilled.num_classes)]
     _, height, width = distilled.shape
     longest = max(1, *(len(row) for row in rows))
@@ -67,7 +67,7 @@ def _headline(distilled: DistilledSet, shown: int, longest: int) -> str:
     return "   ".join(part for part in parts if part)
 
 
-def drawable(pixels: Tensor) -> np.ndarray:
+def to_drawable(pixels: Tensor) -> np.ndarray:
     """uint8 [M, H, W, 3], or [M, H, W] where there are not three channels: then their mean."""
     if pixels.shape[1] == 3:
         return pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.report.grid import BACKGROUND, CELL, FAINT, INK, MARGIN, MEGAPIXELS, drawable
-from tadperf.runs import write_bytes
+from tadperf.files import write_bytes
+from tadperf.report.grid import BACKGROUND, CELL, FAINT, INK, MARGIN, MEGAPIXELS, to_drawable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,19 +19,26 @@ MOST = 24  # images of a class that are shown
 
 
 def save_refined(
-    path: Path | str, images: tuple[Tensor, Tensor], labels: Tensor, logits: tuple[Tensor, Tensor],
-    class_names: tuple[str, ...], beta: float,
-) -> None:  # fmt: skip
+    path: Path | str,
+    images: tuple[Tensor, Tensor],
+    labels: Tensor,
+    logits: tuple[Tensor, Tensor],
+    class_names: tuple[str, ...],
+    beta: float,
+) -> None:
     """Writes `refined` as a PNG file, atomically."""
     buffer = io.BytesIO()
-    refined(images, labels, logits, class_names, beta).save(buffer, "PNG")
+    draw_refined(images, labels, logits, class_names, beta).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
-def refined(
-    images: tuple[Tensor, Tensor], labels: Tensor, logits: tuple[Tensor, Tensor], class_names: tuple[str, ...],
+def draw_refined(
+    images: tuple[Tensor, Tensor],
+    labels: Tensor,
+    logits: tuple[Tensor, Tensor],
+    class_names: tuple[str, ...],
     beta: float,
-) -> Image:  # fmt: skip
+) -> Image:
     """Two panels, before and after: a row per class; below each image what it is taken for and with what confidence.
 
     images: uint8 [M, C, H, W] each; labels: int64 [M], the classes they are meant to show; logits: float [M, K] each.
@@ -51,7 +58,7 @@ def refined(
     draw = ImageDraw.Draw(picture)
     for side, (title, made, said) in enumerate(zip(("before", "after"), images, logits, strict=True)):
         confidence, taken_for = said.double().cpu().softmax(1).max(1)
-        pixels, x0 = drawable(made.cpu()), left + side * panel
+        pixels, x0 = to_drawable(made.cpu()), left + side * panel
         flagged = (taken_for != labels) | ~(confidence >= beta)
         headline = f"{title}: {int(flagged.sum())} of {len(labels)} anomalous, beta {beta:g}"
         draw.text((x0, MARGIN), headline, FAINT, ImageFont.load_default(14))

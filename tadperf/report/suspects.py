@@ -6,14 +6,14 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.report.grid import BACKGROUND, FAINT, INK, MARGIN, drawable
-from tadperf.runs import write_bytes
+from tadperf.files import write_bytes
+from tadperf.report.grid import BACKGROUND, FAINT, INK, MARGIN, to_drawable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tadperf.data import Dataset
-    from tadperf.trust import TrustState
+    from tadperf.data.dataset import Dataset
+    from tadperf.trust.state import TrustState
 
 SHOWN, COLUMNS = 40, 8
 CELL = 112  # pixels of the longer side, at least
@@ -23,17 +23,17 @@ CAPTION = 34  # pixels below an image: two lines of text
 def save_suspects(path: Path | str, dataset: Dataset, state: TrustState) -> None:
     """Writes `suspects` as a PNG file, atomically."""
     buffer = io.BytesIO()
-    suspects(dataset, state).save(buffer, "PNG")
+    draw_suspects(dataset, state).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
-def suspects(dataset: Dataset, state: TrustState) -> Image:
+def draw_suspects(dataset: Dataset, state: TrustState) -> Image:
     """The 40 labels held wrong with the highest score, worst first: the given label, struck, over the suggested one."""
     from PIL import Image, ImageDraw, ImageFont
 
     order = state.worst()
     worst = order[state.issues[order]][:SHOWN]
-    pixels = drawable(dataset.images[worst])
+    pixels = to_drawable(dataset.images[worst])
     _, height, width = dataset.shape
     scale = max(1, CELL // max(height, width))
     cell_x, cell_y = max(width * scale, CELL) + MARGIN, height * scale + CAPTION + MARGIN
@@ -49,14 +49,14 @@ def suspects(dataset: Dataset, state: TrustState) -> Image:
         picture.paste(large, (x, y))
         given, better = (state.class_names[int(labels[sample])] for labels in (state.given, state.suggested))
         y += height * scale + 2
-        text = fitting(given, cell_x - MARGIN, font)
+        text = shorten_text(given, cell_x - MARGIN, font)
         draw.text((x, y), text, FAINT, font)
         draw.line((x, y + 9, x + font.getlength(text), y + 9), FAINT)
-        draw.text((x, y + 15), fitting(f"{better}?", cell_x - MARGIN, font), INK, font)
+        draw.text((x, y + 15), shorten_text(f"{better}?", cell_x - MARGIN, font), INK, font)
     return picture
 
 
-def fitting(text: str, width: float, font) -> str:
+def shorten_text(text: str, width: float, font) -> str:
     """The text, or as much of its beginning as fits into `width` pixels."""
     if font.getlength(text) <= width:
         return text

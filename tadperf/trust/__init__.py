@@ -1,24 +1,24 @@
-"""Which labels can be trusted: TAD's dual loop, and an audit of labels that works without any distillation."""
+"""Which labels can be trusted: TAD's dual loop, and an audit of labels that needs no distillation."""
 
 from __future__ import annotations
 
 from tadperf.trust.audit import audit, find_label_issues
-from tadperf.trust.loop import Outcome, dual_loop
-from tadperf.trust.measure import growth, measure
+from tadperf.trust.loop import DualLoopResult, dual_loop
+from tadperf.trust.metrics import compare_with_clean, round_metrics
 from tadperf.trust.partition import Partition, partition
-from tadperf.trust.state import VERDICTS, TrustState, View, as_given
+from tadperf.trust.state import VERDICTS, TrustedView, TrustState, as_given
 
 __all__ = [
     "VERDICTS",
-    "Outcome",
+    "DualLoopResult",
     "Partition",
     "TrustState",
-    "View",
+    "TrustedView",
     "as_given",
     "audit",
+    "compare_with_clean",
     "dual_loop",
     "find_label_issues",
-    "growth",
-    "measure",
     "partition",
+    "round_metrics",
 ]

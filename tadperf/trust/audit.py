@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tadperf import device as devices
+from tadperf.compute.device import resolve_device, set_tf32
 from tadperf.config import Config
-from tadperf.data import Dataset, fit, prepare
+from tadperf.config.merge import merge
+from tadperf.config.schema import TrustConfig
+from tadperf.data.dataset import Dataset
+from tadperf.data.images import normalise_images
+from tadperf.data.normalise import fit_normaliser
 from tadperf.kernels import mixture
 from tadperf.progress import Progress, silent
-from tadperf.trust.loop import dual_loop, judge, loss_of
-from tadperf.trust.proxies import Seen
+from tadperf.trust.loop import assign_verdicts, dual_loop, loss_of
+from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.state import TrustState, as_given
 
 TINY = 1e-6  # probability; smaller ones say no more
@@ -30,26 +34,40 @@ def audit(dataset: Dataset, config: Config | None = None, progress: Progress = s
     that fits the set. `dataset.clean_labels` is not read.
     """
     if config is None:
-        from tadperf.merge import merge
-
         config = merge(options={"data.path": dataset.source.get("path", dataset.name)})
-    devices.set_tf32(config.tf32)
-    where = devices.resolve(config.device)
-    images = prepare(fit(dataset.images, config.data.normalise), dataset.images, where)
+    set_tf32(config.tf32)
+    where = resolve_device(config.device)
+    images = normalise_images(fit_normaliser(dataset.images, config.data.normalise), dataset.images, where)
     trust = config.trust.model_copy(update={"mode": "on"})
     return dual_loop(
-        images, dataset.labels, dataset.class_names, config.net, trust, config.data.augment, config.seed, where,
+        images,
+        dataset.labels,
+        dataset.class_names,
+        config.net,
+        trust,
+        config.data.augment,
+        config.seed,
+        where,
         progress=progress,
-    ).state  # fmt: skip
+    ).state
 
 
 def find_label_issues(
-    labels: ArrayLike, pred_probs: ArrayLike, features: ArrayLike | None = None, *,
-    return_indices_ranked_by: str | None = None, rank_by_kwargs: dict[str, Any] | None = None,
-    filter_by: str = "prune_by_noise_rate", frac_noise: float = 1.0, num_to_remove_per_class: ArrayLike | None = None,
-    min_examples_per_class: int = 1, confident_joint: ArrayLike | None = None, n_jobs: int | None = None,
-    verbose: bool = False, multi_label: bool = False,
-) -> np.ndarray:  # fmt: skip
+    labels: ArrayLike,
+    pred_probs: ArrayLike,
+    features: ArrayLike | None = None,
+    *,
+    return_indices_ranked_by: str | None = None,
+    rank_by_kwargs: dict[str, Any] | None = None,
+    filter_by: str = "prune_by_noise_rate",
+    frac_noise: float = 1.0,
+    num_to_remove_per_class: ArrayLike | None = None,
+    min_examples_per_class: int = 1,
+    confident_joint: ArrayLike | None = None,
+    n_jobs: int | None = None,
+    verbose: bool = False,
+    multi_label: bool = False,
+) -> np.ndarray:
     """Wrong labels from a model's probabilities: in place of cleanlab.filter.find_label_issues (tadperf).
 
     labels: integers [N] in 0..C-1. pred_probs: [N, C], best from a model that was not trained on the sample. features:
@@ -65,7 +83,7 @@ def find_label_issues(
     if z is None:
         issues, score = contradicted(probabilities, given)
     else:
-        state = judge_given(given, probabilities, z)
+        state = assign_verdicts_from_probabilities(given, probabilities, z)
         issues, score = state.issues, state.score
     if return_indices_ranked_by is None and frac_noise == 1 and _room(issues, given, min_examples_per_class):
         return issues.numpy()  # the order decides nothing, and sorting is half of the time
@@ -93,20 +111,24 @@ def contradicted(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     return (odds > 0) & (split.posterior < 0.5), odds
 
 
-def judge_given(labels: Tensor, probabilities: Tensor, features: Tensor, seed: int = 0) -> TrustState:
+def assign_verdicts_from_probabilities(
+    labels: Tensor, probabilities: Tensor, features: Tensor, seed: int = 0
+) -> TrustState:
     """One round of the dual loop on a model's probabilities [N, C] and features [N, D]."""
-    from tadperf.config import TrustConfig
-
     centred = F.normalize(features - features.mean(0), dim=1)
     names = tuple(map(str, range(probabilities.shape[1])))
-    seen = Seen(loss_of(probabilities, labels), probabilities, centred)
-    return judge(seen, as_given(labels, names), 1, TrustConfig(), seed)  # pyright: ignore[reportCallIssue]
+    seen = ProxyOutputs(loss_of(probabilities, labels), probabilities, centred)
+    return assign_verdicts(seen, as_given(labels, names), 1, TrustConfig(), seed)  # pyright: ignore[reportCallIssue]
 
 
 def _check(
-    labels: ArrayLike, pred_probs: ArrayLike, features: ArrayLike | None, ranked_by: str | None, frac_noise: float,
+    labels: ArrayLike,
+    pred_probs: ArrayLike,
+    features: ArrayLike | None,
+    ranked_by: str | None,
+    frac_noise: float,
     multi_label: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if multi_label:
         raise ValueError("multi_label: True: expected False; samples of several labels are not supported")
     if ranked_by is not None and ranked_by not in RANKINGS:

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf import ranks, seeds
+from tadperf import seeds
+from tadperf.compute import ranks
 from tadperf.config import NetConfig, TrustConfig
+from tadperf.data.images import Images
 from tadperf.progress import Progress, silent
-from tadperf.training import Images
-from tadperf.trust.graph import read_neighbours
+from tadperf.trust.neighbours import estimate_from_neighbours
 from tadperf.trust.partition import partition
-from tadperf.trust.proxies import Seen, look
+from tadperf.trust.proxies import ProxyOutputs, train_proxies
 from tadperf.trust.recalibrate import recalibrate
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, TrustState, as_given
 
@@ -28,7 +29,7 @@ MOST = 15.0  # nats; a score in float32 holds no more
 CHANGED = 0.005  # share of samples that move in or out below which the loop is at rest
 
 
-class Outcome(NamedTuple):
+class DualLoopResult(NamedTuple):
     """The final state, and that after every round."""
 
     state: TrustState
@@ -36,9 +37,17 @@ class Outcome(NamedTuple):
 
 
 def dual_loop(
-    images: Images, labels: Tensor, class_names: tuple[str, ...], net: NetConfig, config: TrustConfig, augment: str,
-    seed: int, device: torch.device, folder: Path | None = None, progress: Progress = silent,
-) -> Outcome:  # fmt: skip
+    images: Images,
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    net: NetConfig,
+    config: TrustConfig,
+    augment: str,
+    seed: int,
+    device: torch.device,
+    folder: Path | None = None,
+    progress: Progress = silent,
+) -> DualLoopResult:
     """Divides samples into trusted, recalled, relabelled and untrusted (TAD; what the paper leaves open is ours).
 
     images: normalised, [N, C, H, W] by index. labels: int64 [N], as given; no clean label is ever needed or taken.
@@ -50,7 +59,7 @@ def dual_loop(
         raise ValueError("config.mode: oracle: expected on or off; the loop takes no clean labels")
     if config.mode == "off":
         state = as_given(labels, class_names)
-        return Outcome(state, [state])
+        return DualLoopResult(state, [state])
     rounds: list[TrustState] = []
     state = as_given(labels, class_names)
     for number in range(1, config.rounds + 1):
@@ -70,20 +79,27 @@ def dual_loop(
         if moved < CHANGED:
             progress("trust", config.rounds, config.rounds)
             break
-    return Outcome(state, rounds)
+    return DualLoopResult(state, rounds)
 
 
 def one_round(
-    images: Images, state: TrustState, number: int, net: NetConfig, config: TrustConfig, augment: str, seed: int,
-    device: torch.device, progress: Progress,
-) -> TrustState:  # fmt: skip
+    images: Images,
+    state: TrustState,
+    number: int,
+    net: NetConfig,
+    config: TrustConfig,
+    augment: str,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> TrustState:
     """Proxies on the view, the outer division, the inner recalibration."""
     view, classes = state.view(), len(state.class_names)
-    seen = look(images, state.given, view, classes, net, config, augment, seed, device, progress)
-    return ranks.once(lambda: judge(seen, state, number, config, seed))
+    seen = train_proxies(images, state.given, view, classes, net, config, augment, seed, device, progress)
+    return ranks.once(lambda: assign_verdicts(seen, state, number, config, seed))
 
 
-def judge(seen: Seen, before: TrustState, number: int, config: TrustConfig, seed: int) -> TrustState:
+def assign_verdicts(seen: ProxyOutputs, before: TrustState, number: int, config: TrustConfig, seed: int) -> TrustState:
     """One round's verdicts from what its proxies saw: a pure function of losses, probabilities and features.
 
     The loss of a sample is the mean of the proxies' and the neighbours'. With `config.memory` the score is that of the
@@ -94,7 +110,7 @@ def judge(seen: Seen, before: TrustState, number: int, config: TrustConfig, seed
     given, classes = before.given, len(before.class_names)
     belief, losses, graph = seen.probabilities, seen.losses.clamp(max=-math.log(LEAST)), None
     if config.graph:
-        graph = read_neighbours(seen.features, given, classes, seed, config.transition).posterior
+        graph = estimate_from_neighbours(seen.features, given, classes, seed, config.transition).posterior
         losses = (losses + loss_of(graph, given)) / 2
         belief = belief.clamp(min=LEAST) * graph.clamp(min=LEAST)
     split = partition(losses, given, classes, class_wise=config.class_wise, dynamic_threshold=config.dynamic_threshold)
@@ -114,10 +130,15 @@ def judge(seen: Seen, before: TrustState, number: int, config: TrustConfig, seed
     score = score_of(torch.lerp(loss_behind(before.score), losses, share))
     same = (verdict == before.verdict) & (working == before.working) & (number > 1)
     return TrustState(
-        given, working, verdict, weight.clamp(0, 1).float(),
-        torch.where(same, before.decided, number).to(torch.int16), score,
-        torch.where(verdict == UNTRUSTED, belief.argmax(1), working), before.class_names,
-    )  # fmt: skip
+        given,
+        working,
+        verdict,
+        weight.clamp(0, 1).float(),
+        torch.where(same, before.decided, number).to(torch.int16),
+        score,
+        torch.where(verdict == UNTRUSTED, belief.argmax(1), working),
+        before.class_names,
+    )
 
 
 def loss_of(posterior: Tensor, labels: Tensor) -> Tensor:

@@ -37,9 +37,15 @@ class Partition(NamedTuple):
 
 
 def partition(
-    losses: Tensor, labels: Tensor, num_classes: int | None = None, *, class_wise: bool = True,
-    dynamic_threshold: bool = True, budget: float = 0.05, least: float = math.log(2),
-) -> Partition:  # fmt: skip
+    losses: Tensor,
+    labels: Tensor,
+    num_classes: int | None = None,
+    *,
+    class_wise: bool = True,
+    dynamic_threshold: bool = True,
+    budget: float = 0.05,
+    least: float = math.log(2),
+) -> Partition:
     """Splits samples into trusted and untrusted by their losses (TAD's outer loop; see this module's first lines).
 
     losses: float [N], of any model, in nats, lower where it agrees with the label; +inf counts as surely wrong.

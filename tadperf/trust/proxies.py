@@ -10,20 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tadperf import nets, parallel, seeds
+from tadperf import seeds
+from tadperf.compute.workers import run_parallel
 from tadperf.config import NetConfig, TrustConfig
 from tadperf.data import augment as augmentation
+from tadperf.data.images import Images
 from tadperf.kernels import per_sample
+from tadperf.nets.architectures import build
+from tadperf.nets.fused import fused_forward
+from tadperf.nets.training import batches, sgd_step, summed_gradient
 from tadperf.progress import Progress
-from tadperf.training import Images, batches, gradient, sgd
-from tadperf.trust.state import View
+from tadperf.trust.state import TrustedView
 
 LAST = 4  # epochs whose losses are averaged
 FEATURES = 512  # of all proxies together; wider ones are projected
 BATCH = 1024  # of a pass without gradient
 
 
-class Seen(NamedTuple):
+class ProxyOutputs(NamedTuple):
     """losses [N] of the given labels, probabilities [N, C], and features [N, D] of all proxies side by side."""
 
     losses: Tensor
@@ -31,10 +35,18 @@ class Seen(NamedTuple):
     features: Tensor
 
 
-def look(
-    images: Images, labels: Tensor, view: View, num_classes: int, net: NetConfig, config: TrustConfig, augment: str,
-    seed: int, device: torch.device, progress: Progress,
-) -> Seen:  # fmt: skip
+def train_proxies(
+    images: Images,
+    labels: Tensor,
+    view: TrustedView,
+    num_classes: int,
+    net: NetConfig,
+    config: TrustConfig,
+    augment: str,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> ProxyOutputs:
     """Trains the proxies on the view and looks at all samples with them; on a CPU several at once, one core each.
 
     Losses and probabilities are means over the last epochs, and over the proxies; with `config.held_out` proxy m is
@@ -46,13 +58,13 @@ def look(
 
     def train(m: int) -> tuple[np.ndarray, ...]:  # not tensors: those cross by shared files, which a kill leaves behind
         inside = fold[view.index] != m if split else torch.ones(len(view.index), dtype=torch.bool)
-        own = View(*(part[inside] for part in view))
+        own = TrustedView(*(part[inside] for part in view))
         purpose = seeds.derive(seed, "proxy", m)
         made = train_proxy(images, labels, own, num_classes, net, config, augment, purpose, device)
         return tuple(part.numpy() for part in made)
 
     parts: dict[int, tuple[np.ndarray, ...]] = {}
-    for m, part in parallel.run(train, list(range(proxies)), None if device.type == "cpu" else 1):
+    for m, part in run_parallel(train, list(range(proxies)), None if device.type == "cpu" else 1):
         parts[m] = part
         progress("trust:proxies", len(parts), proxies)
     losses, probabilities, features = (
@@ -61,29 +73,36 @@ def look(
     features = features.permute(1, 0, 2).flatten(1)
     if split:
         own = torch.arange(count)
-        return Seen(losses[fold, own], probabilities[fold, own], features)
-    return Seen(losses.mean(0), probabilities.mean(0), features)
+        return ProxyOutputs(losses[fold, own], probabilities[fold, own], features)
+    return ProxyOutputs(losses.mean(0), probabilities.mean(0), features)
 
 
 def train_proxy(
-    images: Images, labels: Tensor, view: View, num_classes: int, net: NetConfig, config: TrustConfig, augment: str,
-    seed: int, device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    images: Images,
+    labels: Tensor,
+    view: TrustedView,
+    num_classes: int,
+    net: NetConfig,
+    config: TrustConfig,
+    augment: str,
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One proxy: losses [N] of `labels`, probabilities [N, C] and features [N, D] of all samples."""
     channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
-    module = nets.build(net, (channels, height, width), num_classes, seed).to(device)
+    module = build(net, (channels, height, width), num_classes, seed).to(device)
     assert isinstance(module, nn.Sequential), "the last module is the classifier, what precedes it gives the features"
     parameters = tuple(module.parameters())
     velocity = tuple(map(torch.zeros_like, parameters))
     target = F.one_hot(view.labels, num_classes) * view.weights.unsqueeze(1)
     losses, probabilities = torch.zeros(len(images)), torch.zeros(len(images), num_classes)
     counted = min(LAST, config.epochs)
-    target, predict = target.to(device), nets.first_order(module)
+    target, predict = target.to(device), fused_forward(module)
     for epoch in range(config.epochs):
         module.train()
         generator = seeds.generator(seed, "epoch", epoch)
         for loss in steps(predict, images, view.index, target, config, augment, generator):
-            sgd(parameters, velocity, gradient([loss], parameters), config.lr, 0.0, 0.0)
+            sgd_step(parameters, velocity, summed_gradient([loss], parameters), config.lr, 0.0, 0.0)
         if epoch >= config.epochs - counted:
             logits = run(module, images, device).cpu()
             losses += per_sample(logits, labels).loss / counted
@@ -93,9 +112,14 @@ def train_proxy(
 
 
 def steps(
-    module: Callable[[Tensor], Tensor], images: Images, index: Tensor, target: Tensor, config: TrustConfig,
-    augment: str, generator: torch.Generator,
-) -> Iterator[Tensor]:  # fmt: skip
+    module: Callable[[Tensor], Tensor],
+    images: Images,
+    index: Tensor,
+    target: Tensor,
+    config: TrustConfig,
+    augment: str,
+    generator: torch.Generator,
+) -> Iterator[Tensor]:
     """The losses of one epoch over the samples at `index`, with target [M, C] the one-hot label times the weight."""
     count, every, first = len(index), len(images), images[torch.zeros(1, dtype=torch.int64)]
     size = first.shape[-1]
@@ -127,7 +151,7 @@ def steps(
 @torch.no_grad()
 def run(module: nn.Module, images: Images, device: torch.device) -> Tensor:
     """What `module` makes of all images, in batches and eval mode."""
-    predict = nets.first_order(module.eval())
+    predict = fused_forward(module.eval())
     index = torch.arange(len(images))
     return torch.cat([predict(images[part].to(device)) for part in index.split(BATCH)])
 

@@ -12,19 +12,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf import runs
+from tadperf import files
 from tadperf.errors import UserError
 
 SCHEMA = 1
 VERDICTS = ("trusted", "recalled", "relabelled", "untrusted")
 TRUSTED, RECALLED, RELABELLED, UNTRUSTED = range(len(VERDICTS))
 DTYPES = {
-    "given": torch.int64, "working": torch.int64, "verdict": torch.uint8, "reliability": torch.float32,
-    "decided": torch.int16, "score": torch.float32, "suggested": torch.int64,
-}  # fmt: skip
+    "given": torch.int64,
+    "working": torch.int64,
+    "verdict": torch.uint8,
+    "reliability": torch.float32,
+    "decided": torch.int16,
+    "score": torch.float32,
+    "suggested": torch.int64,
+}
 
 
-class View(NamedTuple):
+class TrustedView(NamedTuple):
     """The samples to learn from: index int64 [M] (ascending), their working labels int64 [M], weights float32 [M]."""
 
     index: Tensor
@@ -70,10 +75,10 @@ class TrustState:
         """Whether the given label is held wrong, bool [N]: not in the view under that label."""
         return (self.verdict == UNTRUSTED) | (self.verdict == RELABELLED)
 
-    def view(self) -> View:
+    def view(self) -> TrustedView:
         """The trusted space: what experts, students and detectors learn from."""
         index = self.trusted.nonzero().squeeze(1)
-        return View(index, self.working[index], self.reliability[index])
+        return TrustedView(index, self.working[index], self.reliability[index])
 
     def worst(self) -> Tensor:
         """Indices of all samples, the most suspicious first, int64 [N]; equals in the order of the data."""
@@ -103,12 +108,12 @@ class TrustState:
         """Writes one safetensors file, atomically."""
         tensors = {name: getattr(self, name) for name in DTYPES}
         names = json.dumps(list(self.class_names), ensure_ascii=False)
-        runs.save_tensors(path, tensors, {"tadperf_trust": str(SCHEMA), "class_names": names})
+        files.save_tensors(path, tensors, {"tadperf_trust": str(SCHEMA), "class_names": names})
 
     @classmethod
     def load(cls, path: Path | str) -> TrustState:
         """Reads what `save` wrote; raises UserError on anything else."""
-        tensors, metadata = runs.load_tensors(path)
+        tensors, metadata = files.load_tensors(path)
         if metadata.get("tadperf_trust") != str(SCHEMA):
             raise UserError("trust", path, f"is no trust file of schema {SCHEMA}; make one with: tadperf audit")
         given = tensors.get("given")
@@ -129,7 +134,7 @@ class TrustState:
         writers = {".csv": _csv, ".parquet": _parquet}
         if path.suffix.lower() not in writers:
             raise UserError("--out", path, "must end in .csv or .parquet")
-        runs.write_bytes(path, writers[path.suffix.lower()](self.table()))
+        files.write_bytes(path, writers[path.suffix.lower()](self.table()))
 
     def table(self) -> dict[str, list[Any]]:
         """The columns of `export`, worst first."""
@@ -155,10 +160,15 @@ def as_given(labels: Tensor, class_names: tuple[str, ...], suggested: Tensor | N
     """Every given label trusted (`mode="off"`); with `suggested` those that differ from it are left out ("oracle")."""
     wrong = torch.zeros(len(labels), dtype=torch.bool) if suggested is None else labels != suggested
     return TrustState(
-        labels, labels, (wrong * UNTRUSTED).to(torch.uint8), (~wrong).float(),
-        torch.zeros(len(labels), dtype=torch.int16), wrong.float(), labels if suggested is None else suggested,
+        labels,
+        labels,
+        (wrong * UNTRUSTED).to(torch.uint8),
+        (~wrong).float(),
+        torch.zeros(len(labels), dtype=torch.int16),
+        wrong.float(),
+        labels if suggested is None else suggested,
         class_names,
-    )  # fmt: skip
+    )
 
 
 def _csv(table: dict[str, list[Any]]) -> bytes:

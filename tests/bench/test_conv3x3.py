@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tadperf.bench import conv3x3  # pyright: ignore[reportMissingImports]
+from tadperf.bench.operators import conv3x3
 
 
 def test_both_compute_the_same(one_thread, capsys, monkeypatch):

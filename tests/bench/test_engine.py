@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tadperf.bench import catalogue, cuda, engine, peak, plot, report, tune  # pyright: ignore[reportMissingImports]
+from tadperf.bench.operators import catalogue, cuda, engine, plot, report
+from tadperf.bench.stages import peak
+from tadperf.bench.tools import tune
 from tadperf.errors import UserError
 
 CPU = torch.device("cpu")
@@ -113,7 +115,7 @@ def test_threads_hold_within_the_block():
 
 @pytest.mark.parametrize("name", catalogue.NAMES)
 def test_every_provider_of_every_bench_agrees_with_the_reference(name, one_thread):
-    from tadperf.bench import cases  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import cases  # pyright: ignore[reportMissingImports]
 
     bench = catalogue.load(name)
     assert bench.name == name

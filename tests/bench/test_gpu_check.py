@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from tadperf.bench import cases, catalogue, checks, engine, gpu_check  # pyright: ignore[reportMissingImports]
+from tadperf.bench.operators import cases, catalogue, checks, engine, report
+from tadperf.bench.tools import gpu_check
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ def test_bars_are_held_against_the_figures(monkeypatch):
     found = {"operator": "mixture", "shape": "50000x10", "error": None, "share_of_copy": 0.1}
     for median, status in ((0.9, "PASS"), (1.1, "FAIL")):
         monkeypatch.setattr(engine, "measure", lambda *a, m=median: [{**found, "median_ms": m}])
-        monkeypatch.setattr(checks.report, "facts", lambda *a: {})
+        monkeypatch.setattr(report, "facts", lambda *a: {})
         rows = list(checks.measured(bench, (50_000, 10), torch.device("cuda"), True))
         assert rows[0]["status"] == status
     assert rows[0]["detail"] == "median_ms is 1.1, to be below 1.0"

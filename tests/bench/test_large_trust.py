@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tadperf.bench import large_trust  # pyright: ignore[reportMissingImports]
+from tadperf.bench.studies import large_trust
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

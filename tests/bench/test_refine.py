@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tadperf.bench import refine, stages  # pyright: ignore[reportMissingImports]
+from tadperf.bench.stages import refinement, runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_both_forms_make_the_same_candidates(monkeypatch):
-    case = refine.SIZES["digits"]
+    case = refinement.SIZES["digits"]
     small = case._replace(
         anomalies=2,
         candidates=3,
@@ -19,12 +19,12 @@ def test_both_forms_make_the_same_candidates(monkeypatch):
         diffusion=case.diffusion.model_copy(update={"width": 8}),
         detector=case.detector.model_copy(update={"width": 8, "depth": 1}),
     )
-    monkeypatch.setitem(refine.SIZES, "digits", small)
-    monkeypatch.setattr(stages, "peak", lambda *_: None)
-    rows = refine.measure("digits", torch.device("cpu"), 1, ("tadperf", "published"))
+    monkeypatch.setitem(refinement.SIZES, "digits", small)
+    monkeypatch.setattr(runner, "peak", lambda *_: None)
+    rows = refinement.measure("digits", torch.device("cpu"), 1, ("tadperf", "published"))
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["note"] in {f"2 x 3 candidates, {apart} of 255 apart" for apart in (0, 1)}
     assert all(row["median_ms"] > 0 for row in rows)
-    made = refine.round_of(small, "tadperf", torch.device("cpu"))()
+    made = refinement.round_of(small, "tadperf", torch.device("cpu"))()
     assert tuple(made.shape) == (6, 1, 8, 8)
     assert made.float().std() > 1

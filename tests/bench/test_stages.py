@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tadperf.bench import distil, stages  # pyright: ignore[reportMissingImports]
+from tadperf.bench.stages import matching, runner
 from tadperf.config import NetConfig
 from tadperf.errors import UserError
 from tadperf.matching import gradient
 
 CPU = torch.device("cpu")
-TINY = distil.Case(
+TINY = matching.Case(
     (3, 8, 8), 7, 3, NetConfig.model_validate({"width": 5, "depth": 2}),
     ("tadperf", "tadperf bfloat16", "autograd", "published"),
 )  # fmt: skip
@@ -20,27 +20,27 @@ TINY = distil.Case(
 
 @pytest.fixture
 def tiny(monkeypatch, one_thread):
-    monkeypatch.setitem(distil.SIZES, "tiny", TINY)
-    monkeypatch.setattr(stages, "peak", lambda *_: None)  # it starts a process
+    monkeypatch.setitem(matching.SIZES, "tiny", TINY)
+    monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
 
 
 def test_the_published_iteration_is_the_unroll(one_thread):
-    p = distil.problem(TINY, CPU, torch.float64)
+    p = matching.problem(TINY, CPU, torch.float64)
     truth = gradient.unroll(*p).images
     assert truth.norm() > 0
-    assert distil.error(distil.published(p), truth) < 1e-12
+    assert matching.error(matching.published(p), truth) < 1e-12
 
 
 def test_a_problem_is_the_same_in_both_types(one_thread):
-    p, double = distil.problem(TINY, CPU), distil.problem(TINY, CPU, torch.float64)
+    p, double = matching.problem(TINY, CPU), matching.problem(TINY, CPU, torch.float64)
     assert torch.equal(p.images.double(), double.images)
     assert torch.equal(p.start.double(), double.start)
     assert all(torch.equal(a.index, b.index) for a, b in zip(p.steps, double.steps, strict=True))
 
 
 def test_rows_of_an_iteration(tiny):
-    rows = distil.measure("tiny", CPU, 2)
-    stages.ratios(rows)
+    rows = matching.measure("tiny", CPU, 2)
+    runner.ratios(rows)
     assert [row["provider"] for row in rows] == list(TINY.providers)
     by_name = {row["provider"]: row for row in rows}
     for row in rows:
@@ -52,30 +52,30 @@ def test_rows_of_an_iteration(tiny):
 
 def test_ratios_stay_within_a_case():
     rows = [
-        stages.row("refine", case, family, family, np.array([ms]), peak_mb=mb)
+        runner.row("refine", case, family, family, np.array([ms]), peak_mb=mb)
         for case, family, ms, mb in (
             ("a", "tadperf", 2.0, 10.0), ("a", "eager", 6.0, None), ("a", "published", 8.0, 40.0),
             ("b", "tadperf", 5.0, 10.0), ("b", "inductor", 1.0, 1.0),
         )
     ]  # fmt: skip
-    rows.append(stages.row("refine", "a", "broken", "eager", error="no such thing"))
-    stages.ratios(rows)
+    rows.append(runner.row("refine", "a", "broken", "eager", error="no such thing"))
+    runner.ratios(rows)
     assert [row["over_published"] for row in rows] == [4, pytest.approx(8 / 6), 1, None, None, None]
     assert [row["over_eager"] for row in rows] == [3, 1, 0.75, None, None, None]
     assert [row["memory_share"] for row in rows] == [0.25, None, 1, None, None, None]
-    assert stages.lines(rows)[-1] == "a broken: no such thing"
+    assert runner.lines(rows)[-1] == "a broken: no such thing"
 
 
 def test_the_peak_of_a_process_of_its_own():
-    found = stages.peak("distil", "digits", "tadperf", CPU)
+    found = runner.peak("distil", "digits", "tadperf", CPU)
     assert found is not None
     assert 100 < found < 2000  # PyTorch alone is 200 MB; in MB, not bytes
-    assert stages.peak("distil", "digits", "nobody", CPU) is None
+    assert runner.peak("distil", "digits", "nobody", CPU) is None
 
 
 def test_an_unknown_size():
-    stage = stages.load("distil")
+    stage = runner.load("distil")
     assert stage is not None
-    assert stages.sizes(stage, None) == ["digits", "cifar10"]
+    assert runner.sizes(stage, None) == ["digits", "cifar10"]
     with pytest.raises(UserError, match="must be among digits"):
-        stages.sizes(stage, "digits,imagenet")
+        runner.sizes(stage, "digits,imagenet")

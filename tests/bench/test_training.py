@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tadperf import evaluate as tested
-from tadperf import nets, training
-from tadperf.bench import distil, evaluate, experts, gpu_stages, plain, stages  # pyright: ignore[reportMissingImports]
+from tadperf.bench.stages import experts, matching, plain, runner, students
+from tadperf.bench.tools import gpu_stages
 from tadperf.config import NetConfig
-from tadperf.training import Recipe
+from tadperf.nets import training
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.training import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -20,10 +22,10 @@ SHAPE = (3, 8, 8)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     expert = experts.Case(NET, SHAPE, 20, 3, Recipe(2, 8, 0.1, 0.0, 0.0, "flip", decay=False))
-    student = evaluate.Case(NET, SHAPE, 30, Recipe(2, 256, 0.1, 0.9, 5e-4, "flip"))
+    student = students.Case(NET, SHAPE, 30, Recipe(2, 256, 0.1, 0.9, 5e-4, "flip"))
     monkeypatch.setitem(experts.SIZES, "tiny", expert)
-    monkeypatch.setitem(evaluate.SIZES, "tiny", student)
-    monkeypatch.setattr(stages, "peak", lambda *_: None)  # it starts a process
+    monkeypatch.setitem(students.SIZES, "tiny", student)
+    monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -34,12 +36,12 @@ def test_the_plain_loop_learns_what_tadperf_learns(soft, decay):
     wanted = 3.0 * torch.nn.functional.one_hot(labels, 10).float() if soft else labels
     recipe, weights = Recipe(7, 20, 0.2, 0.9, 1e-3, "none", decay=decay), []
     for loop in (plain.fit, training.fit):
-        module, snapshots = nets.build(NET, SHAPE, 10, 0), []
-        flat = nets.FlatNet(module)
+        module, snapshots = build(NET, SHAPE, 10, 0), []
+        flat = FlatNet(module)
         loop(module, images, wanted, recipe, 1, lambda _, flat=flat, kept=snapshots: kept.append(flat.flatten()))
         assert len(snapshots) == recipe.epochs
         weights.append(torch.stack(snapshots))
-        assert plain.accuracy(module, images, labels) == tested.accuracy(module, images, labels)
+        assert plain.accuracy(module, images, labels) == training.accuracy(module, images, labels)
     assert (weights[0][-1] - weights[0][0]).norm() > 0.1
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
 
@@ -53,13 +55,13 @@ def test_rows_of_experts():
 
 
 def test_rows_of_students():
-    rows = evaluate.measure("tiny", CPU, 1)
+    rows = students.measure("tiny", CPU, 1)
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
 
 
 def test_what_a_gpu_is_judged_by(monkeypatch):
-    monkeypatch.setitem(distil.SIZES, "tiny", distil.Case(SHAPE, 7, 2, NET, ("tadperf", "published")))
+    monkeypatch.setitem(matching.SIZES, "tiny", matching.Case(SHAPE, 7, 2, NET, ("tadperf", "published")))
     rows = gpu_stages.judged("matching", gpu_stages.rows_of("distil", "tiny", "cpu"))
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])

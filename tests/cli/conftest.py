@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tadperf.compute import allocator
+
 # A ConvNet of 8 channels on the built-in digits: about 3 s with the start of Python.
 TINY = [
     "--ipc=1", "--repeats=2", "--device=cpu",
@@ -38,7 +40,7 @@ def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
     from tadperf.cli import app  # pyright: ignore[reportMissingImports]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(app.memory, "keep", lambda: None)  # it would last for all tests of this process
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # it would last for all tests of this process
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["tadperf", *map(str, arguments)])

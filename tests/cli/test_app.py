@@ -183,8 +183,8 @@ def test_wrong_use_is_one_line_and_writes_nothing(tadperf, tmp_path, arguments, 
 
 def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, tmp_path, monkeypatch):
     from tadperf.cli.common import settings  # pyright: ignore[reportMissingImports]
-    from tadperf.merge import merge
-    from tadperf.runs import Run
+    from tadperf.config.merge import merge
+    from tadperf.run.folder import Run
 
     monkeypatch.setattr(settings, "debug", False)
     with Run.create(tmp_path / "run", merge()) as run:

@@ -10,14 +10,15 @@ import torch
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    from tadperf.bench import engine, peak  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import engine
+    from tadperf.bench.stages import peak  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setattr(engine, "COPIED", {"cpu": 2**20})
     monkeypatch.setattr(peak, "ask", lambda *_: {})  # it starts a process
 
 
 def test_list(tadperf):
-    from tadperf.bench import catalogue  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import catalogue  # pyright: ignore[reportMissingImports]
 
     code, out, err = tadperf("bench", "--list", "--device", "cpu")
     assert (code, err) == (0, "")
@@ -50,19 +51,25 @@ def test_rows_table_and_pictures(tadperf, tmp_path):
 
 
 def test_a_provider_that_is_wrong_ends_in_1(tadperf, monkeypatch):
-    from tadperf.bench import per_sample  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import (
+        engine,
+        per_sample,  # pyright: ignore[reportMissingImports]
+    )
 
     def wrong(logits, labels):
         return {"loss": logits[:, 0]}
 
-    monkeypatch.setitem(per_sample.BENCH.providers, "eager", per_sample.Provider("eager", lambda: wrong))
+    monkeypatch.setitem(per_sample.BENCH.providers, "eager", engine.Provider("eager", lambda: wrong))
     code, out, _ = tadperf("bench", "per_sample", "--sizes", "50x10", "--base", "eager", "--repeats", "1")
     assert code == 1
     assert "50x10 float32 eager: loss: " in out
 
 
 def test_a_missing_peer_says_how_to_get_it(monkeypatch):
-    from tadperf.bench import catalogue, engine  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import (
+        catalogue,
+        engine,  # pyright: ignore[reportMissingImports]
+    )
 
     provider = catalogue.load("per_sample").providers["cleanlab"]
     missing = provider._replace(package="no_such_package")
@@ -73,12 +80,15 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch):
 
 
 def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
-    from tadperf.bench import distil, stages  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.stages import (
+        matching,
+        runner,  # pyright: ignore[reportMissingImports]
+    )
 
-    net = distil.SIZES["digits"].net.model_copy(update={"width": 5})
-    small = distil.SIZES["digits"]._replace(batch=7, steps=2, net=net, providers=("tadperf", "published"))
-    monkeypatch.setitem(distil.SIZES, "tiny", small)
-    monkeypatch.setattr(stages, "peak", lambda *_: None)  # it starts a process
+    net = matching.SIZES["digits"].net.model_copy(update={"width": 5})
+    small = matching.SIZES["digits"]._replace(batch=7, steps=2, net=net, providers=("tadperf", "published"))
+    monkeypatch.setitem(matching.SIZES, "tiny", small)
+    monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
     file = tmp_path / "rows.json"
     code, out, err = tadperf("bench", "distil", "--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--json", file)
     assert (code, err) == (0, "distil tiny\n")
@@ -87,7 +97,7 @@ def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert {row["stage"] for row in rows} == {"distil"}
     assert rows[0]["versions"]["torch"] == torch.__version__
-    monkeypatch.setattr(stages, "load", lambda name: None)
+    monkeypatch.setattr(runner, "load", lambda name: None)
     assert tadperf("bench", "refine", "--device", "cpu") == (0, "", "refine: there is no bench of this stage yet\n")
 
 

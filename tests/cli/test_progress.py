@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tadperf.cli import progress  # pyright: ignore[reportMissingImports]
+from tadperf.cli import progress
 
 
 def test_plain_lines_come_at_the_start_now_and_then_and_at_the_end(capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
     assert refused.code == 2
     assert refused.err.startswith("tadperf: seed: 3: the run to be refined was made with 0")
 
-    from tadperf.trust import TrustState
+    from tadperf.trust.state import TrustState
 
     state = TrustState.load(tmp_path / "first" / "trust.safetensors")
     verdict = state.verdict.masked_fill(state.working == 3, 3)  # no trusted sample in one class
@@ -86,8 +86,8 @@ def checkpoints(tmp_path_factory) -> Path:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    from tadperf.config import DiffusionConfig
-    from tadperf.refine.sources import unet
+    from tadperf.config.schema import DiffusionConfig
+    from tadperf.refine.models import unet
 
     place = tmp_path_factory.mktemp("checkpoints")
     (place / "empty").mkdir()

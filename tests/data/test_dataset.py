@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tadperf.data import Dataset
+from tadperf.data.dataset import Dataset
 from tadperf.errors import UserError
 
 

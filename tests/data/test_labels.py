@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tadperf.data import Dataset, replace_labels
+from tadperf.data.dataset import Dataset
+from tadperf.data.labels import replace_labels
 from tadperf.errors import UserError
 
 NAMES = ("ant", "bee", "cat")

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tadperf.data import mapped, open_data, pixels
+from tadperf.data import mapped, pixels
+from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
 
@@ -68,7 +69,7 @@ def test_the_same_pixels_from_a_mapped_file(tmp_path, cache, monkeypatch, make, 
     (tmp_path / "set").mkdir()
     path = make(tmp_path / "set", colour)
     monkeypatch.setattr(pixels, "CHUNK", 2)
-    monkeypatch.setattr("tadperf.data.arrays.CHUNK", 3)
+    monkeypatch.setattr("tadperf.data.readers.arrays.CHUNK", 3)
     expected = open_data(path, image_size=image_size).train.images
     assert not list(cache.glob("*.npy"))
     monkeypatch.setattr(mapped, "large", lambda shape: True)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from tadperf.data import Dataset, add_noise, open_data, parse_noise
-from tadperf.data.noise import CIFAR10, CIFAR100, SUPERCLASSES, confusions
+from tadperf.data.dataset import Dataset
+from tadperf.data.noise import CIFAR10, CIFAR100, SUPERCLASSES, add_noise, confusions, parse_noise
+from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
 SPECS = ("symmetric:0.4", "asymmetric:0.4", "instance:0.4")
@@ -96,10 +97,11 @@ def test_instance_noise_depends_on_the_image():
 def test_instance_targets_follow_the_papers_softmax(monkeypatch):
     """Against a plain per-sample loop over the same draws, small blocks included."""
     from tadperf import seeds
-    from tadperf.data import fit, noise
+    from tadperf.data import noise
+    from tadperf.data.normalise import fit_normaliser
 
     dataset = made_up(40, tuple("abc"))
-    x = fit(dataset.images)(dataset.images).flatten(1).double()
+    x = fit_normaliser(dataset.images)(dataset.images).flatten(1).double()
     for block in (4096, 5):
         monkeypatch.setattr(noise, "BLOCK", block)
         g = seeds.generator(1, "noise")

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from tadperf.data import Normaliser, fit, normalise, open_data, prepare
+from tadperf.data import normalise
+from tadperf.data.images import normalise_images
+from tadperf.data.normalise import Normaliser, fit_normaliser
+from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
 
@@ -23,7 +26,7 @@ def images(count=500, channels=3, size=4, seed=0):
 def test_mean_and_deviation_against_float64():
     x = images()
     whole = x.double() / 255
-    fitted = fit(x)
+    fitted = fit_normaliser(x)
     assert torch.allclose(fitted.mean.double(), whole.mean((0, 2, 3)), atol=1e-7)
     assert torch.allclose(fitted.std.double(), whole.std((0, 2, 3), correction=0), atol=1e-7)
     y = fitted(x)
@@ -34,7 +37,7 @@ def test_mean_and_deviation_against_float64():
 
 def test_hard_values():
     x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    fitted = fit(x)
+    fitted = fit_normaliser(x)
     assert (fitted.mean.item(), fitted.std.item()) == (0.5, 0.5)
     assert fitted(x).flatten().tolist() == [-1.0, 1.0]
     assert fitted.invert(torch.tensor([-9.0, 0.0, 9.0]).view(3, 1, 1, 1)).flatten().tolist() == [0, 128, 255]
@@ -44,8 +47,8 @@ def test_hard_values():
 def test_zca_against_kornia_and_float64(monkeypatch, chunk):
     monkeypatch.setattr(normalise, "CHUNK", chunk)
     x = images()
-    fitted = fit(x, "zca")
-    plain = fit(x)(x)
+    fitted = fit_normaliser(x, "zca")
+    plain = fit_normaliser(x)(x)
     reference = kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(plain.double())  # as MTT calls it
     assert torch.allclose(fitted(x).double(), reference(plain.double()), atol=1e-4)
     flat = plain.double().flatten(1)
@@ -60,7 +63,7 @@ def test_zca_against_kornia_and_float64(monkeypatch, chunk):
 
 def test_zca_whitens_what_eps_does_not_hold_back():
     x = torch.randint(256, (4000, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    covariance = torch.cov(fit(x, "zca")(x).flatten(1).T)
+    covariance = torch.cov(fit_normaliser(x, "zca")(x).flatten(1).T)
     assert torch.allclose(covariance, torch.eye(9) / 1.1, atol=0.05)  # white noise in: variance 1 / (1 + eps) out
 
 
@@ -73,7 +76,7 @@ def test_zca_whitens_what_eps_does_not_hold_back():
 @settings(max_examples=30, deadline=None)
 def test_inverting_gives_the_pixels_back(kind, channels, seed, count):
     x = torch.randint(256, (count, channels, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    fitted = fit(x, kind)
+    fitted = fit_normaliser(x, kind)
     assert torch.equal(fitted.invert(fitted(x)), x)
 
 
@@ -81,7 +84,7 @@ def test_inverting_gives_the_pixels_back(kind, channels, seed, count):
 def test_a_constant_channel(kind):
     x = images(20)
     x[:, 1] = 77
-    fitted = fit(x, kind)
+    fitted = fit_normaliser(x, kind)
     y = fitted(x)
     assert y.isfinite().all()
     assert torch.equal(fitted.invert(y), x)
@@ -92,14 +95,14 @@ def test_a_constant_channel(kind):
 @pytest.mark.parametrize("kind", ["meanstd", "zca"])
 def test_tensors_survive_a_file(kind):
     x = images(50)
-    fitted = fit(x, kind)
+    fitted = fit_normaliser(x, kind)
     tensors = load(save(fitted.tensors()))
     assert len(tensors) == {"meanstd": 2, "zca": 5}[kind]
     assert torch.equal(Normaliser.from_tensors(tensors)(x), fitted(x))
 
 
 def test_from_tensors_refuses_what_does_not_fit():
-    good = fit(images(50), "zca").tensors()
+    good = fit_normaliser(images(50), "zca").tensors()
 
     def refuse(words, **change):
         tensors = {name: tensor for name, tensor in {**good, **change}.items() if tensor is not None}
@@ -117,24 +120,24 @@ def test_from_tensors_refuses_what_does_not_fit():
 @pytest.mark.parametrize("kind", ["meanstd", "zca"])
 def test_prepare_whole_and_by_batch_agree(monkeypatch, kind):
     x = images(100)
-    fitted = fit(x, kind)
-    whole = prepare(fitted, x)
+    fitted = fit_normaliser(x, kind)
+    whole = normalise_images(fitted, x)
     assert isinstance(whole, torch.Tensor)
     assert torch.allclose(whole, fitted(x))
     monkeypatch.setattr(normalise, "WHOLE", x.numel() * 4 - 1)
-    view = prepare(fitted, x)
+    view = normalise_images(fitted, x)
     assert not isinstance(view, torch.Tensor)
     assert len(view) == 100
     index = torch.tensor([5, 99, 5, 0])
     assert torch.allclose(view[index], whole[index], atol=1e-6)
     monkeypatch.setattr(normalise, "WHOLE", x.numel() * 4)
-    assert isinstance(prepare(fitted, x), torch.Tensor)
+    assert isinstance(normalise_images(fitted, x), torch.Tensor)
 
 
 def test_the_input_is_not_changed_and_digits_work():
     train = open_data("digits").train
     before = train.fingerprint
-    y = prepare(fit(train.images, "zca"), train.images)
+    y = normalise_images(fit_normaliser(train.images, "zca"), train.images)
     assert isinstance(y, torch.Tensor)
     assert y.isfinite().all()
     train.__dict__.pop("fingerprint")
@@ -143,6 +146,6 @@ def test_the_input_is_not_changed_and_digits_work():
 
 def test_bad_kinds():
     with pytest.raises(UserError, match="must be meanstd or zca"):
-        fit(images(4), "minmax")
+        fit_normaliser(images(4), "minmax")
     with pytest.raises(UserError, match="too large for it; use meanstd or --image-size"):
-        fit(torch.zeros(1, 3, 65, 65, dtype=torch.uint8), "zca")
+        fit_normaliser(torch.zeros(1, 3, 65, 65, dtype=torch.uint8), "zca")

@@ -9,18 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tadperf import nets, seeds
+from tadperf import seeds
 from tadperf.config import ExpertConfig, NetConfig
 from tadperf.errors import UserError
-from tadperf.experts import store, train_expert, train_experts
+from tadperf.experts import store
 from tadperf.experts.store import Experts
-from tadperf.nets import FlatNet
-from tadperf.training import Recipe, accuracy
+from tadperf.experts.train import train_expert, train_experts
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.training import Recipe, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, SHAPE, CLASSES, EPOCHS = torch.device("cpu"), (1, 8, 8), 3, 3
 NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
-SIZE = FlatNet(nets.build(NET, SHAPE, CLASSES, 0)).num_parameters
+SIZE = FlatNet(build(NET, SHAPE, CLASSES, 0)).num_parameters
 IDENTITY = {"data": "abc", "net": {"depth": 1}, "lr": 0.1}
 
 
@@ -56,9 +58,9 @@ def test_a_trajectory_begins_at_the_initial_weights_and_ends_at_the_trained_ones
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
     snapshots, score = train_expert(images, labels, NET, SHAPE, CLASSES, recipe, 11, CPU)
     assert (snapshots.shape, snapshots.dtype) == ((EPOCHS + 1, SIZE), torch.float32)
-    assert torch.equal(snapshots[0], FlatNet(nets.build(NET, SHAPE, CLASSES, 11)).flatten())
+    assert torch.equal(snapshots[0], FlatNet(build(NET, SHAPE, CLASSES, 11)).flatten())
     assert ((snapshots[1:] - snapshots[:-1]).norm(dim=1) > 1e-3).all()
-    module = nets.build(NET, SHAPE, CLASSES, 0)
+    module = build(NET, SHAPE, CLASSES, 0)
     torch.nn.utils.vector_to_parameters(snapshots[-1], module.parameters())
     assert score == accuracy(module, images, labels) > 0.5
     short, _ = train_expert(images, labels, NET, SHAPE, CLASSES, recipe._replace(epochs=1), 11, CPU)

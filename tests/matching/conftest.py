@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tadperf import nets
 from tadperf.config import MatchConfig, NetConfig
-from tadperf.matching.distil import draw_steps
 from tadperf.matching.gradient import Step
-from tadperf.nets import FlatNet
+from tadperf.matching.loop import draw_steps
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
 
 FULL = "color_crop_cutout_flip_scale_rotate"
 CLASSES = 4
@@ -40,7 +40,7 @@ def problem(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     config = config or NetConfig(depth=2, width=6)  # pyright: ignore[reportCallIssue]
-    net = FlatNet(nets.build(config, (channels, size, size), CLASSES, 3).double())
+    net = FlatNet(build(config, (channels, size, size), CLASSES, 3).double())
     start = net.flatten()
     target = start + 0.02 * normal(*start.shape)
     labels = normal(count, CLASSES) if soft else torch.arange(count) % CLASSES

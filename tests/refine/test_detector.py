@@ -7,12 +7,21 @@ from functools import lru_cache
 import pytest
 import torch
 
-from tadperf import runs
+from tadperf import files
 from tadperf.config import DetectorConfig
-from tadperf.data import fit, open_data, prepare
+from tadperf.data.images import normalise_images
+from tadperf.data.normalise import fit_normaliser
+from tadperf.data.open import open_data
 from tadperf.errors import UserError
-from tadperf.refine.detector import build, judge, load, permutation, prove, train
-from tadperf.training import accuracy
+from tadperf.nets.training import accuracy
+from tadperf.refine.detector import (
+    build_detector,
+    check_detector,
+    classify_images,
+    load_detector,
+    permutation,
+    train_detector,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = DetectorConfig(width=8, depth=2, epochs=4, batch=32, lr=0.1)  # pyright: ignore[reportCallIssue]
@@ -22,7 +31,7 @@ NAMES = tuple(map(str, range(10)))
 @lru_cache
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     split = open_data("digits").train
-    images = prepare(fit(split.images), split.images)
+    images = normalise_images(fit_normaliser(split.images), split.images)
     assert isinstance(images, torch.Tensor)
     return images, split.labels
 
@@ -30,11 +39,11 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 @lru_cache
 def trained() -> dict[str, torch.Tensor]:
     images, labels = digits()
-    return train(SMALL, images[:1000], labels[:1000], None, 10, "none", 0, torch.device("cpu")).state_dict()
+    return train_detector(SMALL, images[:1000], labels[:1000], None, 10, "none", 0, torch.device("cpu")).state_dict()
 
 
 def fresh(config: DetectorConfig = SMALL) -> torch.nn.Module:
-    return build(config, digits()[0], 10, 0)
+    return build_detector(config, digits()[0], 10, 0)
 
 
 def detector(order: list[int] | None = None) -> torch.nn.Module:
@@ -52,8 +61,8 @@ def detector(order: list[int] | None = None) -> torch.nn.Module:
 def test_features_are_what_the_last_layer_reads(name):
     config = DetectorConfig(name=name, width=4)  # pyright: ignore[reportCallIssue]
     images = torch.randn(5, 3, 8, 8)
-    module = build(config, images, 7, 0).eval()
-    logits, features = judge(module, images)
+    module = build_detector(config, images, 7, 0).eval()
+    logits, features = classify_images(module, images)
     torch.testing.assert_close(logits, module(images))
     assert features.ndim == 2
     torch.testing.assert_close(module[-1](features), logits)  # pyright: ignore[reportIndexIssue]
@@ -62,24 +71,24 @@ def test_features_are_what_the_last_layer_reads(name):
 def test_a_good_detector_proves_itself():
     images, labels = digits()
     module = detector()
-    found = prove(module, images[1000:], labels[1000:], NAMES)
+    found = check_detector(module, images[1000:], labels[1000:], NAMES)
     assert found == accuracy(module, images[1000:], labels[1000:]) > 0.9
 
 
 def test_an_untrained_detector_is_refused():
     images, labels = digits()
     with pytest.raises(UserError, match=r"^detector: accuracy 0\.\d+: is near chance: it must be above 0\.1"):
-        prove(fresh(), images[1000:], labels[1000:], NAMES)
+        check_detector(fresh(), images[1000:], labels[1000:], NAMES)
 
 
 def test_classes_in_another_order_are_named():
     images, labels = digits()
     held = images[1000:], labels[1000:]
     with pytest.raises(UserError) as all_moved:
-        prove(detector([9, *range(9)]), *held, NAMES)
+        check_detector(detector([9, *range(9)]), *held, NAMES)
     assert str(all_moved.value).startswith("detector: 10 of 10 classes: takes '0' for its '1', '1' for its '2'")
     with pytest.raises(UserError, match=r"^detector: 2 of 10 classes: takes '3' for its '5', '5' for its '3': .*order"):
-        prove(detector([0, 1, 2, 5, 4, 3, 6, 7, 8, 9]), *held, NAMES)  # accuracy alone, about 0.8, would pass
+        check_detector(detector([0, 1, 2, 5, 4, 3, 6, 7, 8, 9]), *held, NAMES)  # accuracy alone, about 0.8, would pass
 
 
 @pytest.mark.parametrize(
@@ -99,19 +108,19 @@ def test_permutation(rows, order):
 def test_weights_of_ones_own(tmp_path):
     images = digits()[0]
     path = tmp_path / "mine.safetensors"
-    runs.save_tensors(path, trained())
-    module = load(path, fresh(), 10)
-    assert torch.equal(judge(module, images[:50]).logits, judge(detector(), images[:50]).logits)
+    files.save_tensors(path, trained())
+    module = load_detector(path, fresh(), 10)
+    assert torch.equal(classify_images(module, images[:50]).logits, classify_images(detector(), images[:50]).logits)
 
     def refused(config: DetectorConfig = SMALL, classes: int = 10) -> str:
         with pytest.raises(UserError) as caught:
-            load(path, build(config, images, classes, 0), classes)
+            load_detector(path, build_detector(config, images, classes, 0), classes)
         return str(caught.value).removeprefix(f"detector.path: {path}: ")
 
     assert refused(classes=7).startswith("tells 10 classes apart, the data have 7")
     assert refused(SMALL.model_copy(update={"width": 16})).startswith("0.weight is [8, 1, 3, 3], not [16, 1, 3, 3]; ")
     assert "has no '8.weight', only 0.bias" in refused(SMALL.model_copy(update={"depth": 3, "width": 8}))
-    runs.save_tensors(path, trained() | {"more": torch.zeros(1)})
+    files.save_tensors(path, trained() | {"more": torch.zeros(1)})
     assert refused().startswith("holds 'more', which the network has not")
     with pytest.raises(UserError, match="there is no such file"):
-        load(tmp_path / "none.safetensors", fresh(), 10)
+        load_detector(tmp_path / "none.safetensors", fresh(), 10)

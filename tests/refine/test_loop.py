@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from tadperf import pipeline
 from tadperf.config import Config, DiffusionConfig
+from tadperf.config.merge import merge
 from tadperf.errors import UserError
-from tadperf.job import arrays, samples_of, view
-from tadperf.merge import merge
-from tadperf.refine import Refined, loop, refine, refuse, select
-from tadperf.refine.detector import Verdict
-from tadperf.refine.sources import Source, unet
-from tadperf.runs import Run
+from tadperf.pipeline.prepare import prepare
+from tadperf.refine import detector, loop, select
+from tadperf.refine.checks import check_refine_config
+from tadperf.refine.detector import DetectorOutput
+from tadperf.refine.loop import RefinedImages, get_detector, make_candidates, refine, replaced
+from tadperf.refine.models import unet
+from tadperf.refine.models.base import DiffusionModel
+from tadperf.run.folder import Run
+from tadperf.task.samples import normalise_data, select_samples, training_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
@@ -33,16 +36,16 @@ def config(**values: Any) -> Config:
     return merge("digits", None, [f"{name}={json.dumps(value)}" for name, value in (TINY | given).items()])
 
 
-def made(place: Path, resume: bool = False, **values: Any) -> Refined:
-    job = pipeline.prepare(config(**values))
-    data = arrays(job)
-    seen = view(data, samples_of(job, torch.arange(len(job.train)), job.train.labels))
-    with Run.create(place, job.config, resume) as run:
-        return refine(job, data, seen, run)
+def made(place: Path, resume: bool = False, **values: Any) -> RefinedImages:
+    task = prepare(config(**values))
+    data = normalise_data(task)
+    seen = training_samples(data, select_samples(task, torch.arange(len(task.train)), task.train.labels))
+    with Run.create(place, task.config, resume) as run:
+        return refine(task, data, seen, run)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, Refined]:
+def whole(tmp_path_factory) -> tuple[Path, RefinedImages]:
     place = tmp_path_factory.mktemp("whole") / "run"
     return place, made(place)
 
@@ -68,11 +71,11 @@ def test_what_it_gives(whole):
 
 def test_the_last_record_is_true_of_the_images(whole):
     place, result = whole
-    job = pipeline.prepare(config())
-    data = arrays(job)
-    with Run.create(place, job.config, resume=True) as run:
-        seen = view(data, samples_of(job, torch.arange(len(job.train)), job.train.labels))
-        detector, _ = loop.get_detector(job, seen, run, lambda *_, **__: None)
+    task = prepare(config())
+    data = normalise_data(task)
+    with Run.create(place, task.config, resume=True) as run:
+        seen = training_samples(data, select_samples(task, torch.arange(len(task.train)), task.train.labels))
+        detector, _ = get_detector(task, seen, run, lambda *_, **__: None)
     logits = detector(result.images)
     flagged = select.anomalous(logits, result.labels, 0.6)
     assert int(flagged.sum()) == result.report["rounds"][-1]["anomalous"]
@@ -91,7 +94,7 @@ def test_one_seed_gives_one_result_and_a_kill_changes_nothing(whole, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         made(place)
     monkeypatch.setattr(loop, "save", save)
-    monkeypatch.setattr(loop.detectors, "train", None)  # what was finished is not done again
+    monkeypatch.setattr(detector, "train", None)  # what was finished is not done again
     again = made(place, resume=True)
     assert torch.equal(again.images, result.images)
     assert again.report["rounds"] == result.report["rounds"]
@@ -111,14 +114,14 @@ def test_other_sources_soft_labels_and_no_rounds(tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 7, 0)  # pyright: ignore[reportCallIssue]
     unet.save(tmp_path / "checkpoint", model, unet.schedulers()[1])
-    monkeypatch.setattr(loop.detectors, "train", None)
+    monkeypatch.setattr(detector, "train", None)
     with pytest.raises(UserError, match="knows 7 classes, the data have 10"):
         made(tmp_path / "run", refine__source=str(tmp_path / "checkpoint"))
 
 
-def verdicts(*rows: tuple[float, ...]) -> Verdict:
+def verdicts(*rows: tuple[float, ...]) -> DetectorOutput:
     logits = torch.tensor(rows).log()
-    return Verdict(logits, torch.eye(len(rows), 4))
+    return DetectorOutput(logits, torch.eye(len(rows), 4))
 
 
 def test_only_anomalies_are_replaced_and_never_by_something_worse():
@@ -128,7 +131,7 @@ def test_only_anomalies_are_replaced_and_never_by_something_worse():
     flagged, labels = torch.tensor([False, True, True]), torch.tensor([0, 1, 1])
     said = verdicts((0.1, 0.9), (0.9, 0.1), (0.7, 0.3), (0.8, 0.2))  # no candidate of the third image is as good
     c = config(refine__beta=0.7).refine
-    after = loop.replaced(images, labels, verdict, flagged, candidates, said, c)
+    after = replaced(images, labels, verdict, flagged, candidates, said, c)
     assert after[:, 0, 0, 0].tolist() == [0, 1, 0]
     assert images.max() == 0
 
@@ -142,10 +145,13 @@ def test_candidates_take_their_own_seeds_the_prototype_of_their_image_and_more_n
         drawn.update(image_seeds)
         return torch.zeros(len(prototypes), 1, 2, 2, dtype=torch.uint8)
 
-    source, c = Source(lambda x: x, denoise), config(refine__batch=6, refine__strength=0.5, refine__reach=0.75).refine
+    source, c = (
+        DiffusionModel(lambda x: x, denoise),
+        config(refine__batch=6, refine__strength=0.5, refine__reach=0.75).refine,
+    )
     starts, labels = torch.arange(4.0)[:, None], torch.tensor([0, 0, 1, 1])
     flagged = torch.tensor([False, True, False, True])
-    made = [loop.make_candidates(source, starts, labels, flagged, c, 0, n, lambda *_, **__: None) for n in (0, 1)]
+    made = [make_candidates(source, starts, labels, flagged, c, 0, n, lambda *_, **__: None) for n in (0, 1)]
     assert tuple(made[0].shape) == (2, 3, 1, 2, 2)
     rounds = ([(1.0, 0, strength)] * 3 + [(3.0, 1, strength)] * 3 for strength in (0.625, 0.75))
     assert asked == [one for of_round in rounds for one in of_round]
@@ -167,5 +173,5 @@ def test_candidates_take_their_own_seeds_the_prototype_of_their_image_and_more_n
 )
 def test_what_is_refused_before_anything_is_computed(values, words):
     with pytest.raises(UserError) as refused:
-        refuse(config(**values))
+        check_refine_config(config(**values))
     assert str(refused.value).startswith(words)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tadperf.config import RefineConfig
-from tadperf.refine.detector import Verdict
+from tadperf.refine.detector import DetectorOutput
 from tadperf.refine.select import anomalous, choose, confidence, diversity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ FEATURES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 
 
 def test_the_least_similar_of_the_pool_wins():
-    candidates = Verdict(logits((0.9, 0.1), (0.8, 0.2), (0.7, 0.3))[None], FEATURES[None])
+    candidates = DetectorOutput(logits((0.9, 0.1), (0.8, 0.2), (0.7, 0.3))[None], FEATURES[None])
     held, labels = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
 
     def winner(**values) -> int:
@@ -59,16 +59,18 @@ def test_the_least_similar_of_the_pool_wins():
 
 def test_a_candidate_of_the_wrong_label_wins_only_where_none_is_right():
     held, labels = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
-    one = Verdict(logits((0.9, 0.1), (0.2, 0.8), (0.7, 0.3))[None], FEATURES[None])
+    one = DetectorOutput(logits((0.9, 0.1), (0.2, 0.8), (0.7, 0.3))[None], FEATURES[None])
     assert int(choose(one, labels, held, labels, config(top_k=3))) == 2  # 1 is the least similar, and mistaken
-    none = Verdict(logits((0.4, 0.6), (0.2, 0.8), (0.3, 0.7))[None], FEATURES[None])
+    none = DetectorOutput(logits((0.4, 0.6), (0.2, 0.8), (0.3, 0.7))[None], FEATURES[None])
     assert int(choose(none, labels, held, labels, config(top_k=2))) == 2
-    lost = Verdict(torch.full((1, 3, 2), math.nan), FEATURES[None])
+    lost = DetectorOutput(torch.full((1, 3, 2), math.nan), FEATURES[None])
     assert int(choose(lost, labels, held, labels, config())) == -1
 
 
 def test_a_winner_joins_its_class_at_once():
-    candidates = Verdict(logits((0.9, 0.1), (0.9, 0.1))[None].repeat(2, 1, 1), FEATURES[None, :2].repeat(2, 1, 1))
+    candidates = DetectorOutput(
+        logits((0.9, 0.1), (0.9, 0.1))[None].repeat(2, 1, 1), FEATURES[None, :2].repeat(2, 1, 1)
+    )
     labels = torch.tensor([0, 0])
     held = torch.tensor([[1.0, 0.2]])
     assert choose(candidates, labels, held, labels[:1], config(top_k=2)).tolist() == [1, 0]

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from tadperf import artifact, pipeline, runs
+from tadperf import artifact
 from tadperf.config import Config
+from tadperf.config.merge import merge
 from tadperf.errors import UserError
-from tadperf.merge import merge
-from tadperf.outcome import INITIAL
-from tadperf.refine import loop, start
-from tadperf.runs import Run
-from tadperf.trust import TrustState
+from tadperf.pipeline.distill import distill_task
+from tadperf.pipeline.package import INITIAL
+from tadperf.pipeline.prepare import prepare
+from tadperf.refine import detector, start
+from tadperf.refine.loop import load, untouched
+from tadperf.run.folder import Run, stored_config
+from tadperf.trust.state import TrustState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
@@ -31,7 +34,7 @@ TINY: dict[str, Any] = {
 
 def distilled(place: Path, config: Config) -> dict[str, Any]:
     with Run.create(place, config) as run:
-        return pipeline.distill(pipeline.prepare(config), run, tested=False)
+        return distill_task(prepare(config), run, tested=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +53,8 @@ def refined(matched) -> Path:
 
 def test_images_that_hold_stay_as_they_were_and_the_others_are_made_again(matched, refined):
     before, after = (artifact.load(place / "distilled.safetensors") for place in (matched, refined))
-    state = loop.load(refined / "checkpoints" / "refine.safetensors")
-    same = loop.untouched(state)
+    state = load(refined / "checkpoints" / "refine.safetensors")
+    same = untouched(state)
     assert torch.equal(artifact.load(refined / INITIAL).images, before.images)
     assert torch.equal(after.images[same], before.images[same])
     assert torch.equal(after.labels[same], before.labels[same])  # learned, soft
@@ -71,13 +74,13 @@ def test_the_trusted_view_is_the_runs(matched, refined):
 
 
 def test_detector_and_diffusion_model_are_taken_where_they_were_trained_as_asked(refined, tmp_path, monkeypatch):
-    from tadperf.refine.sources import train
+    from tadperf.refine.models import train
 
     monkeypatch.setattr(train, "begin", None)
     config = start.config_of(refined)
     trained = []
-    learn = loop.detectors.train
-    monkeypatch.setattr(loop.detectors, "train", lambda *given: trained.append(given) or learn(*given))
+    learn = detector.train
+    monkeypatch.setattr(detector, "train", lambda *given: trained.append(given) or learn(*given))
     distilled(tmp_path / "same", config)
     assert not trained
     own = (refined / "detector.safetensors").read_bytes()
@@ -124,7 +127,7 @@ def test_only_what_belongs_to_refinement_may_differ(matched):
     start.refuse_change(before, merge(None, None, ["refine.beta=0.9", "detector.epochs=9"], None, before))
     with pytest.raises(UserError, match=r"match\.ipc: 3: the run to be refined was made with 2"):
         start.refuse_change(before, merge(None, None, ["match.ipc=3"], None, before))
-    assert runs.stored_config(matched) != before  # which is generative, and names the run
+    assert stored_config(matched) != before  # which is generative, and names the run
 
 
 @pytest.mark.parametrize(("field", "taken"), [("refine.beta=0.9", True), ("seed=1", False)])
@@ -132,13 +135,13 @@ def test_a_run_inherits_what_it_would_learn_alike(tmp_path, field, taken):
     config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
     other = merge("digits", None, [field], TINY | {"synthesis": "generative", "match.ipc": 1})
     distilled(tmp_path / "first", config)
-    job, sets = pipeline.prepare(other), []
+    task, sets = prepare(other), []
     for place in (tmp_path / "alone", tmp_path / "heir"):
         with Run.create(place, other) as run:
             if place.name == "heir":
-                start.inherit(tmp_path / "first", job, run)
+                start.inherit(tmp_path / "first", task, run)
                 assert all((place / name).exists() == taken for name in ("trust", "diffusion", "detector.safetensors"))
-            pipeline.distill(job, run, tested=False)
+            distill_task(task, run, tested=False)
         sets.append((place / "distilled.safetensors").read_bytes())
     assert sets[0] == sets[1]
 
@@ -146,16 +149,16 @@ def test_a_run_inherits_what_it_would_learn_alike(tmp_path, field, taken):
 def test_nothing_is_inherited_from_an_unfinished_run_or_of_other_samples(tmp_path):
     config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
     distilled(tmp_path / "first", config)
-    job = pipeline.prepare(config)
-    other = replace(job, train=replace(job.train, images=255 - job.train.images))
+    task = prepare(config)
+    other = replace(task, train=replace(task.train, images=255 - task.train.images))
     (tmp_path / "first" / "diffusion").rename(tmp_path / "first" / "kept")
     with Run.create(tmp_path / "heir", config) as run:
         start.inherit(tmp_path / "first", other, run)
         assert not (run.path / "trust").exists()
-        start.inherit(tmp_path / "first", job, run)
+        start.inherit(tmp_path / "first", task, run)
         assert (run.path / "trust").exists()
         assert not (run.path / "diffusion").exists()
     (tmp_path / "first" / "DONE").unlink()
     with Run.create(tmp_path / "late", config) as run:
-        start.inherit(tmp_path / "first", job, run)
+        start.inherit(tmp_path / "first", task, run)
         assert not (run.path / "trust").exists()

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tadperf import nets
 from tadperf.config import NetConfig
-from tadperf.data import Normaliser
-from tadperf.report.gradcam import CAPTION, CELL, GAP, HEAT, MARGIN, colours, grad_cam, overlay, save_gradcam
+from tadperf.data.normalise import Normaliser
+from tadperf.nets.architectures import Residual, build
+from tadperf.report.gradcam import CAPTION, CELL, GAP, HEAT, colours, grad_cam, overlay, save_gradcam
+from tadperf.report.grid import MARGIN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("convnet", "resnet18", "alexnet", "vgg11")
@@ -42,9 +43,9 @@ def test_a_linear_net_whose_map_is_known():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_by_the_formula(name):
     """Against hooks on the last feature maps, one image at a time, in float64."""
-    net = nets.build(NetConfig(name=name, width=8), (3, 32, 32), 4, 0)  # pyright: ignore[reportCallIssue]
+    net = build(NetConfig(name=name, width=8), (3, 32, 32), 4, 0)  # pyright: ignore[reportCallIssue]
     net.double().train()
-    last = [part for part in net.children() if isinstance(part, (nn.ReLU, nets.Residual))][-1]
+    last = [part for part in net.children() if isinstance(part, (nn.ReLU, Residual))][-1]
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     classes = torch.tensor([3, 0, 2])
     found = grad_cam(net, x, classes)
@@ -68,7 +69,7 @@ def test_every_network_by_the_formula(name):
 
 
 def test_a_map_does_not_depend_on_its_company():
-    net = nets.build(NetConfig(width=8, depth=2), (1, 8, 8), 10, 0).eval()  # pyright: ignore[reportCallIssue]
+    net = build(NetConfig(width=8, depth=2), (1, 8, 8), 10, 0).eval()  # pyright: ignore[reportCallIssue]
     x, classes = torch.randn(5, 1, 8, 8), torch.tensor([1, 2, 3, 4, 5])
     together = grad_cam(net, x, classes).maps
     alone = torch.cat([grad_cam(net, x[i : i + 1], classes[i : i + 1]).maps for i in range(5)])
@@ -91,7 +92,7 @@ def test_colours_run_from_dark_to_bright():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_overlay_stands_below_its_image(tmp_path, channels):
-    net = nets.build(NetConfig(width=4, depth=1), (channels, 8, 8), 3, 0).eval()  # pyright: ignore[reportCallIssue]
+    net = build(NetConfig(width=4, depth=1), (channels, 8, 8), 3, 0).eval()  # pyright: ignore[reportCallIssue]
     normaliser = Normaliser(torch.zeros(channels), torch.ones(channels))
     generator = torch.Generator().manual_seed(0)
     rows = {

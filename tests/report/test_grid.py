@@ -9,9 +9,9 @@ from PIL import Image
 
 from tadperf.artifact import DistilledSet
 from tadperf.config import NetConfig
-from tadperf.data import Normaliser
-from tadperf.report.grid import CELL, GAP, MARGIN, MEGAPIXELS, grid, save_grid
-from tadperf.training import Recipe
+from tadperf.data.normalise import Normaliser
+from tadperf.nets.training import Recipe
+from tadperf.report.grid import CELL, GAP, MARGIN, MEGAPIXELS, draw_grid, save_grid
 
 
 def distilled(pixels: torch.Tensor, labels: torch.Tensor, classes: int) -> DistilledSet:
@@ -42,5 +42,5 @@ def test_each_image_stands_in_the_row_of_its_class(tmp_path, channels):
 
 def test_a_large_set_stays_a_picture_one_can_open():
     labels = torch.arange(200 * 20) % 200
-    picture = grid(distilled(torch.zeros(200 * 20, 1, 32, 32, dtype=torch.uint8), labels, 200))
+    picture = draw_grid(distilled(torch.zeros(200 * 20, 1, 32, 32, dtype=torch.uint8), labels, 200))
     assert picture.width * picture.height < 1.2 * MEGAPIXELS * 1e6

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tadperf.report.grid import CELL
-from tadperf.report.refined import refined, save_refined
+from tadperf.report.refined import draw_refined, save_refined
 
 
 def marks(picture: np.ndarray) -> tuple[bool, bool]:
@@ -51,5 +51,5 @@ def test_a_large_set_stays_a_picture_one_can_open():
     labels = torch.arange(100 * 50) % 100
     images = torch.zeros(100 * 50, 3, 32, 32, dtype=torch.uint8)
     logits = torch.zeros(100 * 50, 100)
-    picture = refined((images, images), labels, (logits, logits), tuple(map(str, range(100))), 0.5)
+    picture = draw_refined((images, images), labels, (logits, logits), tuple(map(str, range(100))), 0.5)
     assert picture.width * picture.height < 2e7

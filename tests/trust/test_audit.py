@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 
-from tadperf.trust import find_label_issues
+from tadperf.trust.audit import find_label_issues
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

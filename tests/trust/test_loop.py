@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from tadperf.config import NetConfig, TrustConfig
-from tadperf.data import Dataset, add_noise, fit, open_data, prepare
-from tadperf.merge import merge
-from tadperf.report.growth import growth as picture
-from tadperf.trust import TrustState, audit, dual_loop, measure
-from tadperf.trust.loop import Outcome, judge
-from tadperf.trust.proxies import Seen, compact
-from tadperf.trust.state import DTYPES, as_given
+from tadperf.config.merge import merge
+from tadperf.data.dataset import Dataset
+from tadperf.data.images import normalise_images
+from tadperf.data.noise import add_noise
+from tadperf.data.normalise import fit_normaliser
+from tadperf.data.open import open_data
+from tadperf.report.trust_growth import draw_trust_growth
+from tadperf.trust import audit, metrics
+from tadperf.trust.loop import DualLoopResult, assign_verdicts, dual_loop
+from tadperf.trust.proxies import ProxyOutputs, compact
+from tadperf.trust.state import DTYPES, TrustState, as_given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NET = NetConfig(depth=2, width=16)  # pyright: ignore[reportCallIssue]
@@ -32,9 +36,9 @@ def digits(noise: str, count: int = 400, classes: int = 10) -> Dataset:
     return add_noise(part, noise, 0)
 
 
-def run(data: Dataset, folder: Path | None = None, seed: int = 0, **values: Any) -> Outcome:
+def run(data: Dataset, folder: Path | None = None, seed: int = 0, **values: Any) -> DualLoopResult:
     config = TrustConfig(**{**SMALL, **values})
-    images = prepare(fit(data.images), data.images)
+    images = normalise_images(fit_normaliser(data.images), data.images)
     place = torch.device("cpu")
     return dual_loop(images, data.labels, data.class_names, NET, config, "crop", seed, place, folder)
 
@@ -44,7 +48,7 @@ def same(a: TrustState, b: TrustState) -> bool:
 
 
 @pytest.fixture(scope="module")
-def noisy() -> tuple[Dataset, Outcome]:
+def noisy() -> tuple[Dataset, DualLoopResult]:
     data = digits("asymmetric:0.3", 600)
     return data, run(data)
 
@@ -52,7 +56,7 @@ def noisy() -> tuple[Dataset, Outcome]:
 def test_the_view_is_far_cleaner_than_the_labels(noisy):
     data, outcome = noisy
     assert data.clean_labels is not None
-    figures = measure(outcome.state, data.clean_labels)
+    figures = metrics(outcome.state, data.clean_labels)
     assert figures["view_accuracy"] > 0.95  # of the labels as given: 0.7
     assert figures["coverage"] > 0.8
     assert figures["relabel_accuracy"] > 0.9
@@ -64,7 +68,7 @@ def test_the_view_is_far_cleaner_than_the_labels(noisy):
 def test_clean_labels_are_kept():
     data = digits("none", 600)
     assert data.clean_labels is not None
-    figures = measure(run(data, rounds=1).state, data.clean_labels)
+    figures = metrics(run(data, rounds=1).state, data.clean_labels)
     assert figures["recall"] > 0.97
 
 
@@ -124,7 +128,7 @@ def test_every_part_can_be_left_out_and_matters(values):
 def test_few_classes(classes):
     data = digits("symmetric:0.2", 150, classes)
     assert data.clean_labels is not None
-    assert measure(run(data).state, data.clean_labels)["view_accuracy"] > 0.93
+    assert metrics(run(data).state, data.clean_labels)["view_accuracy"] > 0.93
 
 
 def test_more_than_half_flipped_ends_in_a_valid_state():
@@ -134,7 +138,7 @@ def test_more_than_half_flipped_ends_in_a_valid_state():
     assert ((state.reliability >= 0) & (state.reliability <= 1)).all()
 
 
-def clouds(classes: int, each: int, noise: float, size: int = 64) -> tuple[Seen, torch.Tensor, torch.Tensor]:
+def clouds(classes: int, each: int, noise: float, size: int = 64) -> tuple[ProxyOutputs, torch.Tensor, torch.Tensor]:
     """What proxies would see of Gaussian clouds: the probabilities of a fair classifier, and the points."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.arange(classes).repeat_interleave(each)
@@ -144,15 +148,15 @@ def clouds(classes: int, each: int, noise: float, size: int = 64) -> tuple[Seen,
     labels = torch.where(flip, (clean + 1) % classes, clean)
     p = (points @ centres.T / 8).softmax(1)
     losses = -p.gather(1, labels.unsqueeze(1)).squeeze(1).log()
-    return Seen(losses, p, compact(points, size, 0)), labels, clean
+    return ProxyOutputs(losses, p, compact(points, size, 0)), labels, clean
 
 
 def test_a_thousand_classes_of_twenty():
     seen, labels, clean = clouds(1000, 20, 0.2)
     begun = time.process_time()
-    state = judge(seen, as_given(labels, tuple(map(str, range(1000)))), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
+    state = assign_verdicts(seen, as_given(labels, tuple(map(str, range(1000)))), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
     assert time.process_time() - begun < 40  # of one thread; 5 s on a quiet AMD Zen 5
-    figures = measure(state, clean)
+    figures = metrics(state, clean)
     assert figures["view_accuracy"] > 0.97
     assert figures["coverage"] > 0.95
 
@@ -164,11 +168,11 @@ def test_untrusted_samples_are_recalled_where_anchors_and_neighbours_find_their_
     right = labels == clean
     seen = seen._replace(losses=torch.where(doubtful & right, 6.0, seen.losses))
     before = as_given(labels, ("a", "b", "c", "d"))
-    state = judge(seen, before, 1, TrustConfig(memory=False), 0)  # pyright: ignore[reportCallIssue]
+    state = assign_verdicts(seen, before, 1, TrustConfig(memory=False), 0)  # pyright: ignore[reportCallIssue]
     untrusted = doubtful & right & (state.verdict != 0)
     assert (state.verdict[untrusted] == 1).float().mean() > 0.9
     assert untrusted.sum() > 5
-    without = judge(seen, before, 1, TrustConfig(recall=False), 0)  # pyright: ignore[reportCallIssue]
+    without = assign_verdicts(seen, before, 1, TrustConfig(recall=False), 0)  # pyright: ignore[reportCallIssue]
     assert (without.verdict[untrusted] == 3).all()
 
 
@@ -180,7 +184,7 @@ def test_the_dynamic_threshold_takes_fewer_samples_of_classes_that_overlap():
     before, counts = as_given(labels, ("a", "b", "c", "d")), []
     for dynamic in (True, False):
         config = TrustConfig(graph=False, dynamic_threshold=dynamic)  # pyright: ignore[reportCallIssue]
-        counts.append(int((judge(seen, before, 1, config, 0).verdict == 0).sum()))
+        counts.append(int((assign_verdicts(seen, before, 1, config, 0).verdict == 0).sum()))
     assert 0 < counts[0] < counts[1] - 50
 
 
@@ -188,20 +192,20 @@ def test_a_class_of_five_is_judged_with_the_others():
     seen, labels, clean = clouds(4, 100, 0.2)
     keep = torch.ones(400, dtype=torch.bool)
     keep[5:100] = False
-    part = Seen(*(field[keep] for field in seen))
-    state = judge(part, as_given(labels[keep], ("a", "b", "c", "d")), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
-    assert measure(state, clean[keep])["view_accuracy"] > 0.95
+    part = ProxyOutputs(*(field[keep] for field in seen))
+    state = assign_verdicts(part, as_given(labels[keep], ("a", "b", "c", "d")), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
+    assert metrics(state, clean[keep])["view_accuracy"] > 0.95
 
 
 def test_diverged_proxies_are_an_error():
     seen, labels, _ = clouds(3, 30, 0.2)
     seen.losses[5] = torch.nan
     with pytest.raises(ValueError, match="losses: nan at sample 5, and 1 such in all"):
-        judge(seen, as_given(labels, ("a", "b", "c")), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
+        assign_verdicts(seen, as_given(labels, ("a", "b", "c")), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
 
 
 def test_growth_picture(noisy):
     _, outcome = noisy
-    drawn = picture(outcome.rounds)
+    drawn = draw_trust_growth(outcome.rounds)
     colours = {colour for _, colour in drawn.getcolors(2**20)}  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
     assert {(27, 94, 150), (240, 173, 64)} <= colours

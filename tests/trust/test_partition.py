@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tadperf.trust import partition
+from tadperf.trust.partition import partition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tadperf.errors import UserError
-from tadperf.trust import TrustState, as_given, growth, measure
+from tadperf.trust import metrics
+from tadperf.trust.metrics import round_metrics
+from tadperf.trust.state import TrustState, as_given
 
 NAMES = ("cat", "dog", "it's, a bird")
 
@@ -52,7 +54,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_a_foreign_or_damaged_file_is_refused(tmp_path):
-    from tadperf.runs import save_tensors
+    from tadperf.files import save_tensors
 
     file = tmp_path / "x.safetensors"
     save_tensors(file, {"given": torch.zeros(3)})
@@ -91,14 +93,14 @@ def test_as_given_and_oracle():
 
 
 def test_figures_against_the_truth():
-    figures = measure(state(), torch.tensor([0, 1, 0, 2, 1]))
+    figures = metrics(state(), torch.tensor([0, 1, 0, 2, 1]))
     assert figures == {
         "view_accuracy": 0.75, "coverage": pytest.approx(0.8), "precision": 0.5, "recall": 0.5,
         "recalled_accuracy": 1.0, "relabel_accuracy": 1.0, "issue_precision": 1.0,
         "issue_recall": pytest.approx(2 / 3), "suggested_accuracy": 0.8,
     }  # fmt: skip
-    nothing = measure(as_given(torch.zeros(2, dtype=torch.int64), NAMES), torch.zeros(2, dtype=torch.int64))
+    nothing = metrics(as_given(torch.zeros(2, dtype=torch.int64), NAMES), torch.zeros(2, dtype=torch.int64))
     assert math.isnan(nothing["relabel_accuracy"])
-    log = growth([state(), state()])
+    log = round_metrics([state(), state()])
     assert [entry["round"] for entry in log] == [1, 2]
     assert "precision" not in log[0]

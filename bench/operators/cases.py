@@ -1,0 +1,152 @@
+"""Inputs beside the benches' own that a device is checked on: hard values, nothing at all, more than 2^31 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tadperf.bench.operators.engine import Size
+
+INF, NAN = float("inf"), float("nan")
+GRADIENTS = {"per_sample": "loss", "per_sample_linear": "loss", "trajectory_distance": "ratio"}  # of the first input
+SMALL: dict[str, Size] = {
+    "per_sample": (507, 7),
+    "per_sample_linear": (65, 24, 129),
+    "mixture": (3000, 3),
+    "trajectory_distance": (3, 5003),
+    "reliability": (129, 31, 5),
+    "diverse_pick": (21, 5, 33, 3),
+    "norm_relu_pool": (5, 7, 9, 6),
+}
+# Rows are independent there: the last ones are compared. Elsewhere that many would take minutes.
+HUGE: dict[str, Size] = {
+    "per_sample": (2**31 // 1000 + 999, 1000),
+    "trajectory_distance": (2**31 // 320_010 + 9, 320_010),
+    "reliability": (2**31 // 512 + 999, 512, 10),
+}
+
+
+def _per_sample() -> list[tuple[Any, ...]]:
+    rows = torch.tensor(
+        [
+            [0.0, 0, 0, 0],
+            [1, 1, 0, 1],
+            [NAN, 0, 1, 2],
+            [INF, 0, 1, 2],
+            [INF, INF, 0, 0],
+            [-INF, 0, 1, -INF],
+            [-INF, -INF, -INF, -INF],
+            [88, -88, 0, 88],
+            [1e30, -1e30, 1e30, 0],
+            [3e38, -3e38, 0, 1],
+            [1e-40, 0, 0, 0],
+        ]
+    )
+    wide = torch.randn(5, 1500, generator=torch.Generator().manual_seed(0))
+    wide[1, 1499], wide[2, 7], wide[3] = INF, NAN, 0
+    ignored = torch.full((5,), -1)
+    return [
+        (rows, torch.arange(11) % 5 - 1),
+        (rows.half(), torch.zeros(11).int()),
+        (wide, ignored),
+        (wide[:, :2], ignored),
+    ]
+
+
+def _per_sample_linear() -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(67, 19, generator=generator), torch.randn(131, 19, generator=generator)
+    weight[7], weight[130] = weight[5], weight[5]  # ties
+    features[1], features[2, 3], features[3, 4], features[4] = 0, NAN, INF, 20 * features[4]
+    return [(features, weight, torch.arange(67) - 1), (features[:1], weight[:2], torch.tensor([-1]))]
+
+
+def _mixture() -> list[tuple[Any, ...]]:
+    losses = torch.rand(600, generator=torch.Generator().manual_seed(0))
+    losses[::2] *= 1e-3
+    groups = torch.arange(600) % 6
+    losses[groups == 1] = 0.25  # constant
+    losses[:60:7], losses[3:90:9], losses[5:99:11] = NAN, INF, -INF
+    losses[groups == 3] *= 1e6
+    groups[groups == 4] = -1  # and so the group is empty
+    lonely = torch.tensor([5, *[0] * 20])
+    return [(losses, groups, 6), (torch.arange(21) * 1e-6, lonely.int(), 7)]
+
+
+def _trajectory_distance() -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    student, target, start = (torch.randn(6, 4099, generator=generator) for _ in range(3))
+    start[1], student[2] = target[1], target[2]
+    start[3] = student[3] = target[3]
+    student[4, 17], target[5, 4098] = NAN, INF
+    lengths = (1, 0, 63, 1000, 3035)
+    return [
+        (student, target, start),
+        (student[:, ::2], target[:, ::2], start[0, ::2]),
+        (student, target, start, lengths),
+    ]
+
+
+def _reliability() -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    features, anchors = torch.randn(40, 19, generator=generator), torch.randn(4, 19, generator=generator)
+    features[0], features[1], features[2, 3], features[3, 4] = 0, anchors[2], NAN, INF
+    anchors[3] = anchors[1]
+    factor = torch.linalg.cholesky(torch.eye(19) + 0.5)
+    return [(features, anchors, factor), (features, anchors[:1], factor)]
+
+
+def _diverse_pick() -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    candidates, scores = torch.randn(9, 6, 13, generator=generator), torch.rand(9, 6, generator=generator)
+    candidates[0, 1], candidates[1, 2, 3], scores[2], scores[3, :3] = 0, NAN, -INF, NAN
+    qualified = torch.randn(5, 13, generator=generator)
+    qualified[1, 1] = INF
+    return [(candidates, scores, qualified, torch.arange(9) % 3, torch.tensor([0, 0, 1, 1, 7]))]
+
+
+def _norm_relu_pool() -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = torch.randn(3, 5, 7, 6, generator=generator), *torch.randn(2, 5, generator=generator)
+    x[0, 1], x[1, 2, 6, 5], x[2, 0, 3, 3] = 0, NAN, INF
+    weight[3] = 0
+    grad_y = torch.randn(3, 5, 3, 3, generator=generator)
+    sides = x, grad_y, x[:, :, :2, :3], grad_y[:, :, :1, :1]
+    last = [t.contiguous(memory_format=torch.channels_last) for t in sides]
+    return [(of_x, weight, bias, of_y) for of_x, of_y in (sides[:2], sides[2:], last[:2], last[2:])]
+
+
+HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "per_sample": _per_sample,
+    "per_sample_linear": _per_sample_linear,
+    "mixture": _mixture,
+    "trajectory_distance": _trajectory_distance,
+    "reliability": _reliability,
+    "diverse_pick": _diverse_pick,
+    "norm_relu_pool": _norm_relu_pool,
+}
+
+
+def empty(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call with no samples: what runs over them, cut to length 0."""
+    samples = {"per_sample": 2, "mixture": 2, "trajectory_distance": 3, "reliability": 1}
+    if name == "per_sample_linear":
+        return inputs[0][:0], inputs[1], inputs[2][:0]
+    if name == "norm_relu_pool":
+        return inputs[0][:0], *inputs[1:3], inputs[3][:0]
+    if name == "diverse_pick":
+        return inputs[0][:0], inputs[1][:0], inputs[2], inputs[3][:0], inputs[4]
+    return tuple(x[:0] if place < samples[name] else x for place, x in enumerate(inputs))
+
+
+def last(name: str, inputs: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
+    """The call on the last rows alone, for an operator among HUGE."""
+    return (inputs[0][-rows:], *inputs[1:]) if name == "reliability" else tuple(x[-rows:] for x in inputs)
+
+
+def on(device: torch.device, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with their tensors on this device."""
+    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs)

@@ -1,0 +1,74 @@
+"""Which operators have a bench file, and what a command line may ask of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+
+from tadperf.bench.operators.engine import FAMILIES, Bench, Size
+from tadperf.errors import UserError
+
+NAMES = (
+    "per_sample",
+    "per_sample_linear",
+    "mixture",
+    "trajectory_distance",
+    "reliability",
+    "diverse_pick",
+    "norm_relu_pool",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(name: str) -> Bench:
+    """The bench of one operator."""
+    return importlib.import_module(f"tadperf.bench.operators.{name}").BENCH
+
+
+def chosen(names: Sequence[str]) -> list[Bench]:
+    """The benches of these operators, of all where none is named. Raises UserError for an unknown name."""
+    for name in names:
+        if name not in NAMES:
+            raise UserError("OPERATOR", name, f"must be one of {', '.join(NAMES)}")
+    return [load(name) for name in names or NAMES]
+
+
+def parsed(bench: Bench, text: str) -> Size:
+    """A size such as "50000x10". Raises UserError where it is none of this operator's."""
+    parts = text.split("x")
+    if len(parts) != len(bench.axes) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        example = "x".join(map(str, bench.sizes["cpu"][0]))
+        raise UserError("--sizes", text, f"{bench.name} takes {'x'.join(bench.axes)}, such as {example}")
+    return tuple(map(int, parts))
+
+
+def sizes(bench: Bench, text: str | None, device: str) -> list[Size]:
+    """The sizes in a list such as "50000x10,1000x100"; the bench's own for this type of device where there is none."""
+    return [parsed(bench, part.strip()) for part in text.split(",")] if text else list(bench.sizes[device])
+
+
+def dtypes(text: str) -> list[torch.dtype]:
+    """The types in a list such as "float32,bfloat16". Raises UserError for an unknown one."""
+    for name in text.split(","):
+        if name not in DTYPES:
+            raise UserError("--dtypes", name, f"must be among {', '.join(DTYPES)}")
+    return [DTYPES[name] for name in text.split(",")]
+
+
+def providers(bench: Bench, text: str | None, known: Sequence[str] = ()) -> list[str]:
+    """tadperf, and the providers that a list of families and names selects: all where there is none, "none" for none.
+
+    Raises UserError for a word that is neither a family nor among this bench's providers or the `known` ones.
+    """
+    wanted = FAMILIES if text is None else () if text == "none" else text.split(",")
+    for word in wanted:
+        if word not in (*FAMILIES, *bench.providers, *known):
+            names = [name for name in bench.providers if name not in (*FAMILIES, "tadperf")]
+            raise UserError("--base", word, f"must be among {', '.join((*FAMILIES, *names))}, or none")
+    return [
+        name
+        for name, provider in bench.providers.items()
+        if provider.family == "tadperf" or name in wanted or provider.family in wanted
+    ]

@@ -1,0 +1,50 @@
+"""tadperf.kernels.trajectory_distance against plain PyTorch and torch.compile: `tadperf bench trajectory_distance`.
+
+B pairs of P parameters, each with a start of its own; 320 010 is the ConvNet of CIFAR-10, width 128 and depth 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tadperf.bench.operators.engine import Bench, Provider, Size, plain
+from tadperf.kernels import TrajectoryDistance, trajectory_distance, trajectory_distance_reference
+
+
+def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    student, target, start = (torch.randn(size, device=device, generator=generator, dtype=dtype) for _ in range(3))
+    return student, target, start
+
+
+def moved(size: Size, dtype: torch.dtype) -> int:
+    """Three inputs read; the results are a few bytes a row."""
+    rows, parameters = size
+    return rows * (3 * parameters * dtype.itemsize + 3 * 4)
+
+
+def eager(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
+    """As the scripts of this field write it, in float32."""
+    student, target, start = student.float(), target.float(), start.float()
+    distance, way = ((student - target) ** 2).sum(-1), ((start - target) ** 2).sum(-1)
+    return TrajectoryDistance(distance, way, distance / way)
+
+
+def dot(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
+    """The squares and their sum in one operation."""
+    a, b = student.float() - target.float(), start.float() - target.float()
+    distance, way = torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
+    return TrajectoryDistance(distance, way, distance / way)
+
+
+BENCH = Bench(
+    name="trajectory_distance",
+    axes=("B", "P"),
+    sizes={"cpu": ((1, 320_010), (64, 320_010)), "cuda": ((1, 320_010), (64, 320_010), (1000, 320_010))},
+    inputs=inputs,
+    moved=moved,
+    reference=trajectory_distance_reference,
+    providers={"tadperf": Provider("tadperf", lambda: trajectory_distance), **plain({"": eager, "dot": dot})},
+    tolerance=dict.fromkeys(("distance", "way", "ratio"), (1e-5, 0.0)),
+)

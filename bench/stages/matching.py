@@ -1,0 +1,240 @@
+"""One iteration of trajectory matching: the published unroll against the adjoint and the ways of its inner step.
+
+"published" is MTT as its authors run it (Cazenavette et al., 2022): one graph over T steps by autograd, contiguous
+maps. gradient_error is that of the images' gradient, relative, against the same unroll in float64 (in float32 where
+float64 would not fit). compile_s and warm_s: from the start of a process to the end of its first iteration, without
+and with the compiler's caches of an earlier process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tadperf.bench.operators import engine
+from tadperf.bench.operators.engine import Row
+from tadperf.bench.stages import runner
+from tadperf.compute.compile import save_compile_cache
+from tadperf.compute.device import set_tf32
+from tadperf.config import MatchConfig, NetConfig
+from tadperf.data import augment
+from tadperf.matching import cuda_graph_sweep, gradient, step_backends
+from tadperf.matching.gradient import Step
+from tadperf.matching.loop import draw_steps
+from tadperf.nets.architectures import Shape, build
+from tadperf.nets.flat import FlatNet
+
+AUGMENT = "color_crop_cutout_flip_scale_rotate"
+FAMILIES = {
+    "tadperf": "tadperf",
+    "tadperf bfloat16": "tadperf",
+    "tadperf compiled": "inductor",
+    "autograd": "eager",
+    "published": "published",
+}
+DOUBLED = 10  # steps up to which the truth is an unroll in float64
+
+
+class Case(NamedTuple):
+    """Shapes of a matching problem of 10 classes, hard labels."""
+
+    shape: Shape
+    batch: int
+    steps: int
+    net: NetConfig
+    providers: Sequence[str] = tuple(FAMILIES)
+    ipc: int = 10
+
+
+def _cifar10(steps: int, *providers: str, **net: object) -> Case:
+    config = NetConfig.model_validate({"width": 128, "depth": 3, **net})
+    return Case((3, 32, 32), 100, steps, config, providers or tuple(FAMILIES))
+
+
+def _network(**net: object) -> Case:
+    """What is not written out: autograd against its compiled form, one step of 20 images."""
+    return _cifar10(1, "autograd", "tadperf compiled", **net)._replace(batch=20)
+
+
+SIZES = {
+    "digits": Case((1, 8, 8), 50, 10, NetConfig.model_validate({"width": 32, "depth": 2})),
+    "cifar10": _cifar10(3),  # all T steps cost the same: three tell
+    "cifar10-t10": _cifar10(10, "tadperf", "autograd", "published"),
+    "cifar10-t30": _cifar10(30, "tadperf", "tadperf bfloat16", "published"),
+    "cifar10-t80": _cifar10(80, "tadperf"),
+    "cifar10-ipc10": _cifar10(30),  # for a GPU
+    "cifar10-ipc50": _cifar10(30)._replace(batch=256, ipc=50),
+    "group": _network(norm="group"),
+    "none": _network(norm="none"),
+    "alexnet": _network(name="alexnet"),
+    "vgg11": _network(name="vgg11"),
+    "resnet18": _network(name="resnet18"),
+}
+USUAL = ("digits", "cifar10")
+
+
+class Problem(NamedTuple):
+    """The arguments of `gradient.adjoint`."""
+
+    net: FlatNet
+    start: Tensor
+    target: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    steps: Sequence[Step]
+
+
+def problem(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> Problem:
+    """Images of noise and an expert that moved at random: of the same numbers in every type and process."""
+    generator = torch.Generator().manual_seed(0)
+    module = build(case.net, case.shape, 10, 0).to(device, dtype)
+    net = FlatNet(module)
+    start = net.flatten()
+    moved = torch.randn(start.shape, generator=generator).to(start)
+    count = 10 * case.ipc
+    images = torch.randn(count, *case.shape, generator=generator).to(start)
+    config = MatchConfig.model_validate({"steps": case.steps, "batch": case.batch})
+    drawn = draw_steps(config, count, case.shape[-1], AUGMENT, generator)
+    labels = torch.arange(10, device=device).repeat_interleave(case.ipc)
+    steps = [step._replace(index=step.index.to(device)) for step in drawn]
+    return Problem(net, start, start + 0.01 * moved, images, labels, torch.tensor(0.01).to(start), steps)
+
+
+def convnet(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Logits of the ConvNet with instance norm: weight and bias of conv and norm for each block, of the classifier."""
+    *blocks, weight, bias = parameters
+    for i in range(0, len(blocks), 4):
+        kernel, shift, scale, offset = blocks[i : i + 4]
+        x = F.conv2d(x, kernel, shift, padding=1)
+        x = F.avg_pool2d(F.relu(F.group_norm(x, len(scale), scale, offset)), 2)
+    return F.linear(x.flatten(1), weight, bias)
+
+
+def published(p: Problem) -> Tensor:
+    """The images' gradient as MTT computes it; `gradient.augment` replays the same augmentation as in all others."""
+    x, lr = p.images.detach().requires_grad_(), p.lr.detach().requires_grad_()
+    theta = p.start.detach().requires_grad_()
+    for index, drawn in p.steps:
+        logits = convnet(list(p.net.views(theta).values()), augment.apply(x[index], drawn))
+        loss = F.cross_entropy(logits, p.labels[index])
+        (g,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - lr * g
+    loss = (theta - p.target).square().sum() / (p.start - p.target).square().sum()
+    return torch.autograd.grad(loss, [x, lr])[0]
+
+
+def adjoint(p: Problem, way: step_backends.StepBackend) -> Tensor:
+    """The images' gradient as tadperf computes it."""
+    return gradient.adjoint(*p, way=way).images
+
+
+def call(provider: str, p: Problem) -> Callable[[], Tensor]:
+    """One iteration of a provider; what it compiles is compiled at the first. "tadperf" is what a run takes."""
+    if provider == "published":
+        return partial(published, p)
+    if provider == "tadperf" and p.images.is_cuda:
+        sweep = cuda_graph_sweep.GraphedSweep(p.net, step_backends.compiled(p.net))
+        return lambda: sweep(*p[1:]).images
+    made = {
+        "autograd": step_backends.autograd,
+        "tadperf": step_backends.eager,
+        "tadperf bfloat16": partial(step_backends.eager, precision=torch.bfloat16),
+        "tadperf compiled": step_backends.compiled,
+    }[provider](p.net)
+    return partial(adjoint, p, made)
+
+
+def once(size: str, provider: str, device: torch.device) -> Callable[[], Tensor]:
+    return call(provider, problem(SIZES[size], device))
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth.double()).norm() / truth.double().norm())
+
+
+def _truth(case: Case, device: torch.device) -> Tensor:
+    """The images' gradient by unroll, or by autograd's adjoint where a graph of T steps would not fit."""
+    dtype = torch.float64 if case.steps <= DOUBLED else torch.float32
+    p = problem(case, device, dtype)
+    set_tf32(False)
+    found = gradient.unroll(*p).images if case.steps <= DOUBLED else adjoint(p, step_backends.autograd(p.net))
+    set_tf32(True)  # as a run has it by default
+    return found
+
+
+def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
+    """A row per provider, tadperf's first."""
+    case = SIZES[size]
+    torch.compiler.reset()
+    p, truth = problem(case, device), _truth(case, device)
+    calls = {name: _synchronised(call(name, p), device) for name in case.providers}
+    errors = {name: error(function(), truth) for name, function in calls.items()}
+    times = engine.interleaved(calls, repeats)
+    rows = []
+    for name in case.providers:
+        compiled = FAMILIES[name] == "inductor"
+        cold, warm = first_iterations(size, device) if compiled else (None, None)
+        rows.append(
+            runner.row(
+                "distil",
+                size,
+                name,
+                FAMILIES[name],
+                times[name],
+                gradient_error=errors[name],
+                compile_s=cold,
+                warm_s=warm,
+                peak_mb=None if compiled else runner.peak("distil", size, name, device),
+                note=f"T = {case.steps}, batch {case.batch}",
+            )
+        )
+    return rows
+
+
+def _synchronised(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        found = function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return found
+
+    return run
+
+
+def first_iterations(size: str, device: torch.device) -> tuple[float, float]:
+    """Seconds from the start of a process to the end of its first compiled iteration: cold, and warm."""
+    command = [sys.executable, "-m", "tadperf.bench.stages.matching", size, str(device)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # it would take the place of the user's cache folder
+    seconds = []
+    with tempfile.TemporaryDirectory() as kept:
+        for _ in ("cold", "warm"):
+            start = time.perf_counter()
+            subprocess.run(command, env=environment | {"XDG_CACHE_HOME": kept}, check=True, stdout=subprocess.PIPE)
+            seconds.append(time.perf_counter() - start)
+    return seconds[0], seconds[1]
+
+
+def main(size: str, place: str) -> None:
+    """The first compiled iteration of a process, which takes what an earlier one kept and keeps what it compiled."""
+    device = torch.device(place)
+    p = problem(SIZES[size], device)
+    way = step_backends.compiled(p.net)
+    adjoint(p, way)
+    if way.cache:
+        save_compile_cache(way.cache)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

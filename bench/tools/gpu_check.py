@@ -1,0 +1,129 @@
+"""Everything that a GPU has to show, in one call: `python -m tadperf.bench.tools.gpu_check [--quick] [--json FILE]`.
+
+Each operator is checked, then measured, in a process of its own with a time limit, so that a hang or a broken CUDA
+context costs that operator alone; what fails is a row. `--device cpu` walks the same steps on small inputs.
+`--phase experts|matching|job --out DIR` are the stages' own phases (gpu_stages), resumed by the same call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tadperf.bench.operators import catalogue, checks, report
+from tadperf.bench.tools import gpu_stages
+
+SECONDS = 450.0  # for all of it
+BOX = 120.0  # for one operator, or one tool of the sanitizer
+TOOLS = ("memcheck", "racecheck")
+
+
+def child(arguments: Sequence[str], limit: float) -> tuple[list[dict[str, Any]], str]:
+    """Rows that a process of this module printed within its limit, and how it ended: empty where well."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+        try:
+            code = subprocess.run(arguments, stdout=out, stderr=log, timeout=limit, check=False).returncode
+            ended = "" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {limit:.0f} s"
+        out.seek(0)
+        log.seek(0)
+        lines, words = out.read().splitlines(), log.read().splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return rows, ended and f"{ended}: {words[-1] if words else 'silent'}"
+
+
+def operators(names: Sequence[str], device: str, quick: bool, end: float) -> list[dict[str, Any]]:
+    """Rows of all checks and measurements, operator by operator."""
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        limit = min(BOX, end - time.monotonic())
+        command = [sys.executable, "-m", "tadperf.bench.tools.gpu_check", "--only", name, "--device", device]
+        own, ended = child([*command, *["--quick"] * quick], limit) if limit > 5 else ([], "no time was left")
+        rows += own
+        if ended:
+            rows.append(checks.row(name, "process", "FAIL", ended, 0.0))
+        print(f"{name}: {len(own)} rows", file=sys.stderr, flush=True)
+    return rows
+
+
+def sanitizer(device: str, end: float) -> list[dict[str, Any]]:
+    """A row per tool of compute-sanitizer, over one small call of each operator."""
+    program = shutil.which("compute-sanitizer")
+    if device == "cpu" or program is None:
+        why = "is for CUDA" if device == "cpu" else "is not on PATH"
+        return [checks.row("all", tool, "SKIP", f"compute-sanitizer {why}", 0.0) for tool in TOOLS]
+    rows = []
+    for tool in TOOLS:
+        start, limit = time.monotonic(), min(BOX, end - time.monotonic())
+        command = [
+            program,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "tadperf.bench.tools.gpu_check",
+        ]
+        _, ended = child([*command, "--only", "small"], limit) if limit > 5 else ([], "no time was left")
+        # what it prints goes to stdout; its exit code is ours alone where it found an error of ours
+        status = "PASS" if not ended else "FAIL" if "exit code 9" in ended else "SKIP"
+        rows.append(checks.row("all", tool, status, ended, time.monotonic() - start))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("operators", nargs="*", help=", ".join(catalogue.NAMES))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tadperf alone, without its baselines")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--phase", choices=("operators", *gpu_stages.PHASES), default="operators")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="where the other phases keep their results")
+    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds of one call of another phase")
+    parser.add_argument("--data", help="of the job; by default cifar10, on a CPU digits")
+    parser.add_argument("--labels", help="label file of the job, such as CIFAR-10_human.pt:worse_label")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if options.only:
+        checks.main(options.only, device, options.quick)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check: PyTorch finds no CUDA device; --device cpu walks the steps on small inputs", file=sys.stderr)
+        return 2
+    if options.phase != "operators":
+        data = options.data or ("digits" if options.device == "cpu" else "cifar10")
+        return gpu_stages.main(options.phase, options.device, options.out, options.limit, data, options.labels)
+    names, end = [one.name for one in catalogue.chosen(options.operators)], time.monotonic() + SECONDS
+    rows = operators(names, options.device, options.quick, end) + sanitizer(options.device, end)
+    facts = checks.facts(device)
+    results = [row for row in rows if "check" in row]
+    measured = [row for row in rows if "check" not in row]
+    if options.json:
+        command = shlex.join(["python", "-m", "tadperf.bench.tools.gpu_check", *(arguments or sys.argv[1:])])
+        options.json.write_text(
+            json.dumps({"command": command, **facts, "checks": results, "rows": measured}, indent=1)
+        )
+    for name in names:
+        print("", name, *report.lines([row for row in measured if row["operator"] == name]), sep="\n")
+    print("", "  ".join(f"{name}: {value}" for name, value in facts.items()), *checks.lines(results), sep="\n")
+    failed = sum(row["status"] == "FAIL" for row in results)
+    print(f"{len(results) - failed} of {len(results)} without failure")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

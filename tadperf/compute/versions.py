@@ -1,0 +1,28 @@
+"""Versions of the software that can change a result."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+
+def tadperf_version() -> str:
+    """Returns the version of tadperf, which pyproject.toml states."""
+    try:
+        return version("tadperf")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that can change a result: tadperf, Python, PyTorch (and its CUDA), numpy."""
+    import numpy
+    import torch
+
+    return {
+        "tadperf": tadperf_version(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda or ""),
+        "numpy": numpy.__version__,
+    }

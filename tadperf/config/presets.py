@@ -1,0 +1,184 @@
+"""Named starting points for a config, and what a method changes in them. Data only.
+
+`tadperf config --preset NAME --method METHOD` prints the whole of one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+Sections = dict[str, dict[str, Any]]
+
+
+def _ftd(path: str, ipc: int, steps: int, expert_epochs: int, max_start: int, lr_img: float, **match: Any) -> Sections:
+    """Trajectory matching with the published values of FTD (Du et al., 2023, its public code), on plain experts.
+
+    Its learning rate for the student's learning rate is not taken over: ours acts on the logarithm.
+    """
+    return {
+        "data": {"path": path, "normalise": "meanstd" if path == "tiny-imagenet" else "zca"},
+        "net": {"name": "convnet", "depth": 4 if path == "tiny-imagenet" else 3, "width": 128},
+        "experts": {"count": 100},
+        "match": {
+            "ipc": ipc,
+            "iterations": 5000,
+            "steps": steps,
+            "expert_epochs": expert_epochs,
+            "max_start": max_start,
+            "lr_img": lr_img,
+            **match,
+        },
+    }
+
+
+def _flat(alpha: float, ema: float, **match: Any) -> Sections:
+    """What FTD adds to that: flat experts and the decay of the images' average (its table 7)."""
+    return {"experts": {"alpha": alpha}, "match": {"ema": ema, **match}}
+
+
+def _datm(
+    steps: int,
+    expert_epochs: int,
+    starts: tuple[int, int, int],
+    widen: float,
+    lr_img: float,
+    lr_label: float,
+    **match: Any,
+) -> Sections:
+    """What DATM (Guo et al., 2024) changes: the values of its public configs.
+
+    starts: the earliest epoch, the latest at first, the latest. widen: share of the iterations in which it gets there.
+    Not taken over are its learning rate for the student's learning rate, as above, and the step it skips where the
+    matching loss is above 1.
+    """
+    low, first, high = starts
+    return {
+        "data": {"normalise": "zca"},
+        "experts": {"epochs": 100},  # 13 GB for CIFAR-10; the labels are those of the last epoch
+        "match": {
+            "iterations": 10000,
+            "steps": steps,
+            "expert_epochs": expert_epochs,
+            "min_start": low,
+            "max_start": high,
+            "easy": (first - low) / (high - low),
+            "widen": widen,
+            "lr_img": lr_img,
+            "lr_label": lr_label,
+            **match,
+        },
+        "evaluate": {"batch": 128},
+    }
+
+
+def _digits(ipc: int, **match: Any) -> Sections:
+    """Experts of 33 epochs train to 98.8 % on held-out samples; their soft labels and k-means starts matter most."""
+    return {
+        "data": {"path": "digits", "noise": "asymmetric:0.4", "augment": "crop_scale_rotate"},
+        "net": {"depth": 2, "width": 32},
+        "experts": {"count": 8, "epochs": 33, "batch": 64, "lr": 0.1},
+        "match": {
+            "ipc": ipc,
+            "iterations": 150,
+            "check_every": 50,
+            "lr_img": 10.0,
+            "lr_init": 0.03,
+            "init": "kmeans",
+            "soft_labels": True,
+            "lr_label": 2.0,
+            **match,
+        },
+        "detector": {"depth": 2, "width": 32, "epochs": 30},
+        "diffusion": {"width": 32, "batch": 64, "iterations": 1000},
+        "refine": {"strength": 0.3},
+        "evaluate": {"epochs": 300, "repeats": 5, "real_lr": 0.03, "full_epochs": 30, "full_repeats": 3},
+    }
+
+
+PRESETS: dict[str, Sections] = {
+    # The default job: scikit-learn's digits, minutes on two CPU cores. Values chosen on 400 of the training samples.
+    "digits": _digits(10, steps=10, expert_epochs=3, max_start=30, batch=50),
+    "digits-ipc1": _digits(1, steps=20, expert_epochs=2, max_start=5),
+    # Any other set on a CPU: a small network, few experts, short matching.
+    "quick": {
+        "net": {"width": 32},
+        "experts": {"count": 4},
+        "match": {
+            "ipc": 1,
+            "iterations": 500,
+            "steps": 20,
+            "expert_epochs": 2,
+            "max_start": 2,
+            "lr_img": 100.0,
+            "check_every": 100,
+        },
+        "evaluate": {"epochs": 300, "repeats": 3, "full_epochs": 5, "full_repeats": 1},
+    },
+    "cifar10-ipc1": _ftd("cifar10", 1, 50, 2, 2, 100.0),
+    "cifar10-ipc10": _ftd("cifar10", 10, 30, 2, 20, 100.0),
+    "cifar10-ipc50": _ftd("cifar10", 50, 30, 2, 40, 1000.0),
+    "cifar100-ipc1": _ftd("cifar100", 1, 40, 3, 20, 1000.0),
+    "cifar100-ipc10": _ftd("cifar100", 10, 20, 2, 40, 1000.0),
+    "cifar100-ipc50": _ftd("cifar100", 50, 80, 2, 40, 1000.0, batch=1000),
+    "tiny-ipc1": _ftd("tiny-imagenet", 1, 30, 2, 10, 1e4),
+    "tiny-ipc10": _ftd("tiny-imagenet", 10, 20, 2, 40, 1e4, batch=500),
+}
+
+METHODS: dict[str, dict[str, Sections]] = {  # preset -> method -> what it changes there
+    "digits": {"ftd": {"match": {"ema": 0.9}}},
+    "digits-ipc1": {"ftd": {"match": {"ema": 0.9}}},
+    "quick": {"ftd": {"match": {"ema": 0.99}}},  # FTD's 0.9995 belongs to ten times as many iterations
+    "cifar10-ipc1": {
+        "ftd": _flat(0.3, 0.9999),
+        "datm": _datm(80, 2, (0, 4, 4), 0.0, 100.0, 5.0),
+    },
+    "cifar10-ipc10": {
+        "ftd": _flat(0.3, 0.9995, lr_init=0.001),
+        "datm": _datm(80, 2, (0, 10, 20), 0.1, 100.0, 2.0),
+    },
+    "cifar10-ipc50": {
+        "ftd": _flat(1.0, 0.999),
+        "datm": _datm(80, 2, (0, 20, 40), 0.2, 1000.0, 2.0),
+    },
+    "cifar100-ipc1": {
+        "ftd": _flat(1.0, 0.9995),
+        "datm": _datm(40, 3, (0, 10, 20), 0.1, 1000.0, 10.0),
+    },
+    "cifar100-ipc10": {
+        "ftd": _flat(1.0, 0.9995),
+        "datm": _datm(80, 2, (0, 30, 50), 0.2, 1000.0, 10.0, batch=1000),
+    },
+    "cifar100-ipc50": {
+        "ftd": _flat(1.0, 0.999),
+        "datm": _datm(80, 2, (20, 70, 70), 0.0, 1000.0, 10.0, batch=1000, init_correct=False),
+    },
+    "tiny-ipc1": {
+        "ftd": _flat(1.0, 0.999),
+        "datm": _datm(40, 2, (0, 15, 20), 0.2, 1e4, 10.0),
+    },
+    "tiny-ipc10": {
+        "ftd": _flat(1.0, 0.999),
+        "datm": _datm(40, 2, (10, 50, 50), 0.0, 100.0, 10.0, batch=500),
+    },
+}
+
+# rho and alpha are those that DATM's public code names for both; FTD's table has alpha 0.3 or 1, ema 0.999 to 0.9999.
+FLAT = {"rho": 0.01, "alpha": 0.3}
+BASES: dict[str, dict[str, dict[str, Any]]] = {
+    "mtt": {},
+    "ftd": {"experts": FLAT, "match": {"ema": 0.9995}},
+    "datm": {
+        "experts": FLAT,
+        "match": {
+            "easy": 0.5,
+            "widen": 0.1,
+            "init_correct": True,
+            "soft_labels": True,
+            "lr_label": 2.0,
+            "momentum_label": 0.9,
+        },
+    },
+}

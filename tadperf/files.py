@@ -1,0 +1,129 @@
+"""Atomic file writes, safetensors and JSON files, the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tadperf.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Several processes may compute the same file. All but one of them have no write access (tadperf.compute.ranks).
+_write_access = True
+
+
+def has_write_access() -> bool:
+    """Returns whether this process writes files."""
+    return _write_access
+
+
+def set_write_access(allowed: bool) -> None:
+    """Turns every write of this module on or off for this process."""
+    global _write_access
+    _write_access = allowed
+
+
+@contextlib.contextmanager
+def write_access(allowed: bool) -> Iterator[None]:
+    """Sets the write access inside the block."""
+    before = _write_access
+    set_write_access(allowed)
+    try:
+        yield
+    finally:
+        set_write_access(before)
+
+
+def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
+    """Writes a file that is either wholly there or not at all, and stays there when the power fails.
+
+    Writes a temporary file in the same folder, syncs it, renames it and syncs the folder. The mode follows the umask.
+    Does nothing in a process without write access.
+    """
+    if not _write_access:
+        return
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Writes a JSON file atomically; NaN and infinities, which JSON lacks, become null."""
+    write_bytes(path, (json.dumps(to_json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def to_json_value(value: Any) -> Any:
+    """A value as JSON has it: tuples as lists, tensors and numpy values as numbers or lists, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): to_json_value(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json_value(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return to_json_value(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically; equal values give equal bytes.
+
+    safetensors orders the tensors itself but writes the metadata's keys in random order: so the header is made anew,
+    sorted. Its own `save_file` neither syncs nor follows the umask.
+    """
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = memoryview(save(whole, dict(metadata or {})))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:end]))
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    write_bytes(path, len(text).to_bytes(8, "little"), text, data[end:])
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: its tensors and its metadata. Raises UserError where it is absent or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError("file", path, "there is no such file; check the path") from None
+    except SafetensorError as error:
+        raise UserError("file", path, f"is truncated or not a safetensors file ({error}); write it again") from None
+    except OSError as error:
+        raise UserError("file", path, f"cannot be read: {error.strerror or error}") from None
+
+
+def cache_folder(part: str) -> Path:
+    """$XDG_CACHE_HOME/tadperf/<part>, by default below ~/.cache; made, for its owner alone: what it holds is run."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tadperf" / part
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

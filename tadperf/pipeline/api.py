@@ -1,0 +1,27 @@
+"""Distilling from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tadperf import artifact
+from tadperf.artifact import DistilledSet
+from tadperf.config import Config
+from tadperf.pipeline.distill import distill_task
+from tadperf.pipeline.prepare import prepare
+from tadperf.progress import Progress, silent
+from tadperf.run.folder import Run, finished_result
+
+
+def distill(config: Config, out: Path | str, resume: bool = False, progress: Progress = silent) -> DistilledSet:
+    """Runs a whole job in the folder `out` and returns its distilled set; the figures are in out/result.json.
+
+    `tadperf.config.merge.merge(preset, options={"match.ipc": 1})` makes a config from a preset. With
+    `resume` a run that was killed goes on, and one that is finished is only read. Raises UserError on whatever is
+    wrong with config or data.
+    """
+    if not (resume and finished_result(out, config)):
+        task = prepare(config)
+        with Run.create(out, config, resume) as run:
+            distill_task(task, run, progress)
+    return artifact.load(Path(out) / "distilled.safetensors")

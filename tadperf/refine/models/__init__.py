@@ -1,0 +1,1 @@
+"""Diffusion models that make images: one file for each kind."""

@@ -1,0 +1,32 @@
+"""Describes the machine and the software that a run uses."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tadperf.compute.device import describe_device, resolve_device
+from tadperf.compute.versions import versions
+
+if TYPE_CHECKING:
+    pass
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Where and with what a run runs: versions, platform, CPU, threads, device, arguments, date."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": describe_device(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "device_name": describe_device(resolve_device(device)),
+        "argv": sys.argv,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,219 @@
+"""What ranks exchange, in two and three real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tadperf import files
+from tadperf.compute import launcher, ranks
+from tadperf.compute.device import resolve_device
+from tadperf.compute.workers import available_cores, run_parallel
+from tadperf.config import MatchConfig
+from tadperf.config.merge import merge
+from tadperf.errors import UserError
+from tadperf.matching import loop
+from tadperf.matching.gradient import Gradient
+from tadperf.matching.loop import mean_gradient
+from tadperf.matching.state import initial_state
+from tadperf.run.folder import Run
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tasks are forked on Linux only")
+
+
+def together(world: int, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns in each of so many ranks; a rank that raises gives its exception's text."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+
+    def body(rank: int, end: Any) -> None:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        try:
+            ranks.join()
+            end.send(work())
+            ranks.leave()
+        except BaseException:
+            end.send(traceback.format_exc())
+        os._exit(0)
+
+    pipes = [fork.Pipe(duplex=False) for _ in range(world)]
+    processes = [fork.Process(target=body, args=(rank, pipes[rank][1])) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for _, end in pipes:
+        end.close()
+    results = []
+    for ours, _ in pipes:
+        try:
+            results.append(ours.recv())
+        except EOFError:  # noqa: PERF203
+            results.append("died")
+    for process in processes:
+        process.join(30)
+        assert process.exitcode is not None, "a rank hangs"
+    return results
+
+
+def test_alone_nothing_is_exchanged():
+    assert (ranks.rank(), ranks.world_size(), ranks.local_world_size()) == (0, 1, 1)
+    assert ranks.once(lambda: 5) == 5
+    assert list(ranks.divide_work(lambda own: ((k, 10 * p) for k, p in enumerate(own)), 3)) == [
+        (0, 0),
+        (1, 10),
+        (2, 20),
+    ]
+    (same,) = ranks.mean([torch.tensor([3.0])], 1)
+    assert same.tolist() == [3.0]
+
+
+@linux
+def test_every_rank_gets_every_result_and_the_work_is_divided():
+    def work() -> Any:
+        parts = dict(run_parallel(lambda item: (item * item, ranks.rank()), [3, 1, 4, 1, 5]))
+        again = sorted(run_parallel(lambda item: -item, [7], 1))
+        return [parts[k][0] for k in range(5)], {parts[k][1] for k in (0, 2, 4)}, {parts[k][1] for k in (1, 3)}, again
+
+    first, second = together(2, work)
+    assert first == second
+    assert first[0] == [9, 1, 16, 1, 25]
+    assert first[1] == {0}
+    assert first[2] == {1}
+    assert first[3] == [(0, -7)]
+
+
+def test_rank_0_decides_and_large_values_arrive_whole():
+    def work() -> Any:
+        own = torch.arange(3_000_000) + ranks.rank()  # 24 MB, more than one message holds
+        seen = ranks.once(lambda: {"x": own, "who": ranks.rank()})
+        ranks.barrier()
+        none = ranks.once(lambda: None)
+        inside = ranks.once(lambda: dict(run_parallel(lambda item: item, [1, 2], 1)))  # rank 0 works alone in there
+        return int(seen["x"].sum()), seen["who"], none, inside
+
+    assert together(3, work) == [(int(torch.arange(3_000_000).sum()), 0, None, {0: 1, 1: 2})] * 3
+
+
+def test_the_mean_over_trajectories_is_that_of_one_rank(monkeypatch):
+    config = MatchConfig(trajectories=5)  # pyright: ignore[reportCallIssue]
+
+    def one(*arguments: Any) -> Gradient:
+        *_, k = arguments
+        own = torch.Generator().manual_seed(k)
+        draw = [torch.randn(shape, generator=own) for shape in ((), (4, 1, 3, 3), (4, 2), (), (7,))]
+        return Gradient(*draw)
+
+    monkeypatch.setattr(loop, "matching_gradient", one)
+    state = initial_state(torch.zeros(4, 1, 3, 3), torch.zeros(4, 2), config)
+
+    def work() -> Any:
+        nothing: Any = None
+        found = mean_gradient(state, nothing, nothing, config, "none", 0)
+        return [part.double().numpy() for part in found[:4]]  # pyright: ignore[reportOptionalMemberAccess]
+
+    draws = [one(None, None, None, config, "none", 0, k) for k in range(5)]
+    exact = [torch.stack([d[i].double() for d in draws]).mean(0) for i in range(4)]  # pyright: ignore
+    alone = work()
+    for world in (2, 7):  # of seven ranks two have none
+        everyone = together(world, work)
+        for found in everyone:
+            for got, whole, single, leader in zip(found, exact, alone, everyone[0], strict=True):
+                assert abs(got - whole.numpy()).max() < 1e-6
+                assert abs(got - single).max() < 1e-6
+                assert (got == leader).all()  # all ranks go on from the same bits
+
+
+def test_only_rank_0_writes_but_a_task_writes_its_own(tmp_path):
+    config = merge("digits")
+
+    def task(item: int) -> int:
+        files.write_bytes(tmp_path / "run" / f"item-{item}", str(ranks.rank()).encode())
+        return item
+
+    def work() -> Any:
+        with Run.create(tmp_path / "run", config) as run:
+            run.log("experts", ranks.rank())
+            with run.stage("experts"):
+                list(run_parallel(task, [0, 1], 1))
+            run.rewind("experts", 5)
+            files.write_bytes(tmp_path / "run" / f"rank-{ranks.rank()}", b"")
+            run.finish({"rank": ranks.rank()})
+            ranks.barrier()
+        return sorted(run.stages())
+
+    assert together(2, work) == [["experts"], ["experts"]]
+    found = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"item-0", "item-1", "rank-0", "result.json", "DONE"} <= found
+    assert "rank-1" not in found
+    assert (tmp_path / "run" / "item-1").read_text() == "1"
+    assert '"rank": 0' in (tmp_path / "run" / "result.json").read_text()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_loss_of_the_others_is_an_error_not_a_wait():
+    def work() -> Any:
+        if ranks.rank() == 0:
+            os._exit(1)  # it holds the store
+        begun = time.monotonic()
+        with pytest.raises(ranks.RankLostError):
+            ranks.once(lambda: 1)
+        return time.monotonic() - begun < 20
+
+    results = together(2, work)
+    assert results[0] == "died"
+    assert results[1] is True or "RankLostError" in str(results[1])  # or at the end, in `leave`
+
+
+def test_each_rank_has_its_own_cuda_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(ranks, "_team", ranks.Team(1, 2, None))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_device("auto") == torch.device("cuda", 1)
+    assert chosen == [1]
+    with pytest.raises(UserError, match=r"^--device: cuda:3: is one device for 2 ranks"):
+        resolve_device("cuda:3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(UserError, match=r"^--devices: 5: there are 4 CUDA devices"):
+        resolve_device("cuda")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_cores_are_divided(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert available_cores() == 8
+    monkeypatch.setattr(ranks, "_team", ranks.Team(1, 3, None))
+    assert available_cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert available_cores() == 1
+
+
+@pytest.mark.parametrize("devices", ["0", "-1", "two", "1.5", ""])
+def test_how_many(devices):
+    with pytest.raises(UserError, match=r"^--devices: .*: must be a whole number from 1 up"):
+        launcher.num_ranks(devices)
+
+
+def test_how_many_under_torchrun(monkeypatch):
+    assert (launcher.num_ranks(None), launcher.num_ranks("1"), launcher.num_ranks("3")) == (1, 1, 3)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (launcher.num_ranks(None), launcher.num_ranks("2")) == (1, 1)
+    with pytest.raises(UserError, match="there are 2 ranks already"):
+        launcher.num_ranks("3")

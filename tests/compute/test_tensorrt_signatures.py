@@ -1,0 +1,136 @@
+"""Every name and keyword of torch-tensorrt that tadperf uses is there in the sources of the versions it supports.
+
+TensorRT itself cannot be had everywhere; the sources in a wheel can be read anywhere. The wheels come from
+TADPERF_TORCH_TENSORRT_WHEEL, a file or a folder of wheels (`pip download torch-tensorrt --no-deps -d DIR`), else from
+an installed package.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import os
+import re
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tadperf.compute import compile
+
+MUTABLE = "torch_tensorrt/dynamo/runtime/_MutableTorchTensorRTModule.py"
+NAME = "MutableTorchTensorRTModule"
+Read = Callable[[str], str]
+
+
+def uses(source: str, name: str) -> list[tuple[int, set[str]]]:
+    """Each call of `name` or `anything.name`: how many arguments go by place, and the keywords of the others."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) == name:
+            assert all(keyword.arg for keyword in node.keywords), f"{name}(**...) cannot be checked"
+            found.append((len(node.args), {keyword.arg for keyword in node.keywords if keyword.arg}))
+    return found
+
+
+def signature(source: str, path: str) -> tuple[list[str], set[str], bool]:
+    """Of the function `path` ("f", "Class.f"): names that can go by place without self, all names, whether **kwargs."""
+    node: ast.AST = ast.parse(source)
+    for part in path.split("."):
+        node = next(n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part)
+    assert isinstance(node, ast.FunctionDef)
+    places = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg != "self"]
+    return places, {*places, *(a.arg for a in node.args.kwonlyargs)}, node.args.kwarg is not None
+
+
+def misuses(source: str, name: str, places: list[str], known: set[str]) -> list[str]:
+    """What calls of `name` pass that its signature has not."""
+    wrong = []
+    for count, keywords in uses(source, name):
+        wrong += [f"{count} arguments by place"] if count > len(places) else []
+        wrong += sorted(keywords - (known - set(places[:count])))
+    return wrong
+
+
+def test_the_check_itself():
+    source = "import a\na.f(1, x=2)\nf(1, 2, y=3)\n"
+    assert uses(source, "f") == [(1, {"x"}), (2, {"y"})]
+    assert signature("def f(a, *, x=1, **more): ...", "f") == (["a"], {"a", "x"}, True)
+    assert signature("class C:\n    def f(self, a, /, b): ...", "C.f") == (["a", "b"], {"a", "b"}, False)
+    assert misuses(source, "f", ["a", "b"], {"a", "b", "x", "y"}) == []
+    assert misuses(source, "f", ["a"], {"a", "x"}) == ["2 arguments by place", "y"]
+    assert misuses("f(1, a=2)", "f", ["a"], {"a"}) == ["a"]  # twice the same
+    with pytest.raises(AssertionError, match="cannot be checked"):
+        uses("f(**options)", "f")
+
+
+def test_the_check_on_libraries_that_are_there():
+    """What accelerate.py uses of PyTorch, by the same functions, and a keyword that PyTorch has not."""
+    import torch
+
+    ours = inspect.getsource(compile)
+    for function in (torch.compile, torch.compiler.load_cache_artifacts, torch.cuda.device):
+        named = list(inspect.signature(function).parameters)
+        assert uses(ours, function.__name__)
+        assert misuses(ours, function.__name__, named, set(named)) == []
+    source = textwrap.dedent(inspect.getsource(torch.nn.Module.load_state_dict))
+    places, known, more = signature(source, "load_state_dict")
+    assert (places[0], more) == ("state_dict", False)
+    assert uses(ours, "load_state_dict")
+    assert misuses(ours, "load_state_dict", places, known) == []
+    assert misuses("net.load_state_dict({}, stict=False)", "load_state_dict", places, known) == ["stict"]
+
+
+def wheels() -> Iterator[tuple[str, Read]]:
+    """Version and reader of each torch-tensorrt whose source is at hand."""
+    if place := os.environ.get("TADPERF_TORCH_TENSORRT_WHEEL"):
+        files = sorted(Path(place).glob("torch_tensorrt-*.whl")) if Path(place).is_dir() else [Path(place)]
+        for file in files:
+            yield file.name.split("-")[1], lambda name, file=file: zipfile.ZipFile(file).read(name).decode()
+    elif (spec := importlib.util.find_spec("torch_tensorrt")) and spec.submodule_search_locations:
+        root = Path(spec.submodule_search_locations[0]).parent
+        version = (root / "torch_tensorrt" / "_version.py").read_text()
+        yield re.findall(r"__version__ = [\"'](.+?)[\"']", version)[0], lambda name: (root / name).read_text()
+
+
+FOUND = list(wheels())
+REASON = "no torch-tensorrt at hand: install it, or name a wheel by TADPERF_TORCH_TENSORRT_WHEEL"
+
+
+@pytest.mark.skipif(not FOUND, reason=REASON)
+@pytest.mark.parametrize(("version", "read"), FOUND, ids=[version for version, _ in FOUND])
+def test_torch_tensorrt_has_what_is_used(version, read):
+    ours, theirs = inspect.getsource(compile), read(MUTABLE)
+    assert (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 14)
+    exported = ast.walk(ast.parse(read("torch_tensorrt/__init__.py")))
+    assert any(NAME in [a.name for a in node.names] for node in exported if isinstance(node, ast.ImportFrom))
+    places, own, more = signature(theirs, f"{NAME}.__init__")
+    assert places[0] == "pytorch_model"
+    # what it has not itself goes on to this function, which takes anything, so that a wrong keyword would go unnoticed
+    assert more
+    assert "from torch_tensorrt.dynamo._compiler import compile as dynamo_compile" in theirs
+    assert "**self.additional_settings" in theirs
+    _, passed_on, _ = signature(read("torch_tensorrt/dynamo/_compiler.py"), "compile")
+    assert len(uses(ours, NAME)) == 1
+    assert misuses(ours, NAME, places, own | passed_on) == []
+    places, known, _ = signature(theirs, f"{NAME}.load_state_dict")
+    assert misuses(ours, "load_state_dict", places, known) == []
+
+
+@pytest.mark.skipif(not FOUND, reason=REASON)
+@pytest.mark.parametrize(("version", "read"), FOUND, ids=[version for version, _ in FOUND])
+def test_torch_tensorrt_does_what_is_relied_on(version, read):
+    source = read(MUTABLE)
+    module = ast.parse(source)
+    (mutable,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == NAME)
+    bodies = {n.name: ast.unparse(n) for n in mutable.body if isinstance(n, ast.FunctionDef)}
+    assert "NEEDS_REFIT" in bodies["load_state_dict"]  # a change of weights is a refit
+    assert "immutable_weights=False" in bodies["compile"]  # engines can be refitted
+    assert "device=" not in bodies["compile"]  # why the engine is built under torch.cuda.device
+    assert "deallocate_module(self.original_model)" in bodies["refit_gm"]  # why weights are moved back
+    assert "enabled_precisions" not in inspect.getsource(compile)  # gone in 2.13: precision by casting
+    defaults = read("torch_tensorrt/dynamo/_defaults.py")
+    assert "USE_EXPLICIT_TYPING = True" in defaults or "EXPLICIT_TYPING" not in defaults

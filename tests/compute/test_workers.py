@@ -1,0 +1,249 @@
+"""Tasks in forked processes: results, failures, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tadperf.compute import workers
+from tadperf.compute.workers import BackgroundTasks, run_parallel
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tasks are forked on Linux only")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that was killed and awaits its burial does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def children() -> set[int]:
+    """Living children of this process."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == os.getpid() and fields[0] != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("workers", [None, 1, 2, 5])
+def test_every_item_once_with_its_position(workers):
+    items = [3, 1, 4, 1, 5]
+    assert sorted(run_parallel(lambda item: item * item, items, workers)) == list(enumerate([9, 1, 16, 1, 25]))
+    assert list(run_parallel(lambda item: item, [], workers)) == []
+
+
+@linux
+def test_results_come_as_they_are_ready_from_other_processes():
+    def task(seconds: float) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    found = list(run_parallel(task, [1.0, 0.0], 2))
+    assert [position for position, _ in found] == [1, 0]
+    assert os.getpid() not in {pid for _, pid in found}
+
+
+@linux
+def test_closures_and_tensors_are_shared_without_a_copy():
+    big = torch.ones(64 << 20, dtype=torch.uint8)
+
+    def task(item: int) -> tuple[int, int, int]:
+        before = resident()
+        return item + len(big), big.data_ptr(), resident() - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for position, (value, pointer, grown) in run_parallel(task, [1, 2], 2):
+        assert value == (64 << 20) + position + 1
+        assert pointer == big.data_ptr()
+        assert grown < 8 << 20
+
+
+def fit(seed: int) -> bytes:
+    """A few steps of a small network whose sums are long enough for threads to share."""
+    torch.manual_seed(seed)
+    x, weight = torch.randn(256, 300), torch.randn(300, 200, requires_grad=True)
+    for _ in range(3):
+        (grad,) = torch.autograd.grad((x @ weight).tanh().square().sum(), weight)
+        weight = (weight - 1e-3 * grad).detach().requires_grad_()
+    return weight.detach().numpy().tobytes()
+
+
+@linux
+def test_the_bits_depend_neither_on_workers_nor_on_how_many_tasks_there_are():
+    before = torch.get_num_threads()
+    two = dict(run_parallel(fit, [0, 1, 2], 2))
+    assert dict(run_parallel(fit, [0, 1, 2], 1)) == two
+    assert dict(run_parallel(fit, [2])) == {0: two[2]}  # what a resumed run does: one task alone
+    assert torch.get_num_threads() == before
+
+
+@linux
+@pytest.mark.timeout(60)
+def test_more_cores_than_tasks_after_threads_ran_in_the_parent(monkeypatch):
+    """OpenMP hangs in a forked worker that has more than one thread: four cores and two tasks did."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(workers, "cores", lambda: 4)
+    torch.set_num_threads(2)
+    x = torch.randn(1500, 1500)
+    total = (x @ x).sum()
+    assert total.isfinite()
+    assert [threads for _, threads in run_parallel(lambda _: ((x @ x).sum(), torch.get_num_threads())[1], [0, 1])] == [
+        1, 1,
+    ]  # fmt: skip
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_task_says_why_and_leaves_no_worker(workers):
+    def task(item: int) -> int:
+        if item == 1:
+            raise ValueError("label 12 is not there")
+        time.sleep(0.01)
+        return item
+
+    before = children()
+    with pytest.raises(ValueError, match="label 12 is not there"):
+        list(run_parallel(task, list(range(6)), workers))
+    assert wait_for(lambda: children() <= before)
+    assert len(list(run_parallel(lambda item: item, [1, 2], workers))) == 2  # and the next run works
+
+
+@linux
+@pytest.mark.timeout(60)
+def test_a_worker_that_dies_is_an_error_not_a_wait():
+    def task(item: int) -> int:
+        if item == 0:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+        time.sleep(0.2)
+        return item
+
+    before = children()
+    with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
+        list(run_parallel(task, list(range(4)), 2))
+    assert wait_for(lambda: children() <= before)
+
+
+@linux
+def test_closing_early_or_an_interrupt_ends_the_workers():
+    before = children()
+
+    def task(item: int) -> int:
+        time.sleep(0 if item == 0 else 60)
+        return item
+
+    begun = time.monotonic()
+    running = run_parallel(task, [0, 1, 2], 2)
+    assert next(running) == (0, 0)
+    assert children() - before
+    running.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert wait_for(lambda: children() <= before)
+
+    running = run_parallel(task, [0, 1, 2], 2)
+    assert next(running) == (0, 0)
+    with pytest.raises(KeyboardInterrupt):
+        running.throw(KeyboardInterrupt)  # pyright: ignore[reportAttributeAccessIssue]
+    assert wait_for(lambda: children() <= before)
+    assert time.monotonic() - begun < 30
+
+
+PARENT = """
+import os, sys, time
+from tadperf import parallel
+def task(item):
+    with open(f"{sys.argv[1]}/{item}", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(120)
+list(parallel.run(task, [0, 1], 2))
+"""
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_parent_leaves_no_orphan(tmp_path, number):
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=hear)
+    try:
+        notes = [tmp_path / "0", tmp_path / "1"]
+        assert wait_for(lambda: all(note.exists() and note.read_text() for note in notes), 60)
+        workers = [int(note.read_text()) for note in notes]
+        assert all(alive(pid) for pid in workers)
+        parent.send_signal(number)
+        assert parent.wait(30) != 0
+        assert wait_for(lambda: not any(alive(pid) for pid in workers))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+@linux
+def test_tasks_beside_other_work(tmp_path):
+    """They run while the caller does not wait; those not begun can be taken back; leaving the block ends the rest."""
+    before = children()
+
+    def task(item: int) -> int:
+        while item and not (tmp_path / str(item)).exists():
+            time.sleep(0.01)
+        return item * item
+
+    found: list[tuple[int, int]] = []
+    with BackgroundTasks() as pool:
+        assert list(pool.ready()) == []
+        pool.start(task, [0, 1, 2, 3, 4, 5], 1)
+        assert wait_for(lambda: found.extend(pool.ready()) or bool(found))
+        pool.cancel()  # the worker has the next in hand and up to two more in its queue
+        waited = pool.waited_for()
+        assert waited[0] == 1
+        assert len(waited) <= 3
+        for position in waited:
+            (tmp_path / str(position)).touch()
+        found += pool.rest()
+        assert found == [(position, position**2) for position in (0, *waited)]
+        assert not pool.waited_for()
+    assert wait_for(lambda: children() <= before)
+
+    def interrupted() -> None:
+        with BackgroundTasks() as pool:
+            pool.start(task, [7, 8, 9], 2)
+            assert wait_for(lambda: children() > before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert wait_for(lambda: children() <= before)
+
+
+@linux
+def test_a_failure_beside_other_work_is_raised_when_it_is_asked_for():
+    def task(item: int) -> int:
+        raise ValueError("label 12 is not there")
+
+    with BackgroundTasks() as pool:
+        pool.start(task, [1], 1)
+        with pytest.raises(ValueError, match="label 12 is not there"):
+            list(pool.rest())

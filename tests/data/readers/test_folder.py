@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tadperf.data.open import open_data
+from tadperf.errors import UserError
+
+
+def save(array, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def test_classes_under_train_and_val(tmp_path, pixels):
+    for split in ("train", "val"):
+        for k, name in enumerate(("zebra", "ant", "ant", "zebra")):
+            save(pixels[k], tmp_path / split / name / f"{k}.png")
+    (tmp_path / "train/.cache").mkdir()
+    (tmp_path / "train/ant/.hidden.png").write_bytes(b"")
+    (tmp_path / "train/ant/notes.txt").write_bytes(b"")
+    train, test = open_data(tmp_path)
+    assert test is not None
+    assert train.class_names == test.class_names == ("ant", "zebra")
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(train.images, torch.from_numpy(pixels[[1, 2, 0, 3]]).permute(0, 3, 1, 2))
+
+
+def test_classes_directly_in_the_folder_and_every_suffix(tmp_path, pixels):
+    for k, suffix in enumerate(("JPG", "jpeg", "png", "bmp", "webp", "gif")):
+        save(pixels[k], tmp_path / "ab"[k % 2] / "deeper" / f"{k}.{suffix}")
+    train, test = open_data(tmp_path)
+    assert test is None
+    assert len(train) == 6
+    lossless = [train.images[k] for k in (1, 4)]  # a/2.png, b/3.bmp
+    assert all(
+        torch.equal(x, torch.from_numpy(pixels[k]).permute(2, 0, 1)) for x, k in zip(lossless, (2, 3), strict=True)
+    )
+
+
+def test_grey_stays_one_channel_until_one_is_coloured(tmp_path, pixels):
+    for k in range(2):
+        save(pixels[k, ..., 0], tmp_path / "ab"[k] / "grey.png")
+    save(pixels[2, ..., 0] > 127, tmp_path / "a/bits.png")
+    sixteen = pixels[3, ..., 0].astype(np.uint16) * 256 + 77
+    save(sixteen, tmp_path / "a/wide.png")
+    train = open_data(tmp_path).train
+    assert train.shape == (1, 8, 8)
+    assert torch.equal(train.images[0, 0], torch.from_numpy((pixels[2, ..., 0] > 127) * np.uint8(255)))
+    assert torch.equal(train.images[2, 0], torch.from_numpy(pixels[3, ..., 0]))
+    save(pixels[4], tmp_path / "b/colour.png")
+    train = open_data(tmp_path).train
+    assert train.shape == (3, 8, 8)
+    assert torch.equal(train.images[1], torch.from_numpy(pixels[0, ..., 0]).expand(3, -1, -1))
+
+
+def test_first_frame_of_a_gif(tmp_path):
+    frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
+    (tmp_path / "a").mkdir()
+    frames[0].save(tmp_path / "a/moving.gif", save_all=True, append_images=frames[1:])
+    assert open_data(tmp_path).train.images.unique().tolist() == [10]
+
+
+def test_resize_takes_the_shorter_side_and_the_centre(tmp_path):
+    wide = np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8)
+    save(wide, tmp_path / "a/wide.png")
+    save(wide.transpose(1, 0, 2), tmp_path / "b/tall.png")
+    whole = np.asarray(Image.fromarray(wide).resize((12, 4), Image.Resampling.BICUBIC))
+    expected = torch.from_numpy(whole[:, 4:8].copy()).permute(2, 0, 1)
+    images = open_data(tmp_path, image_size=4).train.images.int()
+    assert (images[0] - expected).abs().max() <= 1  # pillow rounds after either direction
+    assert (images[1] - expected.transpose(1, 2)).abs().max() <= 1
+
+
+def test_symbolic_links_to_classes_are_followed(tmp_path, pixels):
+    save(pixels[0], tmp_path / "store/x.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/ant").symlink_to(tmp_path / "store")
+    assert len(open_data(tmp_path / "set").train) == 1
+
+
+def test_errors(tmp_path, pixels):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image found"):
+        open_data(tmp_path / "empty")
+    save(pixels[0], tmp_path / "hole/a/0.png")
+    (tmp_path / "hole/b").mkdir()
+    with pytest.raises(UserError, match="class 'b' has no training sample"):
+        open_data(tmp_path / "hole")
+    save(pixels[0], tmp_path / "other/train/a/0.png")
+    save(pixels[0], tmp_path / "other/test/b/0.png")
+    with pytest.raises(UserError, match=r"test/b: is a class that train does not have"):
+        open_data(tmp_path / "other")
+    save(pixels[0], tmp_path / "sizes/a/0.png")
+    save(pixels[0, :, :7], tmp_path / "sizes/a/1.png")
+    with pytest.raises(UserError, match=r"1\.png: images of two sizes, 8 x 8 .*0\.png\) and 8 x 7; give --image-size"):
+        open_data(tmp_path / "sizes")
+
+
+@pytest.mark.parametrize("keep", [0, 20, 0.5])
+def test_an_undecodable_image_is_named(tmp_path, keep):
+    save(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), tmp_path / "a/0.jpg")
+    data = (tmp_path / "a/0.jpg").read_bytes()
+    (tmp_path / "a/1.jpg").write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    with pytest.raises(UserError, match=r"1\.jpg: no image .*repair or remove") as caught:
+        open_data(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,277 @@
+"""The distillation loop on a made-up problem: learning, the divergence guard, checkpoints, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tadperf.config import Config, MatchConfig, NetConfig
+from tadperf.experts import store
+from tadperf.experts.store import Experts
+from tadperf.experts.train import train_expert
+from tadperf.matching import loop
+from tadperf.matching.gradient import Gradient
+from tadperf.matching.loop import Check, draw_steps, match_trajectories
+from tadperf.matching.starts import expert_soft_labels
+from tadperf.matching.state import (
+    EXPLODED,
+    MatchState,
+    apply_gradient,
+    initial_state,
+    load_checkpoint,
+    save_checkpoint,
+    step_back,
+)
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.training import Recipe
+from tadperf.run.folder import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, SHAPE, CLASSES = torch.device("cpu"), (1, 8, 8), 3
+NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Experts:
+    """Two experts of 6 epochs on noisy copies of three patterns."""
+    folder = tmp_path_factory.mktemp("experts")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % CLASSES
+    images = torch.randn(CLASSES, *SHAPE, generator=generator)[labels] + 0.5 * torch.randn(60, *SHAPE)
+    for index in range(2):
+        recipe = Recipe(6, 20, 0.05, 0.0, 0.0, "none", decay=False)
+        store.save(folder, index, train_expert(images, labels, NET, SHAPE, CLASSES, recipe, index, CPU)[0])
+    return Experts.open(folder, 2)
+
+
+def match(**values: Any) -> MatchConfig:
+    chosen = {
+        "ipc": 2, "iterations": 20, "steps": 3, "expert_epochs": 2, "max_start": 3, "batch": 4, "lr_img": 2.0,
+        "lr_init": 0.05, "check_every": 5,
+    }  # fmt: skip
+    return MatchConfig(**chosen | values)  # pyright: ignore[reportArgumentType]
+
+
+def first(config: MatchConfig, soft: bool = False) -> MatchState:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2 * CLASSES, *SHAPE, generator=generator)
+    labels = torch.arange(CLASSES).repeat_interleave(2)
+    return initial_state(images, torch.eye(CLASSES)[labels] * 2 if soft else labels, config)
+
+
+def constant(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
+    return 0.5
+
+
+DATM = {"easy": 0.3, "widen": 0.5, "min_start": 1, "momentum_label": 0.9, "ema": 0.8}
+
+
+def learn(
+    place: Path, experts: Experts, config: MatchConfig, soft: bool = False, resume: bool = False,
+    check: Check = constant, progress: Callable[..., None] = lambda *_, **__: None,
+) -> tuple[MatchState, list[dict[str, Any]]]:  # fmt: skip
+    """The best state, and the records of matching."""
+    net = FlatNet(build(NET, SHAPE, CLASSES, 0))
+    whole = Config(match=config)  # pyright: ignore[reportCallIssue]
+    with Run.create(place, whole, resume) as run:
+        (place / "checkpoints").mkdir(exist_ok=True)
+        best = match_trajectories(first(config, soft), net, experts, config, "color_crop_flip", 5, check, run, progress)
+    return best, [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(a: MatchState, b: MatchState) -> bool:
+    ours, theirs = a.tensors(), b.tensors()
+    return all(ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours.keys() | theirs)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_the_loss_goes_down(tmp_path, experts, soft):
+    _, records = learn(tmp_path / "run", experts, match(iterations=80), soft)
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 80
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+def test_absurd_learning_rate_of_the_images_is_survived(tmp_path, experts):
+    for lr_img in (1e25, 1e39, 1e300):
+        place = tmp_path / str(lr_img)
+        best, records = learn(place, experts, match(lr_img=lr_img))
+        assert best.images.isfinite().all()
+        undone = [record for record in records if record.get("undone")]
+        assert undone
+        assert [record["lr_img"] for record in undone] == [lr_img / 2 ** (k + 1) for k in range(len(undone))]
+        last = load_checkpoint(place / "checkpoints" / "matching.safetensors", CPU)[0]
+        assert last.images.isfinite().all()
+        assert last.iteration == 20
+    best, _ = learn(tmp_path / "one", experts, match(lr_img=1e300, iterations=1))  # no later step would notice
+    assert best.images.isfinite().all()
+
+
+def test_absurd_learning_rate_of_the_student_is_survived(tmp_path, experts):
+    best, records = learn(tmp_path / "run", experts, match(lr_init=1e4, iterations=40))
+    assert best.images.isfinite().all()
+    assert any(record.get("undone") for record in records)
+    assert records[-2]["loss"] < EXPLODED
+    assert 0 < float(best.log_lr.exp()) < 1e4 / 8
+
+
+def test_learned_rate_stays_positive(tmp_path, experts):
+    best, records = learn(tmp_path / "run", experts, match(lr_lr=20.0, lr_init=0.5))
+    rates = [record["lr"] for record in records if "lr" in record]
+    assert all(0 < rate < math.inf for rate in rates)
+    assert len(set(rates)) > 2
+    assert float(best.log_lr.exp()) > 0
+
+
+def test_the_update_is_sgd_with_momentum():
+    config = match(momentum=0.7, lr_img=3.0, lr_label=0.5, lr_lr=0.1)
+    state = first(config, soft=True)
+    leaves = [value.clone() for value in (state.images, state.labels, state.log_lr)]
+    rates = (config.lr_img, config.lr_label, config.lr_lr)
+    optimiser = torch.optim.SGD([{"params": [p], "lr": r} for p, r in zip(leaves, rates, strict=True)], momentum=0.7)
+    generator = torch.Generator().manual_seed(2)
+    for k in range(4):
+        images, labels = (torch.randn(value.shape, generator=generator) for value in leaves[:2])
+        slope = torch.tensor([0.3, -40.0, 2.0, 1e4][k])  # d/d lr; clamped to -1 ... 1 after the chain rule
+        nothing = torch.tensor(0.0)
+        state = apply_gradient(state, Gradient(nothing, images, labels, slope, nothing), config)
+        leaves[0].grad, leaves[1].grad = images, labels
+        leaves[2].grad = (slope * leaves[2].exp()).clamp(-1, 1)
+        optimiser.step()
+    assert state.iteration == 4
+    for ours, theirs in zip((state.images, state.labels, state.log_lr), leaves, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_is_undone_to_the_state_before_it():
+    config = match()
+    previous = replace(first(config), iteration=3, image_velocity=torch.ones(6, *SHAPE))
+    state = replace(previous, iteration=4, images=previous.images + 1e9, lr_img=1.0)
+    calm = step_back(state, previous)
+    assert (calm.iteration, calm.lr_img) == (5, 0.5)
+    assert torch.equal(calm.images, previous.images)
+    assert not calm.image_velocity.any()
+    again = step_back(calm, None)
+    assert torch.equal(again.images, calm.images)
+    assert float(again.log_lr.exp()) == pytest.approx(config.lr_init / 2)
+
+
+def test_every_pass_over_the_images_is_complete():
+    drawn = draw_steps(match(steps=6, batch=4), 6, 8, "color_crop", torch.Generator().manual_seed(0))
+    assert [len(step.index) for step in drawn] == [4] * 6
+    order = torch.cat([step.index for step in drawn])
+    assert torch.equal(order.view(4, 6).sort(1).values, torch.arange(6).expand(4, 6))
+    assert len({tuple(turn) for turn in order.view(4, 6).tolist()}) > 1
+    whole = draw_steps(match(steps=2, batch=None), 6, 8, "none", torch.Generator().manual_seed(0))
+    assert [sorted(step.index.tolist()) for step in whole] == [list(range(6))] * 2
+    assert whole[0].drawn == (None, None, None)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_a_checkpoint_holds_everything(tmp_path, soft):
+    state = first(match(), soft)
+    state = replace(state, iteration=7, lr_img=1 / 3, image_velocity=torch.randn(6, *SHAPE), log_lr=torch.tensor(-0.1))
+    best, path = replace(state, images=-state.images), tmp_path / "matching.safetensors"
+    for previous in (None, replace(state, iteration=6)):
+        save_checkpoint(path, state, previous, best, 0.1 + 0.2)
+        loaded = load_checkpoint(path, CPU)
+        assert equal(loaded[0], state)
+        assert equal(loaded[2], best)
+        assert loaded[3] == 0.1 + 0.2
+        assert (loaded[0].iteration, loaded[0].lr_img) == (7, 1 / 3)
+        assert loaded[1] is None if previous is None else equal(loaded[1], previous)  # pyright: ignore
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("base", [{}, DATM], ids=["mtt", "datm with an average"])
+@pytest.mark.parametrize("save_every", [0.0, math.inf], ids=["saved always", "saved at checks"])
+def test_an_interrupted_loop_ends_in_the_same_bytes(tmp_path, experts, monkeypatch, save_every, base):
+    monkeypatch.setattr(loop, "SAVE_EVERY", save_every)
+    config = match(lr_img=1e6, **base)  # so that the guard is at work, too
+    best, records = learn(tmp_path / "whole", experts, config, soft=True)
+    for moment in (3, 8, 14, 20):
+
+        def stop(stage: str, done: int, total: int, moment: int = moment, **_: object) -> None:
+            if done == moment:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            learn(tmp_path / "cut", experts, config, True, (tmp_path / "cut").exists(), progress=stop)
+    again, cut = learn(tmp_path / "cut", experts, config, True, True)
+    assert equal(again, best)
+    assert cut == records
+    file = Path("checkpoints", "matching.safetensors")
+    assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_the_best_by_held_out_accuracy_and_of_equals_the_later(tmp_path, experts):
+    seen: dict[int, torch.Tensor] = {}
+
+    def check(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
+        seen[iteration] = images.clone()
+        return {5: 0.2, 10: 0.9, 15: 0.9, 18: 0.3}[iteration]
+
+    best, records = learn(tmp_path / "run", experts, match(iterations=18), check=check)
+    assert best.iteration == 15
+    assert torch.equal(best.images, seen[15])
+    assert [record["held_out"] for record in records if "held_out" in record] == [0.2, 0.9, 0.9, 0.3]
+
+
+def test_the_average_is_checked_and_kept(tmp_path, experts):
+    seen: dict[int, torch.Tensor] = {}
+
+    def check(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
+        seen[iteration] = images.clone()
+        return 0.5
+
+    plain, _ = learn(tmp_path / "plain", experts, match(iterations=5, check_every=1), check=check)
+    assert torch.equal(plain.average, plain.images)
+    path = [first(match()).images, *(seen[i] for i in range(1, 6))]
+    average = path[0]
+    for images in path[1:]:
+        average = 0.8 * average + 0.2 * images
+    best, _ = learn(tmp_path / "ema", experts, match(iterations=5, check_every=1, ema=0.8), check=check)
+    assert torch.equal(best.images, plain.images)  # it does not act on the learning
+    torch.testing.assert_close(best.average, average, rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen[5], best.average)
+
+
+def test_label_momentum_is_its_own():
+    config = match(momentum=0.5, momentum_label=0.9, lr_label=1.0)
+    state, nothing = first(config, soft=True), torch.tensor(0.0)
+    for _ in range(2):
+        ones = torch.ones_like(state.images), torch.ones_like(state.labels)
+        state = apply_gradient(state, Gradient(nothing, *ones, nothing, nothing), config)
+    torch.testing.assert_close(first(config, soft=True).labels - state.labels, torch.full((6, 3), 1.0 + 1.9))
+    torch.testing.assert_close(state.image_velocity, torch.full((6, *SHAPE), 1.5))
+
+
+def test_soft_labels_are_the_mean_logits_of_the_experts(experts):
+    net, images = FlatNet(build(NET, SHAPE, CLASSES, 0)), torch.randn(4, *SHAPE)
+    logits = []
+    for expert in range(2):
+        torch.nn.utils.vector_to_parameters(experts.snapshot(expert, 6), net.module.parameters())
+        logits.append(net.module(images))
+    torch.testing.assert_close(expert_soft_labels(net, experts, images, 6), (logits[0] + logits[1]) / 2)
+
+
+def test_soft_labels_of_the_experts_that_are_right(experts):
+    net, images = FlatNet(build(NET, SHAPE, CLASSES, 0)), torch.randn(200, *SHAPE)
+    logits = torch.stack([net(experts.snapshot(expert, 0), images) for expert in range(2)]).detach()
+    labels = torch.arange(200) % CLASSES
+    ours, says = expert_soft_labels(net, experts, images, 0, labels), logits.argmax(2) == labels
+    assert {tuple(column) for column in says.t().tolist()} == {(a, b) for a in (True, False) for b in (True, False)}
+    for i, (one, two) in enumerate(says.t().tolist()):
+        truth = logits[:, i].mean(0) if one == two else logits[0 if one else 1, i]
+        torch.testing.assert_close(ours[i], truth)

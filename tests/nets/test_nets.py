@@ -1,0 +1,152 @@
+"""The networks: shapes, parameter counts, seeds, and the flat view."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tadperf.config import NetConfig
+from tadperf.nets.architectures import build, norm_layer
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.fused import fused_forward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(name: str = "convnet", **values: object) -> NetConfig:
+    return NetConfig(name=name, **values)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 28, 32, 64])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
+def test_every_network_takes_every_image(name, size, channels):
+    with torch.no_grad():
+        net = build(config(name, width=16), (channels, size, size), 7, 0)
+        x = torch.randn(2, channels, size, size)
+        logits = net(x)
+        assert logits.shape == (2, 7)
+        assert logits.isfinite().all()
+        assert (logits[0] - logits[1]).abs().max() > 1e-4  # the image reaches the logits
+        assert not torch.equal(net(x.flip(1 if channels == 3 else 3)), logits)
+
+
+# Weights and biases of the convolutions, scale and shift of the norms, and the linear layer, by hand.
+@pytest.mark.parametrize(
+    ("shape", "classes", "count"),
+    [
+        ((3, 32, 32), 10, 320_010),  # CIFAR-10; the figure that MTT's and FTD's code give, too
+        ((3, 32, 32), 100, 320_010 + 90 * (2048 + 1)),
+        ((3, 64, 64), 200, 320_010 + 190 * (2048 + 1) + 128 * 128 * 9 + 3 * 128),  # a fourth block
+        ((1, 28, 28), 10, 320_010 - 2 * 9 * 128),
+    ],
+)
+def test_parameters_of_the_convnet(shape, classes, count):
+    assert FlatNet(build(config(), shape, classes, 0)).num_parameters == count
+
+
+def test_depth_and_width_are_what_was_asked_for():
+    net = build(config(depth=2, width=5), (3, 32, 32), 10, 0)
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convolutions] == [(3, 5), (5, 5)]
+    deep = build(config(depth=5, width=8), (1, 8, 8), 10, 0)  # more blocks than halvings: the map stays 1 x 1
+    assert deep(torch.randn(2, 1, 8, 8)).isfinite().all()
+
+
+def test_resnet18_has_the_known_size():
+    with_batch_norm = build(config("resnet18", norm="batch"), (3, 32, 32), 10, 0)
+    assert sum(p.numel() for p in with_batch_norm.parameters()) == 11_173_962  # ResNet-18 in its CIFAR form
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "group", "layer", "none"])
+def test_norms_are_those_of_torch(norm):
+    x = 3 * torch.randn(4, 8, 6, 6) + 2
+    truth = {
+        "instance": torch.nn.InstanceNorm2d(8), "batch": torch.nn.BatchNorm2d(8), "group": torch.nn.GroupNorm(4, 8),
+        "layer": torch.nn.LayerNorm([8, 6, 6]), "none": torch.nn.Identity(),
+    }[norm]  # fmt: skip
+    torch.testing.assert_close(norm_layer(norm, 8, 6)(x), truth(x), rtol=1e-5, atol=1e-5)
+
+
+def test_instance_norm_of_one_pixel_keeps_the_signal():
+    x = torch.randn(3, 8, 1, 1)
+    y = norm_layer("instance", 8, 1)(x)
+    torch.testing.assert_close(y.squeeze(), torch.nn.functional.layer_norm(x.squeeze(), [8]))
+    assert y.std() > 0.9
+
+
+def test_weights_depend_on_the_seed_alone():
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    one = FlatNet(build(config(width=8), (3, 8, 8), 4, 5)).flatten()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(100)
+    assert torch.equal(FlatNet(build(config(width=8), (3, 8, 8), 4, 5)).flatten(), one)
+    assert not torch.equal(FlatNet(build(config(width=8), (3, 8, 8), 4, 6)).flatten(), one)
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
+def test_the_flat_network_is_the_module_bit_for_bit(name):
+    module = build(config(name, width=8), (3, 8, 8), 4, 1)
+    flat, x = FlatNet(module), torch.randn(3, 3, 8, 8)
+    theta = flat.flatten()
+    assert theta.shape == (flat.num_parameters,)
+    with torch.no_grad():
+        assert torch.equal(flat(theta, x), module(x))
+        other = build(config(name, width=8), (3, 8, 8), 4, 2)
+        assert torch.equal(flat(FlatNet(other).flatten(), x), other(x))  # the weights come from the vector
+    assert torch.equal(flat.flatten(), theta)
+    views = flat.views(theta)
+    assert torch.equal(torch.cat([v.flatten() for v in views.values()]), theta)
+    for key, parameter in module.named_parameters():
+        assert torch.equal(views[key], parameter)
+        assert views[key].untyped_storage().data_ptr() == theta.untyped_storage().data_ptr()  # no copy
+    theta.zero_()
+    assert any(p.any() for p in module.parameters())  # but flatten() is one
+
+
+def test_running_statistics_are_refused():
+    with pytest.raises(AssertionError, match="running statistics"):
+        FlatNet(build(config(norm="batch"), (3, 8, 8), 4, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "norm", "size"),
+    [("convnet", "instance", 8), ("convnet", "instance", 28), ("convnet", "instance", 6), ("convnet", "batch", 8),
+     ("convnet", "group", 8), ("convnet", "none", 8), ("vgg11", "instance", 8), ("resnet18", "instance", 8),
+     ("alexnet", "instance", 8)],
+)  # fmt: skip
+def test_the_first_order_form_is_the_network(name, norm, size, channels):
+    """Logits and gradients against the network itself in float64, beside its own in float32; Winograd rounds more."""
+    net = config(name, width=7, norm=norm, **({"depth": 2} if name == "convnet" else {}))
+    x = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(5)
+
+    def gradients(module: torch.nn.Module, predict, x: torch.Tensor) -> list[torch.Tensor]:
+        logits = predict(x)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
+        return [logits, *found]
+
+    module = build(net, (channels, size, size), 5, 0)
+    for parameter in module.parameters():  # scales, shifts and biases that do something
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    ours = gradients(module, fused_forward(module), x)
+    plain = gradients(module, module, x)
+    module = module.double()
+    truths = gradients(module, module, x.double())
+    for value, own, truth in zip(*([v.detach() for v in values] for values in (ours, plain, truths)), strict=True):
+        scale = float(truth.abs().max()) + 1e-3
+        assert float((value - truth).abs().max()) <= 4 * float((own - truth).abs().max()) + 2e-5 * scale
+
+
+def test_the_first_order_form_refuses_a_second_derivative():
+    from tadperf.kernels import native
+
+    if not native.available():
+        pytest.skip("the network itself runs")
+    module = build(config(depth=1, width=4), (1, 8, 8), 3, 0)
+    loss = fused_forward(module)(torch.randn(2, 1, 8, 8)).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, list(module.parameters()), create_graph=True, allow_unused=True)

@@ -1,0 +1,299 @@
+"""The training loop and the accuracy."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tadperf import seeds
+from tadperf.config import NetConfig
+from tadperf.data import augment
+from tadperf.nets import training
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.training import Recipe, accuracy, fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+PLAIN = Recipe(1, 100, 0.1, 0.0, 0.0, "none", decay=False)
+
+
+def data(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) % 3
+
+
+def fresh() -> torch.nn.Module:
+    return build(NET, (1, 8, 8), 3, 0)
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    return FlatNet(module).flatten()
+
+
+class Linear(torch.nn.Module):
+    """Softmax regression: its gradient is known in closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight.t()
+
+
+def test_steps_are_those_computed_by_hand():
+    """Two full-batch steps of softmax regression, momentum and weight decay, in float64."""
+    images, labels = data()
+    x, y = images.flatten(1).double(), F.one_hot(labels, 3).double()
+    weight, velocity = torch.zeros(3, 64, dtype=torch.float64), torch.zeros(3, 64, dtype=torch.float64)
+    for _ in range(2):
+        gradient = ((x @ weight.t()).softmax(1) - y).t() @ x / len(x) + 0.01 * weight
+        velocity = 0.9 * velocity + gradient
+        weight = weight - 0.3 * velocity
+    module = fit(Linear(), images, labels, Recipe(2, 100, 0.3, 0.9, 0.01, "none", decay=False), 0)
+    torch.testing.assert_close(weights(module).view(3, 64).double(), weight, rtol=1e-5, atol=1e-6)
+    assert not module.training
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 5e-4), (0.0, 0.1)])
+def test_sgd_is_that_of_torch(momentum, decay):
+    generator = torch.Generator().manual_seed(1)
+    ours = torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)
+    theirs = [p.clone() for p in ours]
+    optimiser = torch.optim.SGD(theirs, 0.1, momentum, weight_decay=decay)
+    velocity = tuple(map(torch.zeros_like, ours))
+    for _ in range(4):
+        gradients = tuple(torch.randn(p.shape, generator=generator) for p in ours)
+        for p, g in zip(theirs, gradients, strict=True):
+            p.grad = g.clone()
+        optimiser.step()
+        training.sgd_step(ours, velocity, gradients, 0.1, momentum, decay)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_rate_falls_to_a_tenth_after_half():
+    images, labels = data()
+    lengths: list[float] = []
+    module, last = Linear(), [torch.zeros(192)]
+
+    def after(epoch: int) -> None:
+        now = weights(module)
+        x, w = images.flatten(1), last[0].view(3, 64)
+        gradient = ((x @ w.t()).softmax(1) - F.one_hot(labels, 3)).t() @ x / len(x)
+        lengths.append(float((now - last[0]).norm() / gradient.norm()))
+        last[0] = now
+
+    fit(module, images, labels, PLAIN._replace(epochs=10, lr=0.05, decay=True), 0, after)
+    assert lengths == pytest.approx([0.05] * 6 + [0.005] * 4, rel=1e-3)  # at epochs // 2 + 1, as MTT's code has it
+    lengths.clear()
+    module, last = Linear(), [torch.zeros(192)]
+    fit(module, images, labels, PLAIN._replace(epochs=10, lr=0.05), 0, after)
+    assert lengths == pytest.approx([0.05] * 10, rel=1e-3)
+
+
+def test_sure_soft_labels_are_hard_labels():
+    images, labels = data()
+    hard, soft = (fit(fresh(), images, y, PLAIN, 0) for y in (labels, 100.0 * F.one_hot(labels, 3)))
+    torch.testing.assert_close(weights(soft), weights(hard), rtol=1e-5, atol=1e-6)
+    unsure = fit(fresh(), images, 0.1 * F.one_hot(labels, 3), PLAIN, 0)
+    assert (weights(unsure) - weights(hard)).norm() > 1e-3
+
+
+def test_equal_weights_are_no_weights_and_none_leaves_out():
+    images, labels = data()
+    recipe = PLAIN._replace(epochs=3, batch=5)
+    plain = weights(fit(fresh(), images, labels, recipe, 0))
+    for equal in (torch.ones(12), torch.full((12,), 7.5, dtype=torch.float64)):
+        weighted = weights(fit(fresh(), images, labels, recipe, 0, weights=equal))
+        torch.testing.assert_close(weighted, plain, rtol=1e-5, atol=1e-6)
+    chosen = torch.arange(12) % 2
+    one = weights(fit(fresh(), images, labels, PLAIN, 0, weights=chosen.float()))
+    other = weights(fit(fresh(), images[chosen > 0], labels[chosen > 0], PLAIN, 0))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert (other - weights(fit(fresh(), images, labels, PLAIN, 0))).norm() > 1e-3
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_weighted_steps_are_those_computed_by_hand(soft):
+    """Softmax regression in float64: a sample counts w over the mean of all w, whatever its batch is."""
+    images, labels = data()
+    counts = torch.rand(12, generator=torch.Generator().manual_seed(3)) + 0.1
+    logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(4))
+    x, y = images.flatten(1).double(), logits.double().softmax(1) if soft else F.one_hot(labels, 3).double()
+    share, weight = (counts.double() / counts.double().mean())[:, None], torch.zeros(3, 64, dtype=torch.float64)
+    for index in torch.randperm(12, generator=seeds.generator(0, "epoch", 0)).split(5):
+        gap = share[index] * ((x[index] @ weight.t()).softmax(1) - y[index])
+        weight = weight - 0.1 * gap.t() @ x[index] / len(index)
+    module = fit(Linear(), images, logits if soft else labels, PLAIN._replace(batch=5), 0, weights=counts)
+    torch.testing.assert_close(weights(module).view(3, 64).double(), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(11), "weights: torch.float32 [11]: expected floats [12], one per image"),
+        (torch.ones(12, 1), "weights: torch.float32 [12, 1]: expected floats [12], one per image"),
+        (torch.ones(12, dtype=torch.int64), "weights: torch.int64 [12]: expected floats [12], one per image"),
+        (-torch.ones(12), "weights: expected finite values from 0 up, not all of them 0"),
+        (torch.zeros(12), "weights: expected finite values from 0 up, not all of them 0"),
+        (torch.full((12,), math.nan), "weights: expected finite values from 0 up, not all of them 0"),
+    ],
+)
+def test_wrong_weights_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(fresh(), *data(), PLAIN, 0, weights=wrong)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
+def test_flat_gradient_is_gsam(alpha):
+    """Against the definition, in float64 with the parameters as one vector."""
+    images, labels = (value[:6] for value in data())
+    module = fresh().double()
+    parameters = tuple(module.parameters())
+    before = [p.detach().clone() for p in parameters]
+    ours = training.gsam_gradient(
+        lambda: torch.autograd.grad(F.cross_entropy(module(images.double()), labels), parameters),
+        parameters,
+        0.5,
+        alpha,
+    )
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    net = FlatNet(module)
+    theta = net.flatten()
+
+    def gradient(at: torch.Tensor) -> torch.Tensor:
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(net(at, images.double()), labels), at)[0]
+
+    here = gradient(theta)
+    above = gradient(theta + 0.5 * theta**2 * here / (theta * here).norm())
+    along = above / above.norm()
+    truth = above - alpha * (here - (here @ along) * along)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in ours]), truth, rtol=1e-9, atol=1e-12)
+    assert (truth - here).norm() > 1e-3 * here.norm()
+
+
+def test_a_radius_makes_the_minimum_flatter():
+    """Mean rise of the loss within a ball around the weights, after training to a low loss with and without GSAM."""
+    images, labels = data(60)
+    images = images + 2 * torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))[labels]
+    rises = {}
+    for rho in (0.0, 1.0):
+        recipe = Recipe(30, 20, 0.1, 0.0, 0.0, "none", decay=False, rho=rho)
+        module = fit(fresh(), images, labels, recipe, 0)
+        net, generator = FlatNet(module), torch.Generator().manual_seed(6)
+        theta = net.flatten()
+        with torch.no_grad():
+            low = F.cross_entropy(net(theta, images), labels)
+            noise = 0.1 * torch.randn(20, len(theta), generator=generator) * theta.abs()
+            rises[rho] = float(sum(F.cross_entropy(net(theta + n, images), labels) - low for n in noise))
+        assert low < 0.1
+    assert rises[1.0] < 0.8 * rises[0.0]
+
+
+def test_one_seed_gives_the_same_bits_whatever_ran_before():
+    images, labels = data()
+    recipe = Recipe(3, 5, 0.1, 0.9, 0.0, "color_crop_cutout_flip_scale_rotate")
+    one = weights(fit(fresh(), images, labels, recipe, 4))
+    torch.randn(17)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(weights(fit(fresh(), images, labels, recipe, 4)), one)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(weights(fit(fresh(), images, labels, recipe, 5)), one)
+    seen: list[int] = []
+    fit(fresh(), images, labels, recipe, 4, seen.append)
+    assert seen == [0, 1, 2]
+
+
+def test_every_image_is_seen_once_in_an_epoch():
+    images, labels = data()
+
+    class Watched:
+        """Images that note who was asked for."""
+
+        seen: tuple[int, ...] = ()
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+            self.seen += tuple(index.tolist())
+            return images[index]
+
+    watched = Watched()
+    fit(fresh(), watched, labels, PLAIN._replace(epochs=2, batch=5), 0)
+    first, second = watched.seen[1:13], watched.seen[13:]  # the very first look only tells the size
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+@pytest.mark.parametrize("count", [7, 100])
+def test_epochs_are_those_drawn_and_augmented_batch_by_batch(count, monkeypatch):
+    """The same images as from one draw an epoch and one call a batch, whatever is joined into one call."""
+    images, _ = data(count)
+    recipe = Recipe(5, 6, 0.1, 0.0, 0.0, "color_crop_cutout_flip_scale_rotate")
+    made = {}
+    for at_once in (1, 3000, 1 << 19):
+        monkeypatch.setattr(training, "DRAW_CHUNK", at_once)
+        passes = training.epochs(images, recipe, 3, torch.device("cpu"))
+        made[at_once] = [[(index.clone(), x.clone()) for index, x in parts] for parts in passes]
+    for epoch in range(5):
+        generator = seeds.generator(3, "epoch", epoch)
+        order = torch.randperm(count, generator=generator)
+        drawn = augment.draw(recipe.augment, count, 8, generator)
+        for b, start in enumerate(range(0, count, 6)):
+            index = order[start : start + 6]
+            x = augment.apply(images[index], drawn.rows(start, start + 6))
+            for parts in made.values():
+                assert torch.equal(parts[epoch][b][0], index)
+                torch.testing.assert_close(parts[epoch][b][1], x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parts_of_a_batch_are_the_batch(rho, weighted, monkeypatch):
+    """Momentum, soft labels and weights, parts of three images against the whole batch of eight."""
+    images, _ = data(20)
+    labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(8))
+    counts = torch.arange(20.0) if weighted else None
+    recipe = Recipe(3, 8, 0.1, 0.9, 5e-4, "color_crop_flip", rho=rho)
+    whole = weights(fit(fresh(), images, labels, recipe, 0, weights=counts))
+    monkeypatch.setattr(training, "CACHE_ACTIVATIONS", 3 * 4 * 64)
+    assert training.cache_batch_size(fresh(), 64) == 3
+    torch.testing.assert_close(weights(fit(fresh(), images, labels, recipe, 0, weights=counts)), whole)
+    running = build(NetConfig.model_validate({"depth": 1, "width": 4, "norm": "batch"}), (1, 8, 8), 3, 0)
+    assert training.cache_batch_size(running, 64) > 1000  # its statistics are those of a whole batch
+
+
+def test_an_epoch_does_not_depend_on_how_many_follow():
+    """Bit for bit, also where draws of many epochs are made in one call."""
+    images, labels = data(13)
+    long = Recipe(9, 4, 0.05, 0.9, 5e-4, "color_crop_cutout_flip_scale_rotate", decay=False)
+    seen: list[torch.Tensor] = []
+    module = fresh()
+    fit(module, images, labels, long, 4, lambda _: seen.append(weights(module)))
+    for epochs in (1, 2, 5):
+        assert torch.equal(weights(fit(fresh(), images, labels, long._replace(epochs=epochs), 4)), seen[epochs - 1])
+
+
+def test_accuracy_counts_and_nan_is_wrong():
+    class Given(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, 0, 0]
+
+    logits = torch.tensor([[3.0, 1, 2], [0, 5, 1], [1, 2, 0], [math.nan] * 3, [math.nan, 1, 0], [0, 0, math.inf]])
+    images = logits[:, None, None]  # each row is right but the third, the two with NaN and the infinite one
+    labels = torch.tensor([0, 1, 0, 0, 1, 2])
+    for batch in (1, 4, 1024):
+        assert accuracy(Given(), images, labels, batch) == pytest.approx(2 / 6)

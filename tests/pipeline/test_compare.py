@@ -1,0 +1,63 @@
+"""Trust on, off and the oracle side by side: what they share, and that they are the runs one would have made alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tadperf.config.merge import merge
+from tadperf.pipeline.compare import compare_trust_modes
+from tadperf.pipeline.distill import distill_task
+from tadperf.pipeline.prepare import prepare
+from tadperf.run.folder import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY: dict[str, Any] = {
+    "device": "cpu", "net.width": 4, "net.depth": 1, "experts.count": 1, "experts.epochs": 2, "match.ipc": 1,
+    "match.iterations": 2, "match.check_every": 2, "match.steps": 2, "match.max_start": 1, "match.expert_epochs": 1,
+    "match.init": "real", "evaluate.epochs": 2, "evaluate.repeats": 1, "evaluate.full_epochs": 2,
+    "evaluate.full_repeats": 1, "trust.rounds": 1, "trust.proxies": 1, "trust.epochs": 2,
+}  # fmt: skip
+
+
+def config(**values: Any):
+    given = {name.replace("__", "."): value for name, value in values.items()}
+    return merge("digits", None, [f"{name}={json.dumps(value)}" for name, value in (TINY | given).items()])
+
+
+def run(place, asked) -> dict[str, Any]:
+    with Run.create(place, asked) as opened:
+        return distill_task(prepare(asked), opened)
+
+
+def test_siblings_are_the_runs_made_alone(tmp_path):
+    main = run(tmp_path / "main", config())
+    seen: list[str] = []
+    results = compare_trust_modes(config(), tmp_path / "main", lambda stage, *_, **__: seen.append(stage))
+    assert list(results) == ["on", "off", "oracle"]
+    assert results["on"] == main
+    assert {name.rpartition(" ")[2] for name in seen} == {"off", "oracle"}
+    assert [r["trust"]["mode"] for r in results.values()] == ["on", "off", "oracle"]
+    assert [r["trust"]["used_clean_labels"] for r in results.values()] == [False, False, True]
+    assert results["oracle"]["trust"]["label_accuracy"] == 1.0
+    assert results["off"]["trust"]["label_accuracy"] == pytest.approx(0.6, abs=0.03)
+    alone = run(tmp_path / "off", config(trust__mode="off"))
+    assert (alone["accuracy"], alone["baselines"]) == (results["off"]["accuracy"], results["off"]["baselines"])
+    distilled = [place / "distilled.safetensors" for place in (tmp_path / "off", tmp_path / "main/compare/off")]
+    assert distilled[0].read_bytes() == distilled[1].read_bytes()
+    logged = (tmp_path / "main/compare/off/metrics.jsonl").read_text()
+    assert '"full_data"' not in logged  # taken over from the run that it is compared with
+    again = compare_trust_modes(config(), tmp_path / "main", lambda *_, **__: pytest.fail("nothing is left to do"))
+    assert again == json.loads(json.dumps(results))
+
+
+def test_without_clean_labels_there_is_no_oracle(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(90) % 3
+    images = (rng.integers(0, 120, (90, 8, 8)) + 60 * labels[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images[:30], y_test=labels[:30])
+    asked = config(data__path=str(tmp_path / "a.npz"), data__noise="none")
+    run(tmp_path / "main", asked)
+    assert list(compare_trust_modes(asked, tmp_path / "main")) == ["on", "off"]

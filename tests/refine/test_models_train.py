@@ -1,0 +1,107 @@
+"""Training the UNet: it learns, follows the weights, and a kill changes no bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tadperf.config import Config, DiffusionConfig, RefineConfig
+from tadperf.progress import silent
+from tadperf.refine.models import train, unet
+from tadperf.refine.models.base import Target, generate
+from tadperf.refine.models.open import open_model
+from tadperf.run.folder import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+TINY = DiffusionConfig(width=8, iterations=6, batch=8, ema=0.5)  # pyright: ignore[reportCallIssue]
+
+
+def stripes() -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images of two classes: bright rows, bright columns."""
+    labels = torch.arange(40) % 2
+    rows = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    rows[:, :, ::2] = 230
+    return torch.where(labels[:, None, None, None] == 0, rows, rows.transpose(2, 3)), labels
+
+
+def trained(place: Path, config: DiffusionConfig = TINY, weights=None, progress=silent, resume=False) -> Path:
+    images, labels = stripes()
+    with Run.create(place, Config(device="cpu"), resume) as run:  # pyright: ignore[reportCallIssue]
+        (place / "checkpoints").mkdir(exist_ok=True)
+        target = Target((1, 8, 8), ("rows", "columns"), CPU)
+        train.train_diffusion_model(
+            place / "diffusion", lambda index: images[index], labels, weights, target, config, 0, run, progress
+        )  # fmt: skip
+    return place / "diffusion"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_killed_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    whole = contents(trained(tmp_path / "whole"))
+    assert sorted(whole) == [
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+
+    def stop(stage: str, done: int, total: int, **_: object) -> None:
+        if done in (3, 5):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "run", progress=stop, resume=(tmp_path / "run").exists())
+    (tmp_path / "run" / "diffusion.partial").mkdir()  # as a kill in the middle of saving leaves it
+    assert contents(trained(tmp_path / "run", resume=True)) == whole
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert contents(trained(tmp_path / "run", resume=True)) == whole  # finished: nothing is trained again
+
+
+def test_it_learns_its_classes(tmp_path):
+    config = TINY.model_copy(update={"iterations": 100, "batch": 16, "lr": 5e-3, "ema": 0.9})
+    folder = trained(tmp_path / "run", config)
+    refine = RefineConfig(source=str(folder), steps=8)  # pyright: ignore[reportCallIssue]
+    source = open_model(refine, Target((1, 8, 8), ("rows", "columns"), CPU))
+    labels = torch.arange(8) % 2
+    made = generate(source, torch.zeros(8, 1, 8, 8), labels, list(range(8)), 1.0, 8)
+    wanted = stripes()[0][labels]
+    assert (made.float() - wanted.float()).abs().mean() < 45  # of 255; the classes are 115 apart
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_samples_are_drawn_in_proportion_to_their_weights(tmp_path, monkeypatch):
+    drawn: list[int] = []
+    images, labels = stripes()
+
+    def pixels(index: torch.Tensor) -> torch.Tensor:
+        drawn.extend(index.tolist())
+        return images[index]
+
+    target = Target((1, 8, 8), ("rows", "columns"), CPU)
+    state = train.begin(target, TINY, 0)
+    shares = torch.zeros(40)
+    shares[[3, 4]] = torch.tensor([3.0, 1.0])
+    config = TINY.model_copy(update={"batch": 64})
+    for step in range(10):
+        train.one_step(state, unet.schedulers()[0], pixels, labels, shares, target, config, step, 0)
+    assert set(drawn) == {3, 4}
+    assert 0.68 < drawn.count(3) / len(drawn) < 0.82
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = TINY.model_copy(update={"iterations": 1000, "lr": 1.0})
+    rates = [train.rate(config, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(1, abs=0.03)
+    assert rates.index(max(rates)) == train.WARMUP - 1
+    assert rates[-1] < 1e-4
