@@ -104,7 +104,7 @@ REASON = "no torch-tensorrt at hand: install it, or name a wheel by TADPERF_TORC
 @pytest.mark.parametrize(("version", "read"), FOUND, ids=[version for version, _ in FOUND])
 def test_torch_tensorrt_has_what_is_used(version, read):
     ours, theirs = inspect.getsource(compile), read(MUTABLE)
-    assert (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 14)
+    assert (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 15)
     exported = ast.walk(ast.parse(read("torch_tensorrt/__init__.py")))
     assert any(NAME in [a.name for a in node.names] for node in exported if isinstance(node, ast.ImportFrom))
     places, own, more = signature(theirs, f"{NAME}.__init__")
