@@ -1,209 +1,95 @@
-"""What the commands share: their options, the merged config, errors, JSON."""
+"""What the commands share: messages, JSON, interruption, several processes."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
+from typing import TextIO, TypeVar
 
-import typer
-
-if TYPE_CHECKING:
-    from tadperf.config import Config
+from tadperf.config.sources import ConfigSources
 
 T = TypeVar("T")
-
-
-@dataclass
-class Settings:
-    """Of this process: whether an unexpected error shows its traceback."""
-
-    debug: bool = False
-
-
-settings = Settings()
-
-
-def _set_debug(value: bool) -> bool:
-    settings.debug = settings.debug or value
-    return value
-
-
-# Numbers are read as text: the config checks them, so that every wrong value is answered in the same words.
-# Optional[...] and not `| None`: typer reads these when the module is imported, on every Python from 3.10.
-Text = Optional[str]  # noqa: UP045
-Folder = Optional[Path]  # noqa: UP045
-DATA_HELP = "'digits', or a file or folder of images: parquet, image folder, CIFAR pickles, npz, safetensors, idx.gz"
-
-Data = Annotated[Text, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
-Format = Annotated[Text, typer.Option("--format", metavar="NAME", help="Format of DATA, where detection fails.")]
-ImageSize = Annotated[Text, typer.Option("--image-size", metavar="N", help="Resize every image to N x N.")]
-Labels = Annotated[
-    Text, typer.Option("--labels", metavar="FILE", help="Labels instead of the given: CSV, .npy, .pt:key.")
-]
-Noise = Annotated[
-    Text, typer.Option("--noise", metavar="KIND:P", help="Add label noise: symmetric:P, asymmetric:P, instance:P.")
-]
-Ipc = Annotated[Text, typer.Option("--ipc", metavar="N", help="Synthetic images per class.")]
-Method = Annotated[Text, typer.Option("--method", metavar="NAME", help="Distillation method: mtt, ftd or datm.")]
-Synthesis = Annotated[
-    Text, typer.Option("--synthesis", metavar="KIND", help="matching, generative (diffusion), or hybrid.")
-]
-Compile = Annotated[
-    Text, typer.Option("--compile", metavar="MODE", help="auto, on or off: torch.compile for the steps of matching.")
-]
-Trust = Annotated[
-    Text, typer.Option("--trust", metavar="MODE", help="on, off, or oracle (uses the clean labels, and says so).")
-]
-Repeats = Annotated[Text, typer.Option("--repeats", metavar="N", help="Fresh students per network.")]
-Seed = Annotated[Text, typer.Option("--seed", metavar="N", help="One seed gives one result.")]
-Devices = Annotated[
-    Text, typer.Option("--devices", metavar="K", help="Divide the work over K processes here, on CUDA one per device.")
-]
-Device = Annotated[Text, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:i.")]
-Preset = Annotated[
-    Text, typer.Option("--preset", metavar="NAME", help="Where the config starts; see 'tadperf config'.")
-]
-ConfigFile = Annotated[Folder, typer.Option("--config", metavar="FILE", help="A TOML file over the preset.")]
-Sets = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", metavar="A.B=C", help="Any field of the config, over the file; may be repeated."),
-]
-Out = Annotated[Folder, typer.Option("--out", metavar="DIR", help="Run folder; by default runs/<data>-....")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of a failure.")]
-
-FIELDS = {
-    "data": "data.path",
-    "format": "data.format",
-    "image_size": "data.image_size",
-    "labels": "data.labels",
-    "noise": "data.noise",
-    "ipc": "match.ipc",
-    "method": "match.method",
-    "compile": "match.compile",
-    "trust": "trust.mode",
-    "synthesis": "synthesis",
-    "experts": "experts.path",
-    "repeats": "evaluate.repeats",
-    "networks": "evaluate.networks",
-    "seed": "seed",
-    "device": "device",
-    "batch": "refine.batch",
-    "backend": "refine.backend",
-}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the options say about the config."""
-
-    preset: str | None
-    file: Path | None
-    sets: Sequence[str]
-    options: dict[str, Any]
-    quiet: bool
 
 
 class RunInterruptedError(Exception):
     """Ctrl-C or SIGTERM during a run; the text says how to continue."""
 
 
-class EndedError(Exception):
-    """This process ends here with a code: another one has said what there was to say."""
+class RunLostError(Exception):
+    """A run has lost one of its processes; the text says which one, and how to continue."""
 
-    def __init__(self, code: int):
+
+class EndedError(Exception):
+    """This process ends with an exit code; another process has printed the reason."""
+
+    def __init__(self, code: int) -> None:
         self.code = code
         super().__init__(code)
 
 
-class RunLostError(Exception):
-    """A run that other processes took part in has lost one; the text says which and how to continue."""
-
-
-def complain(message: object) -> None:
-    """One line on stderr."""
+def print_error(message: object) -> None:
+    """Prints an error as one line on stderr."""
     from tadperf.compute import ranks
 
     if ranks.environment_rank():
         message = f"rank {ranks.environment_rank()}: {message}"
-    print("tadperf:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    print_stderr(f"tadperf: {' '.join(str(message).split())}")
 
 
-def note(message: str) -> None:
-    """One line on stderr that is no complaint; several ranks say it once."""
+def print_note(message: str) -> None:
+    """Prints one line on stderr; of several ranks, only rank 0 prints it."""
     from tadperf.compute import ranks
 
     if ranks.environment_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        print_stderr(message)
 
 
-def fields(**options: Any) -> dict[str, Any]:
-    """Options by parameter name -> by dotted field of the config, without those that were not given."""
-    return {FIELDS[name]: value for name, value in options.items() if value is not None}
+def print_stderr(line: str) -> None:
+    """Prints a line on stderr. If nobody reads stderr any more, the run goes on without its lines."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        redirect_to_null(sys.stderr)
 
 
-def merged(asked: Asked, base: Config | None = None) -> Config:
-    """The config that the options ask for, over that of a resumed run."""
-    from tadperf.config.merge import merge
+def print_json(value: object) -> None:
+    """Prints one JSON object on stdout, in ASCII if stdout is not UTF-8."""
+    import json
 
-    return merge(asked.preset, asked.file, asked.sets, asked.options, base)
+    from tadperf.files import to_json_value
 
-
-def state_preset(asked: Asked) -> None:
-    """Says on stderr which preset a new run starts from, where none was named."""
-    from tadperf.config.merge import default_preset
-
-    if asked.preset is None and not asked.quiet:
-        preset = default_preset(asked.file, asked.sets, asked.options)
-        note(f"preset {preset} (--preset chooses another)")
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(to_json_value(value), ensure_ascii=not utf8, allow_nan=False))
 
 
-def run_config(
-    asked: Asked, out: Path | None, resume: bool, default_out: Callable[[Config], Path]
-) -> tuple[Config, Path]:
-    """The config and folder of a run; for a resumed one, options that were not given come from its config.json."""
-    from tadperf.run.folder import check_run_folder, stored_config
-
-    if not (resume and out):
-        config = merged(asked)
-        out = out or default_out(config)
-        if not resume:
-            check_run_folder(out, resume)
-            return config, out
-    check_run_folder(out, resume)
-    return merged(asked, stored_config(out)), out
-
-
-def data_name(path: str) -> str:
-    """What a run folder is called after: "digits", or the file's or folder's name without its endings."""
-    name = Path(path).resolve().name
-    return name.split(".")[0] or name.strip(".") or "data"
+def print_preset(sources: ConfigSources, quiet: bool) -> None:
+    """Says on stderr which preset a new run starts from, if none was named."""
+    if sources.preset is None and not quiet:
+        print_note(f"preset {sources.preset_name()} (--preset chooses another)")
 
 
 @contextlib.contextmanager
 def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[None]:
-    """Ctrl-C inside, or the loss of another process, says how the run continues."""
+    """Adds to an interruption, or to the loss of another process, how the run continues."""
     try:
         yield
     except (KeyboardInterrupt, RunLostError) as error:
-        again = f"--devices {devices} --resume" if devices else "--resume"
-        hint = f"; continue with: tadperf {command} {again} --out {shlex.quote(str(out))}" if out.exists() else ""
+        options = f"--devices {devices} --resume" if devices else "--resume"
+        hint = f"; continue with: tadperf {command} {options} --out {shlex.quote(str(out))}" if out.exists() else ""
         if isinstance(error, KeyboardInterrupt):
             raise RunInterruptedError(f"interrupted{hint}") from None
         raise RunLostError(f"{error}{hint}") from None
 
 
-def divided(run: Callable[[], T], devices: str | None) -> T:
-    """Runs in as many processes as `--devices` says, or with those that torchrun has started, or here alone.
+def run_in_ranks(run: Callable[[], T], devices: str | None) -> T:
+    """Calls `run` in the processes that `--devices` or torchrun asks for, or in this process alone.
 
-    Only rank 0 comes back with the result; the others, and a process that has started others, end.
+    Only rank 0 returns the result. The other ranks, and a process that has started ranks, raise EndedError.
     """
     from tadperf.compute import launcher, ranks
 
@@ -213,24 +99,29 @@ def divided(run: Callable[[], T], devices: str | None) -> T:
             raise EndedError(launcher.launch_ranks(count, sys.argv[1:]))
         ranks.join()
         result = run()
-        leader = ranks.rank() == 0
+        is_leader = ranks.rank() == 0
         ranks.leave()
     except (launcher.RankDiedError, ranks.RankLostError) as error:
         raise RunLostError(str(error)) from None
-    if not leader:
+    if not is_leader:
         raise EndedError(0)
     return result
 
 
 def distilled_file(path: Path) -> Path:
-    """The distilled set itself, where a run folder was named."""
+    """Returns the distilled file of a run folder, or the file itself."""
     return path / "distilled.safetensors" if path.is_dir() else path
 
 
-def print_json(value: object) -> None:
-    """One JSON object on stdout."""
-    import json
+def has_no_reader(stream: TextIO) -> bool:
+    """Returns whether a stream is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
-    from tadperf.files import to_json_value
 
-    print(json.dumps(to_json_value(value), ensure_ascii=False, allow_nan=False))
+def redirect_to_null(stream: TextIO) -> None:
+    """Makes a stream that cannot be written write nowhere, so that Python's last flush at exit does not fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

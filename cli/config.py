@@ -1,4 +1,4 @@
-"""`tadperf config`: the config as a run would take it."""
+"""`tadperf config`: the settings that a run would use."""
 
 from __future__ import annotations
 
@@ -7,57 +7,33 @@ from typing import Annotated
 import typer
 
 from tadperf.cli import common
+from tadperf.cli.options import SharedOptions, command
 
-Schema = Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config instead.")]
+Schema = Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the settings instead.")]
+ListPresets = Annotated[bool, typer.Option("--list", help="Print the presets with one line about each instead.")]
 
 
-def config(
-    data: common.Data = None,
-    ipc: common.Ipc = None,
-    noise: common.Noise = None,
-    labels: common.Labels = None,
-    trust: common.Trust = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
-    method: common.Method = None,
-    repeats: common.Repeats = None,
-    image_size: common.ImageSize = None,
-    format: common.Format = None,
-    preset: common.Preset = None,
-    config_file: common.ConfigFile = None,
-    sets: common.Sets = None,
-    schema: Schema = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
-    """Print the merged config as TOML, which --config reads back.
-
-    Presets: digits, quick, cifar10-ipc{1,10,50}, cifar100-ipc{1,10,50}, tiny-ipc{1,10}.
-    """
+@command(
+    "DATA --ipc --noise --labels --trust --seed --device --method --repeats --image-size --format "
+    "--preset --config --set schema list_presets --json --quiet --debug"
+)
+def config(options: SharedOptions, schema: Schema = False, list_presets: ListPresets = False) -> None:
+    """Print all settings as TOML, which --config reads back."""
     from tadperf.config.merge import to_toml
+    from tadperf.config.presets import SUMMARIES
     from tadperf.config.schema import Config
 
     if schema:
         common.print_json(Config.model_json_schema())
-        return
-    options = common.fields(
-        data=data,
-        ipc=ipc,
-        noise=noise,
-        labels=labels,
-        trust=trust,
-        seed=seed,
-        device=device,
-        method=method,
-        repeats=repeats,
-        image_size=image_size,
-        format=format,
-    )
-    asked = common.Asked(preset, config_file, sets or (), options, quiet)
-    merged = common.merged(asked)
-    common.state_preset(asked)
-    if as_json:
-        common.print_json(merged.model_dump(mode="json"))
+    elif list_presets and options.as_json:
+        common.print_json(SUMMARIES)
+    elif list_presets:
+        width = max(map(len, SUMMARIES))
+        print("\n".join(f"{name:<{width}}  {summary}" for name, summary in SUMMARIES.items()))
     else:
-        print(to_toml(merged), end="")
+        merged = options.sources.config()
+        common.print_preset(options.sources, options.quiet)
+        if options.as_json:
+            common.print_json(merged.model_dump(mode="json"))
+        else:
+            print(to_toml(merged), end="")

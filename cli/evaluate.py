@@ -1,57 +1,41 @@
-"""`tadperf evaluate`: what a distilled file is worth, from nothing but the file and the test data."""
+"""`tadperf evaluate`: the test accuracy of a distilled file, from the file and the test data alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from tadperf.cli import common
+from tadperf.cli.options import SharedOptions, command
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A distilled file, or the folder of its run.")]
-Networks = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--network", metavar="NAME", help="convnet, resnet18, alexnet or vgg11; may be repeated."),
-]
 
 
-def evaluate(
-    file: File,
-    data: common.Data = None,
-    network: Networks = None,
-    repeats: common.Repeats = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
-    devices: common.Devices = None,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
-    """Train fresh networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
-    from tadperf.config.merge import merge
-    from tadperf.pipeline.scoring import evaluate_file
-
-    options = common.fields(repeats=repeats, networks=network or None, seed=seed, device=device)
-    config = merge(options=options)
-    pass
-
+@command("file DATA --network --repeats --seed --device --devices --json --quiet --debug")
+def evaluate(options: SharedOptions, file: File) -> None:
+    """Train new networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
     from tadperf.cli.progress import display
+    from tadperf.pipeline.evaluate import evaluate_file
+
+    given = options.sources.options
+    settings = options.sources.config()
 
     def run() -> dict[str, Any]:
-        with display(quiet) as progress:
+        with display(options.quiet) as progress:
             return evaluate_file(
                 common.distilled_file(file),
-                data,
-                networks=config.evaluate.networks if network else None,
-                repeats=config.evaluate.repeats if repeats else None,
-                seed=config.seed,
-                device=config.device,
+                given.get("data.path"),
+                networks=settings.evaluate.networks if "evaluate.networks" in given else None,
+                repeats=settings.evaluate.repeats if "evaluate.repeats" in given else None,
+                seed=settings.seed,
+                device=settings.device,
                 progress=progress,
             )
 
-    result = common.divided(run, devices)
-    if as_json:
+    result = common.run_in_ranks(run, options.devices)
+    if options.as_json:
         common.print_json(result)
     else:
         from tadperf.cli.tables import print_accuracy

@@ -1,74 +1,45 @@
-"""`tadperf experts`: the training trajectories alone, to be shared by several runs."""
+"""`tadperf experts`: only the training trajectories, for several runs to share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tadperf.cli import common
+from tadperf.cli.options import SharedOptions, command
 
 if TYPE_CHECKING:
     from tadperf.config import Config
 
 
-def experts(
-    data: common.Data = None,
-    noise: common.Noise = None,
-    labels: common.Labels = None,
-    trust: common.Trust = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
-    devices: common.Devices = None,
-    method: common.Method = None,
-    image_size: common.ImageSize = None,
-    format: common.Format = None,
-    preset: common.Preset = None,
-    config_file: common.ConfigFile = None,
-    sets: common.Sets = None,
-    out: common.Out = None,
-    resume: common.Resume = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
+@command(
+    "DATA --noise --labels --trust --seed --device --devices --method --image-size --format "
+    "--preset --config --set --out --resume --json --quiet --debug"
+)
+def experts(options: SharedOptions) -> None:
     """Train the experts whose trajectories `distill --experts DIR` matches."""
-    options = common.fields(
-        data=data,
-        noise=noise,
-        labels=labels,
-        trust=trust,
-        seed=seed,
-        device=device,
-        method=method,
-        image_size=image_size,
-        format=format,
-    )
-    asked = common.Asked(preset, config_file, sets or (), options, quiet)
-    config, out = common.run_config(asked, out, resume, default_out)
-    with common.resumable("experts", out, devices):
-        result = common.divided(lambda: _run(asked, config, out, resume), devices)
-    if as_json:
+    from tadperf.pipeline.run_config import choose_run, experts_folder
+
+    config, out = choose_run(options.sources, options.out, options.resume, experts_folder)
+    with common.resumable("experts", out, options.devices):
+        result = common.run_in_ranks(lambda: _train(options, config, out), options.devices)
+    if options.as_json:
         common.print_json(result)
     else:
-        from tadperf.cli.tables import print_figures
+        from tadperf.cli.tables import print_experts
 
-        print_figures(result)
-
-
-def default_out(config: Config) -> Path:
-    """runs/<data>-experts-seed<seed>."""
-    return Path("runs") / f"{common.data_name(config.data.path)}-experts-seed{config.seed}"
+        print_experts(result)
 
 
-def _run(asked: common.Asked, config: Config, out: Path, resume: bool) -> dict:
+def _train(options: SharedOptions, config: Config, out: Path) -> dict[str, Any]:
     from tadperf.cli.progress import display
-    from tadperf.pipeline.experts import train_experts
+    from tadperf.pipeline.experts import train_shared_experts
     from tadperf.pipeline.prepare import prepare
     from tadperf.run.folder import Run
 
-    with display(asked.quiet) as progress:
+    with display(options.quiet) as progress:
         task = prepare(config, progress)
-        with Run.create(out, config, resume) as run:
-            if not resume:
-                common.state_preset(asked)
-            return train_experts(task, run, progress)
+        with Run.create(out, config, options.resume) as run:
+            if not options.resume:
+                common.print_preset(options.sources, options.quiet)
+            return train_shared_experts(task, run, progress)

@@ -1,16 +1,18 @@
-"""`tadperf info`: what is installed, which devices there are, and what each operator runs on."""
+"""`tadperf info`: what is installed, which devices there are, and which code each operator runs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tadperf.cli import common
+from tadperf.cli.options import SharedOptions, command
 
 
-def info(as_json: common.Json = False, debug: common.Debug = False) -> None:
+@command("--json --debug")
+def info(options: SharedOptions) -> None:
     """Print versions, devices, and which operators run native, Triton or reference code."""
     facts = gather()
-    if as_json:
+    if options.as_json:
         common.print_json(facts)
     else:
         from tadperf.cli.tables import print_info
@@ -19,7 +21,7 @@ def info(as_json: common.Json = False, debug: common.Debug = False) -> None:
 
 
 def gather() -> dict[str, Any]:
-    """Versions, platform, devices by name, implementations by operator and device."""
+    """Returns versions, platform, devices by name, and implementations by operator and device."""
     import os
     import platform
 

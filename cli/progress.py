@@ -1,15 +1,18 @@
-"""Progress on stderr: a live bar on a terminal, else a plain line now and then."""
+"""Progress on stderr: live bars on a terminal, else a plain line now and then."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tadperf.cli import common
 from tadperf.compute import ranks
 from tadperf.progress import Progress, silent
 
@@ -17,73 +20,96 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-PLAIN_EVERY = 10.0  # seconds between two plain lines of one stage
+PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one stage; not tuned
+STAGES = {  # words for the user, by the stage's name or the part before its colon
+    "decode": "decoding images",
+    "resize": "resizing images",
+    "trust:proxies": "trust: proxy networks",
+    "trust:neighbours": "trust: neighbours",
+}
+FIGURES = {"trusted": "share trusted", "moved": "share changed"}
 
 
 @contextlib.contextmanager
 def display(quiet: bool) -> Iterator[Progress]:
-    """The progress to hand to a stage; the live bar is taken away when the block is left."""
+    """Yields the progress function for a stage. The live bars vanish when the block ends."""
     if quiet or ranks.rank():
         yield silent
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        with _bars() as bars, choices(lambda text: bars.console.print(text, markup=False, highlight=False)):
-            yield Live(bars)
+        with _bars() as bars, log_lines(lambda text: bars.console.print(text, markup=False, highlight=False)):
+            yield LiveProgress(bars)
     else:
-        with choices(lambda text: print(text, file=sys.stderr, flush=True)):
-            yield Plain()
+        with log_lines(common.print_stderr):
+            yield PlainProgress()
 
 
 @contextlib.contextmanager
-def choices(say: Callable[[str], object]) -> Iterator[None]:
-    """Says what tadperf logs, such as what "auto" chose."""
+def log_lines(write: Callable[[str], object]) -> Iterator[None]:
+    """Writes what the library logs inside the block, such as the choice that "auto" has made."""
 
-    class Said(logging.Handler):
+    class LineHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say(record.getMessage())
+            write(record.getMessage())
 
-    handler, logger = Said(), logging.getLogger("tadperf")
-    before = logger.level
+    handler, logger = LineHandler(), logging.getLogger("tadperf")
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
-class Plain:
-    """A line when a stage begins, ends, and about every 10 s between."""
+@dataclass
+class Clock:
+    """When a stage started in this process, and how far it was then and at its last report."""
+
+    start: float
+    first: int
+    done: int
+
+
+class PlainProgress:
+    """Prints a line when a stage starts, when it ends, and about every 10 s between."""
 
     def __init__(self) -> None:
-        self.started: dict[str, tuple[float, int]] = {}
+        self.clocks: dict[str, Clock] = {}
         self.printed = 0.0
 
     def __call__(self, stage: str, done: int, total: int, **values: object) -> None:
         now = time.monotonic()
-        first = stage not in self.started
-        start, offset = self.started.setdefault(stage, (now, done))
-        if not first and done < total and now - self.printed < PLAIN_EVERY:
+        clock = self.clocks.get(stage)
+        is_new = clock is None or done < clock.done  # a stage that runs again, as trust does in every round
+        if clock is None or is_new:
+            clock = self.clocks[stage] = Clock(now, done, done)
+        clock.done = done
+        if not is_new and done < total and now - self.printed < PLAIN_INTERVAL:
             return
         self.printed = now
-        line = f"{stage} {done}/{total} {figures(values)}".rstrip()
+        parts = [f"{stage_words(stage)} {done}/{total}", figures(values)]
         if done >= total:
-            line += f" in {duration(now - start)}"
-        elif done > offset:
-            line += f", {duration((now - start) / (done - offset) * (total - done))} left"
-        print(line, file=sys.stderr, flush=True)
+            parts.append(f"took {duration(now - clock.start)}")
+        elif done > clock.first:
+            parts.append(f"{duration((now - clock.start) / (done - clock.first) * (total - done))} left")
+        common.print_stderr(", ".join(filter(None, parts)))
 
 
-class Live:
-    """One bar per stage."""
+class LiveProgress:
+    """Shows one bar for each stage."""
 
     def __init__(self, bars: Bars) -> None:
         self.bars = bars
         self.tasks: dict[str, TaskID] = {}
+        self.done: dict[str, int] = {}
 
     def __call__(self, stage: str, done: int, total: int, **values: object) -> None:
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total, figures="")
+            self.tasks[stage] = self.bars.add_task(stage_words(stage), total=total, figures="")
+        elif done < self.done[stage]:
+            self.bars.reset(self.tasks[stage])
+        self.done[stage] = done
         self.bars.update(self.tasks[stage], completed=done, total=total, figures=figures(values))
 
 
@@ -92,20 +118,30 @@ def _bars() -> Bars:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+    name, values = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[figures]}"))
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), values)
+    return Bars(*columns, console=Console(stderr=True))
+
+
+def stage_words(stage: str) -> str:
+    """Returns the words for a stage: "trust: proxy networks" for "trust:proxies"."""
+    return STAGES.get(stage, stage)
 
 
 def figures(values: dict[str, object]) -> str:
-    """ "loss=0.312 lr=0.0214": floats to three figures."""
-    return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    """Formats values as "loss 0.312, lr 0.0214": floats with three digits, without those that are not finite."""
+    known = {k: v for k, v in values.items() if not (isinstance(v, float) and not math.isfinite(v))}
+    texts = {FIGURES.get(k, k): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in known.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
 
 
 def duration(seconds: float) -> str:
-    """ "0.8 s", "42 s", "3 min 05 s", "2 h 07 min"."""
+    """Formats a time as "0.8 s", "42 s", "3 min 05 s" or "2 h 07 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02} min"

@@ -1,80 +1,58 @@
-"""`tadperf refine`: images from a diffusion model, or those of another run, judged by a detector and made again."""
+"""`tadperf refine`: images from a diffusion model or from another run; a detector finds those to generate again."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from tadperf.cli import common
+from tadperf.cli.options import SharedOptions, command
 
 if TYPE_CHECKING:
     from tadperf.config import Config
 
-WHAT_HELP = "A run's folder, whose images are refined; or images as for distill, and then all of them are made"
-
-What = Annotated[common.Text, typer.Argument(metavar="RUN|DATA", help=WHAT_HELP, show_default=False)]
-Batch = Annotated[
-    common.Text, typer.Option("--batch", metavar="N", help="Images generated at a time; bounds the memory.")
+RunOrData = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Argument(
+        metavar="RUN|DATA",
+        help="The folder of a run to refine its images, or data as for distill to generate images for it.",
+        show_default=False,
+    ),
 ]
-Backend = Annotated[
-    common.Text,
-    typer.Option("--backend", metavar="NAME", help="auto, eager, inductor, cudagraphs or tensorrt."),
-]
-Evaluate = Annotated[bool, typer.Option("--evaluate", help="Also train students on the images, as distill does.")]
+Evaluate = Annotated[bool, typer.Option("--evaluate", help="Also train networks on the images, as distill does.")]
 
 
-def refine(
-    what: What = None,
-    ipc: common.Ipc = None,
-    noise: common.Noise = None,
-    labels: common.Labels = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
-    devices: common.Devices = None,
-    trust: common.Trust = None,
-    batch: Batch = None,
-    backend: Backend = None,
-    evaluate: Evaluate = False,
-    image_size: common.ImageSize = None,
-    format: common.Format = None,
-    preset: common.Preset = None,
-    config_file: common.ConfigFile = None,
-    sets: common.Sets = None,
-    out: common.Out = None,
-    resume: common.Resume = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
-    """Make images whose labels hold: a detector judges them, a diffusion model makes the anomalous ones again.
+@command(
+    "run_or_data --ipc --noise --labels --seed --device --devices --trust --batch --backend evaluate --image-size "
+    "--format --preset --config --set --out --resume --json --quiet --debug"
+)
+def refine(options: SharedOptions, run_or_data: RunOrData = None, evaluate: Evaluate = False) -> None:
+    """Make images that show their class: a diffusion model generates anew those that a detector rejects.
 
-    Of DATA: trust, detector, diffusion model, first images, refinement. Of a RUN, finished or killed: its trusted view
-    and its images; those that the detector takes for their class stay as they are; its detector and diffusion model are
-    used where it has them. Only refine.*, detector.*, diffusion.*, evaluate.* and the device may then be set.
+    For DATA, this trains the trusted set, the detector and the diffusion model, and generates the first images. For a
+    RUN, finished or killed, it uses that run's trusted set and images, and its detector and diffusion model if it has
+    them; an image that the detector accepts does not change. Then only refine.*, detector.*, diffusion.*, evaluate.*
+    and the device may be set.
     """
-    other = Path(what) if what and (Path(what) / "config.json").exists() else None
-    options = common.fields(
-        data=None if other else what,
-        ipc=ipc,
-        noise=noise,
-        labels=labels,
-        seed=seed,
-        device=device,
-        trust=trust,
-        batch=batch,
-        backend=backend,
-        image_size=image_size,
-        format=format,
-    )
-    if other is None:
-        options["synthesis"] = "generative"
-    asked = common.Asked(preset, config_file, sets or (), options, quiet)
-    config, out = _config(asked, other, out, resume)
-    with common.resumable("refine", out, devices):
-        result = common.divided(lambda: _run(asked, config, out, resume, evaluate), devices)
-    if as_json:
+    from tadperf.cli.options import invocation
+    from tadperf.pipeline.run_config import choose_refinement, choose_run, refine_folder
+
+    sources = options.sources
+    if run_or_data and (Path(run_or_data) / "config.json").exists():
+        config, out = choose_refinement(sources, Path(run_or_data), options.out, options.resume)
+    else:
+        given = {**sources.options, "synthesis": "generative"}
+        if run_or_data:
+            given["data.path"] = run_or_data
+            invocation.typed = {**(invocation.typed or {}), "data.path": "DATA"}
+        options = replace(options, sources=replace(sources, options=given))
+        config, out = choose_run(options.sources, options.out, options.resume, refine_folder)
+    with common.resumable("refine", out, options.devices):
+        result = common.run_in_ranks(lambda: _refine(options, config, out, evaluate), options.devices)
+    if options.as_json:
         common.print_json(result)
     else:
         from tadperf.cli.tables import print_refined
@@ -82,43 +60,16 @@ def refine(
         print_refined(result)
 
 
-def default_out(config: Config) -> Path:
-    """runs/<data>-refined-ipc<ipc>-seed<seed>, or runs/<run>-refined."""
-    if config.refine.start:
-        return Path("runs") / f"{Path(config.refine.start).name}-refined"
-    return Path("runs") / f"{common.data_name(config.data.path)}-refined-ipc{config.match.ipc}-seed{config.seed}"
-
-
-def _config(asked: common.Asked, other: Path | None, out: Path | None, resume: bool) -> tuple[Config, Path]:
-    if other is None:
-        return common.run_config(asked, out, resume, default_out)
-    from tadperf.errors import UserError
-    from tadperf.refine import start
-    from tadperf.run.folder import check_run_folder
-
-    if asked.preset:
-        raise UserError("--preset", asked.preset, f"belongs to new runs; the config is that of the run in {other}")
-    base = start.config_of(other)
-    config = common.merged(asked, base)
-    start.refuse_change(base, config)
-    out = out or default_out(config)
-    check_run_folder(out, resume)
-    return config, out
-
-
-def _run(asked: common.Asked, config: Config, out: Path, resume: bool, evaluate: bool) -> dict[str, Any]:
+def _refine(options: SharedOptions, config: Config, out: Path, evaluate: bool) -> dict[str, Any]:
+    from tadperf.cli.progress import display
     from tadperf.pipeline.distill import distill_task
     from tadperf.pipeline.prepare import prepare
     from tadperf.run.folder import Run, finished_result
 
-    if resume and (result := finished_result(out, config)) is not None:
+    if options.resume and (result := finished_result(out, config)) is not None:
         return result
-    pass
-
-    from tadperf.cli.progress import display
-
     task = prepare(config)
-    with Run.create(out, config, resume) as run, display(asked.quiet) as progress:
-        if not resume and not config.refine.start:
-            common.state_preset(asked)
-        return distill_task(task, run, progress, tested=evaluate)
+    with Run.create(out, config, options.resume) as run, display(options.quiet) as progress:
+        if not options.resume and not config.refine.start:
+            common.print_preset(options.sources, options.quiet)
+        return distill_task(task, run, progress, evaluate=evaluate)

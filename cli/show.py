@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from tadperf.cli import common
+from tadperf.cli.options import SharedOptions, command
 
 Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A distilled file, or the folder of its run.")]
 Out = Annotated[
-    common.Folder, typer.Option("--out", metavar="FILE", help="The PNG file; by default beside the distilled one.")
+    Optional[Path],  # noqa: UP045
+    typer.Option("--out", metavar="FILE", help="The PNG file; by default beside the distilled file."),
 ]
 
 
-def show(target: Target, out: Out = None, as_json: common.Json = False, debug: common.Debug = False) -> None:
+@command("target out --json --debug")
+def show(options: SharedOptions, target: Target, out: Out = None) -> None:
     """Write the images of FILE as a PNG: a row per class, a column per image."""
     from tadperf.artifact import load
     from tadperf.errors import UserError
@@ -26,8 +29,8 @@ def show(target: Target, out: Out = None, as_json: common.Json = False, debug: c
     try:
         save_grid(out, distilled)
     except OSError as error:
-        raise UserError("--out", out, f"cannot be written: {error.strerror}; choose another with --out") from None
-    if as_json:
+        raise UserError("--out", out, f"cannot be written: {error.strerror}; choose another file") from None
+    if options.as_json:
         common.print_json(
             {"file": str(target), "grid": str(out), "classes": distilled.num_classes, "ipc": distilled.ipc}
         )

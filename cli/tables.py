@@ -1,8 +1,10 @@
-"""Results as tables for a person, on stdout."""
+"""Results as tables, on stdout."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,219 +17,269 @@ USE = """import tadperf
 ds = tadperf.load({path!r})
 net = ds.train()  # or your own loop on ds.images, ds.labels
 print(ds.accuracy(net, {data!r}))"""
-PAIRS = 15  # confusions listed by name
-BASELINES = {
+MAX_PAIRS = 15  # rows of the table of confusions
+BASELINES = {  # rows of the table of accuracies, by their name in the result
     "initial": "images it started from",
-    "random_real": "random {} images, {} per class",
-    "full_trusted": "all {} images, labels as trust left them",
-    "full_data": "all images, labels as given",
+    "random_real": "random {kind} images, {ipc} per class",
+    "full_trusted": "all {kind} images, labels after trust",
+    "full_data": "all images, given labels",
+}
+KINDS = {"on": "trusted", "off": "real", "oracle": "correctly labelled"}  # images of a baseline, by trust mode
+VERDICTS = {  # rows of the table of trust, by their name in the result
+    "trusted": "trusted at once",
+    "recalled": "recalled: given label confirmed",
+    "relabelled": "relabelled: new label",
+    "untrusted": "untrusted: not used",
+}
+SHARES = {  # further rows of that table, if the clean labels are known
+    "view_accuracy": "correct among kept, %",
+    "precision": "correct among trusted, %",
+    "recall": "correct labels that are trusted, %",
+    "recalled_accuracy": "correct among recalled, %",
+    "relabel_accuracy": "correct among relabelled, %",
 }
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The table of `tadperf distill`: accuracies, what trust did, time and memory per stage, files, how to use them."""
+    """Prints what `tadperf distill` measured: accuracies, trust, time and memory of each stage, files, how to use."""
     data = result["data"]
-    noise = "" if data["noise"] in (None, "none") else f", noise {data['noise']}"
+    noise = "" if data["noise"] in (None, "none") else f", with added noise {data['noise']}"
     print(
-        f"{data['name']}: {data['train']} images{noise}, distilled to {result['ipc']} per class by {made_by(result)}"
-        f"{trust_words(result['trust'])}"
+        f"{data['name']}: {data['train']} images{noise}, distilled to {result['ipc']} per class by "
+        f"{_method_words(result)}{_trust_words(result['trust'])}"
     )
-    accuracy = table("test accuracy", "%", "runs")
-    for network, scores in result["accuracy"].items():
-        accuracy.add_row(f"distilled set, {network}", *score(scores))
-    kind = {"on": "trusted", "off": "real", "oracle": "truly labelled"}[result["trust"]["mode"]]
-    for name, label in BASELINES.items():
-        if scores := result["baselines"].get(name):
-            accuracy.add_row(label.format(kind, result["ipc"]), *score(scores))
-    show(
-        accuracy,
-        *([rounds_table(result["trust"]["rounds"])] if result["trust"]["rounds"] else []),
-        *([refined_table(result["refine"])] if "refine" in result else []),
-        stages_table(result),
+    _show(
+        _accuracy_table(result),
+        *([_rounds_table(result["trust"]["rounds"])] if result["trust"]["rounds"] else []),
+        *([_refinement_table(result["refine"])] if "refine" in result else []),
+        _stages_table(result),
     )
-    print_files(result)
+    _print_warning(result)
+    _print_files(result)
 
 
 def print_refined(result: Mapping[str, Any]) -> None:
-    """The tables of `tadperf refine`: its rounds; accuracies where students were trained; time, files, how to use."""
+    """Prints what `tadperf refine` measured: the rounds, accuracies if networks were trained, time, files."""
     if result["accuracy"]:
         print_result(result)
         return
-    data, made = result["data"], result["refine"]
-    begun = f"the images of {made['start']}" if made["start"] else f"{data['name']}: {data['train']} images"
-    print(f"{begun}, {result['ipc']} per class refined{trust_words(result['trust'])}")
-    print(f"detector: {100 * made['detector']['held_out']:.1f} % of the held-out samples right")
-    show(refined_table(made), stages_table(result))
-    print_files(result)
-
-
-def refined_table(made: Mapping[str, Any]) -> Table:
-    """The rounds of refinement, a column each, by the detector's verdict."""
-    rounds = made["rounds"]
-    shown = table("refinement", "first", *(f"round {number}" for number in range(1, len(rounds))))
-    shown.add_row("anomalous images", *(str(r["anomalous"]) for r in rounds))
-    shown.add_row("of the right class, %", *(f"{100 * r['agreement']:.1f}" for r in rounds))
-    shown.add_row("diversity", *("-" if r["diversity"] is None else f"{r['diversity']:.3g}" for r in rounds))
-    return shown
-
-
-def print_files(result: Mapping[str, Any]) -> None:
-    """Where everything lies, and how the distilled file is used."""
-    for name, path in result["paths"].items():
-        print(f"{name:<10} {path}")
-    data = result["data"]
-    print("\n" + USE.format(path=str(result["paths"]["distilled"]), data=data["source"].get("path", data["name"])))
-
-
-def made_by(result: Mapping[str, Any]) -> str:
-    """ "mtt", "diffusion", "mtt from diffusion's images"."""
-    ways = {"matching": "{}", "generative": "diffusion", "hybrid": "{} from diffusion's images"}
-    return ways[result["synthesis"]].format(result["method"])
-
-
-def trust_words(trust: Mapping[str, Any]) -> str:
-    """How the labels were taken, for the first line of a result."""
-    if trust["mode"] == "off":
-        return ", labels as given (trust off)"
-    if trust["mode"] == "oracle":
-        return ", with the CLEAN LABELS (oracle): a yardstick, not a result"
-    return f", {100 * trust['coverage']:.0f} % of the images trusted"
-
-
-SHARES = {  # rows of the table of trust's rounds, by what `tadperf.trust.metrics` calls them
-    "view_accuracy": "labels right in the view, %",
-    "precision": "trusted: right, %",
-    "recall": "trusted, of all right labels, %",
-    "recalled_accuracy": "recalled: right, %",
-    "relabel_accuracy": "relabelled: right now, %",
-}
-
-
-def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:
-    """The dual loop, a column a round; what compares with clean labels only where these are known."""
-    made = table("trust", *(f"round {record['round']}" for record in rounds))
-    for verdict in rounds[0]["sizes"]:
-        made.add_row(verdict, *(str(sum(record["sizes"][verdict])) for record in rounds))
-    for name, label in SHARES.items():
-        if name in rounds[0]:
-            made.add_row(label, *("-" if r[name] is None else f"{100 * r[name]:.1f}" for r in rounds))
-    return made
-
-
-def stages_table(result: Mapping[str, Any]) -> Table:
-    """Time and peak memory of each stage."""
-    stages = table("stage", "time", "peak memory")
-    for name, stage in result["stages"].items():
-        cuda = f" + {stage['peak_cuda_mb']:.0f} MB CUDA" if "peak_cuda_mb" in stage else ""
-        stages.add_row(name, duration(stage["seconds"]), f"{stage['peak_memory_mb']:.0f} MB{cuda}")
-    stages.add_row("total", duration(result["seconds"]), f"on {result['device']}")
-    return stages
+    data, report = result["data"], result["refine"]
+    source = f"the images of {report['start']}" if report["start"] else f"{data['name']}: {data['train']} images"
+    print(f"{source}, {result['ipc']} per class refined{_trust_words(result['trust'])}")
+    print(f"detector: {100 * report['detector']['held_out']:.1f} % correct on the held-out samples")
+    _show(_refinement_table(report), _stages_table(result))
+    _print_files(result)
 
 
 def print_comparison(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The same rows side by side for every trust mode."""
+    """Prints the accuracies of every trust mode side by side."""
     columns = {"on": "trust on", "off": "trust off", "oracle": "oracle (clean labels)"}
-    sides = table("test accuracy, %", *(columns[mode] for mode in results))
-    networks = next(iter(results.values()))["accuracy"]
-    rows = {f"distilled set, {n}": [r["accuracy"].get(n) for r in results.values()] for n in networks}
+    table = _table("test accuracy, %", *(columns[mode] for mode in results))
+    networks = dict.fromkeys(network for result in results.values() for network in result["accuracy"])
+    rows = {f"distilled set, {network}": [r["accuracy"].get(network) for r in results.values()] for network in networks}
+    ipc = next(iter(results.values()))["ipc"]
     rows |= {
-        label.format("real", next(iter(results.values()))["ipc"]): [r["baselines"].get(n) for r in results.values()]
-        for n, label in BASELINES.items()
+        label.format(kind="real", ipc=ipc): cells
+        for name, label in BASELINES.items()
+        if any(cells := [r["baselines"].get(name) for r in results.values()])
     }
     for label, cells in rows.items():
-        sides.add_row(label, *(score(cell)[0] if cell else "" for cell in cells))
-    sides.add_row("time", *(duration(r["seconds"]) for r in results.values()))
-    show(sides)
+        table.add_row(label, *(_score(cell)[0] if cell else "" for cell in cells))
+    table.add_row("time", *(duration(result["seconds"]) for result in results.values()))
+    _show(table)
 
 
 def print_sweep(result: Mapping[str, Any]) -> None:
-    """The table of `tadperf sweep`: a row for each combination, and network where there are several."""
+    """Prints a row for each combination, and for each network if there are several."""
     rows, fields = result["rows"], result["fields"]
     fields = [*fields, *(["network"] if len({row["network"] for row in rows}) > 1 else [])]
-    made = table(*fields, "test accuracy, %", "random real, %", "time")
+    table = _table(*fields, "test accuracy, %", "random real images, %", "time")
     for row in rows:
-        deviation = f" ± {100 * row['std']:.1f}" if row["runs"] > 1 else ""
-        real = f"{100 * row['random_real']:.1f}" if "random_real" in row else "-"
+        deviation = _deviation(row["std"]) if row["runs"] > 1 else ""
+        random_real = f"{100 * row['random_real']:.1f}" if "random_real" in row else "-"
         accuracy = f"{100 * row['accuracy']:.1f}{deviation}"
-        made.add_row(*(str(row[field]) for field in fields), accuracy, real, duration(row["seconds"]))
-    show(made)
-    for name, path in result["paths"].items():
-        print(f"{name:<10} {path}")
+        table.add_row(*(str(row[field]) for field in fields), accuracy, random_real, duration(row["seconds"]))
+    _show(table)
+    _print_paths(result["paths"])
 
 
 def print_audit(result: Mapping[str, Any]) -> None:
-    """The tables of `tadperf audit`."""
+    """Prints the number of suspected label errors, the frequent confusions and the worst samples."""
     share = 100 * result["issues"] / result["samples"]
-    noise = "" if result["noise"] == "none" else f", noise {result['noise']}"
-    print(f"{result['data']}{noise}: {result['issues']} of {result['samples']} labels held wrong ({share:.1f} %)")
-    pairs = table("seems to be", "labelled", "samples")
-    for pair in result["pairs"][:PAIRS]:
+    noise = "" if result["noise"] == "none" else f", with added noise {result['noise']}"
+    print(
+        f"{result['data']}{noise}: {result['issues']} suspected label errors among {result['samples']} labels "
+        f"({share:.1f} %)"
+    )
+    pairs = _table("suggested label", "given label", "samples")
+    for pair in result["pairs"][:MAX_PAIRS]:
         pairs.add_row(pair["suggested"], pair["given"], str(pair["samples"]))
-    if len(result["pairs"]) > PAIRS:
-        pairs.add_row(
-            f"{len(result['pairs']) - PAIRS} other pairs", "", str(sum(p["samples"] for p in result["pairs"][PAIRS:]))
-        )
-    worst = table("worst samples", "labelled", "seems to be", "score")
+    if others := result["pairs"][MAX_PAIRS:]:
+        pairs.add_row(f"{len(others)} other pairs", "", str(sum(pair["samples"] for pair in others)))
+    worst = _table("worst samples (index)", "given label", "suggested label", "score")
     for sample in result["worst"]:
-        worst.add_row(str(sample["index"]), sample["given"], sample["suggested"], f"{sample['score']:.3f}")
-    show(*(one for one in (pairs, worst) if one.row_count))
-    if known := result.get("against_clean_labels"):
-        told = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in known.items() if value is not None)
-        print(f"against the clean labels: {', '.join(told)}")
-    for name, path in result["paths"].items():
-        print(f"{name:<10} {path}")
+        suggested = "no clear class" if sample["suggested"] == sample["given"] else sample["suggested"]
+        worst.add_row(str(sample["index"]), sample["given"], suggested, f"{sample['score']:.3f}")
+    _show(*(table for table in (pairs, worst) if table.row_count))
+    if quality := result.get("against_clean_labels"):
+        figures = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in quality.items() if value is not None)
+        print(f"against the clean labels: {', '.join(figures)}")
+    _print_paths(result["paths"])
     if not result["paths"]:
-        print("--out labels.csv keeps the whole list, and a picture of the worst")
+        print("add --out labels.csv to write the list of all samples and a picture of the worst")
 
 
 def print_accuracy(result: Mapping[str, Any]) -> None:
-    """The table of `tadperf evaluate`."""
-    accuracy = table("test accuracy", "%", "runs")
+    """Prints what `tadperf evaluate` measured."""
+    table = _table("test accuracy", "%", "runs")
     for network, scores in result["accuracy"].items():
-        accuracy.add_row(network, *score(scores))
-    show(accuracy)
+        table.add_row(network, *_score(scores))
+    _show(table)
 
 
-def print_figures(result: Mapping[str, Any]) -> None:
-    """Plain figures, one a row."""
-    figures = table("experts", "")
+def print_experts(result: Mapping[str, Any]) -> None:
+    """Prints the figures of `tadperf experts`, one in each row."""
+    table = _table("experts", "")
     for name, value in result.items():
-        figures.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    show(figures)
+        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    _show(table)
 
 
 def print_info(facts: Mapping[str, Any]) -> None:
-    """The tables of `tadperf info`."""
-    system = table("system", "")
+    """Prints the system and what each operator runs on."""
+    system = _table("system", "")
     for name, value in facts["versions"].items():
-        system.add_row(name, value or "none")
+        system.add_row(name, value or "not installed")
     system.add_row("platform", facts["platform"])
     system.add_row("threads", f"{facts['threads']} of {facts['cores']} cores")
     for name, value in facts["devices"].items():
         system.add_row(name, value)
     native = facts["native"]
-    system.add_row("native part", str(native["isa"]) if native["available"] else f"absent: {native['reason']}")
-    operators = table("operator", "cpu", "cuda")
+    system.add_row("native code", str(native["isa"]) if native["available"] else f"not available: {native['reason']}")
+    operators = _table("operator", "cpu", "cuda")
     for name, places in facts["operators"].items():
         operators.add_row(name, places["cpu"], places["cuda"])
-    show(system, operators)
+    _show(system, operators)
 
 
-def table(*columns: str) -> Table:
-    """A table whose first column is text and whose others are flush right."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+def _accuracy_table(result: Mapping[str, Any]) -> Table:
+    """Returns the accuracies of networks trained on the distilled set, and of the baselines."""
+    table = _table("test accuracy of networks trained on", "%", "runs")
+    for network, scores in result["accuracy"].items():
+        table.add_row(f"distilled set, {network}", *_score(scores))
+    kind = KINDS[result["trust"]["mode"]]
+    for name, label in BASELINES.items():
+        if scores := result["baselines"].get(name):
+            table.add_row(label.format(kind=kind, ipc=result["ipc"]), *_score(scores))
+    return table
+
+
+def _print_warning(result: Mapping[str, Any]) -> None:
+    """Says so if the distilled set is worse than the images it started from: distillation has not helped."""
+    initial = result["baselines"].get("initial")
+    distilled = next(iter(result["accuracy"].values()), None)
+    if initial and distilled and distilled["mean"] < initial["mean"]:
+        print(
+            "note: the distilled set is worse than the images it started from; "
+            "try more iterations (--set match.iterations=N) or another preset"
+        )
+
+
+def _refinement_table(report: Mapping[str, Any]) -> Table:
+    """Returns the rounds of refinement, one in each column, as the detector sees them."""
+    rounds = report["rounds"]
+    table = _table("refinement", "first", *(f"round {number}" for number in range(1, len(rounds))))
+    table.add_row("rejected images", *(str(record["anomalous"]) for record in rounds))
+    table.add_row("of the correct class, %", *(f"{100 * record['agreement']:.1f}" for record in rounds))
+    table.add_row("diversity", *("-" if r["diversity"] is None else f"{r['diversity']:.3g}" for r in rounds))
+    return table
+
+
+def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the rounds of trust, one in each column; the shares that need clean labels only if these are known."""
+    table = _table("labels by round", *(f"round {record['round']}" for record in rounds))
+    sizes = [{name: sum(counts) for name, counts in record["sizes"].items()} for record in rounds]
+    for verdict in sizes[0]:
+        table.add_row(VERDICTS.get(verdict, verdict), *(str(size[verdict]) for size in sizes))
+    kept = ((sum(size.values()) - size.get("untrusted", 0)) / max(sum(size.values()), 1) for size in sizes)
+    table.add_row("labels kept, %", *(f"{100 * share:.1f}" for share in kept))
+    for name, label in SHARES.items():
+        if name in rounds[0]:
+            table.add_row(label, *("-" if r[name] is None else f"{100 * r[name]:.1f}" for r in rounds))
+    return table
+
+
+def _stages_table(result: Mapping[str, Any]) -> Table:
+    """Returns the time and the peak memory of each stage."""
+    table = _table("stage", "time", "peak memory")
+    for name, stage in result["stages"].items():
+        cuda = f" + {stage['peak_cuda_mb']:.0f} MB CUDA" if "peak_cuda_mb" in stage else ""
+        table.add_row(name, duration(stage["seconds"]), f"{stage['peak_memory_mb']:.0f} MB{cuda}")
+    table.add_row("total", duration(result["seconds"]), f"on {result['device']}")
+    return table
+
+
+def _print_files(result: Mapping[str, Any]) -> None:
+    """Prints the paths of a run, and Python code that uses the distilled file from any folder."""
+    _print_paths(result["paths"])
+    data = result["data"]
+    source = data["source"].get("path", data["name"])
+    if Path(source).exists():
+        source = str(Path(source).resolve())
+    print("\n" + USE.format(path=str(Path(result["paths"]["distilled"]).resolve()), data=source))
+
+
+def _print_paths(paths: Mapping[str, Any]) -> None:
+    for name, path in paths.items():
+        print(f"{name:<10} {path}")
+
+
+def _method_words(result: Mapping[str, Any]) -> str:
+    """Returns "mtt", "diffusion" or "mtt from diffusion's images"."""
+    forms = {"matching": "{}", "generative": "diffusion", "hybrid": "{} from diffusion's images"}
+    return forms[result["synthesis"]].format(result["method"])
+
+
+def _trust_words(trust: Mapping[str, Any]) -> str:
+    """Says which labels a run has used."""
+    if trust["mode"] == "off":
+        return ", given labels (trust off)"
+    if trust["mode"] == "oracle":
+        return ", with the CLEAN LABELS (oracle): an upper bound, not a result"
+    return f", {100 * trust['coverage']:.0f} % of the labels kept"
+
+
+def _table(*columns: str) -> Table:
+    """Returns an empty table: text on the left in the first column, the other columns flush right."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        made.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
-    return made
+        table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+    return table
 
 
-def score(scores: Mapping[str, Any]) -> tuple[str, str]:
-    """Accuracies in [0, 1] as percent, with their deviation where there are several runs, and the number of runs."""
-    deviation = f" ± {100 * scores['std']:.1f}" if len(scores["runs"]) > 1 else ""
+def _score(scores: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the mean in percent, with the deviation if there are several runs, and the number of runs."""
+    deviation = _deviation(scores["std"]) if len(scores["runs"]) > 1 else ""
     return f"{100 * scores['mean']:.1f}{deviation}", str(len(scores["runs"]))
 
 
-def show(*tables: Table) -> None:
-    console = Console(highlight=False)
-    for one in tables:
-        console.print(one)
+def _deviation(std: float) -> str:
+    sign = "±"
+    try:
+        sign.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        sign = "+-"
+    return f" {sign} {100 * std:.1f}"
+
+
+class _Console(Console):
+    """Leaves it to the caller what happens if the reader of stdout has ended; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+def _show(*tables: Table) -> None:
+    console = _Console(highlight=False)
+    for table in tables:
+        console.print(table)

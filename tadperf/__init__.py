@@ -5,7 +5,7 @@
     net = ds.train()
     ds.accuracy(net, test)
 
-Names are imported when first used (PEP 562), so that `import tadperf` costs nothing.
+Each name is imported when it is first used (PEP 562), so `import tadperf` is fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Dataset", "DistilledSet", "UserError", "__version__", "distill", "load", "open_data"]
 
-_HOMES = {
+_MODULES = {  # where each public name is defined
     "Config": "tadperf.config",
     "Dataset": "tadperf.data",
     "DistilledSet": "tadperf.artifact",
@@ -34,9 +34,9 @@ def __getattr__(name: str) -> object:
         from tadperf.compute.versions import tadperf_version
 
         return tadperf_version()
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'tadperf' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""DistilledSet: the one file that comes out of a run, with all that is needed to use it."""
+"""DistilledSet: the file that a run writes, with everything that is needed to use it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from tadperf.compute.device import resolve_device
 from tadperf.compute.versions import tadperf_version
 from tadperf.config import NetConfig
 from tadperf.data import augment
+from tadperf.data.convert import as_tensor
+from tadperf.data.dataset import Dataset, describe_tensor
 from tadperf.data.normalise import Normaliser
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
@@ -23,12 +26,8 @@ from tadperf.files import load_tensors, save_tensors, to_json_value
 from tadperf.nets.students import Examples, train_student
 from tadperf.nets.training import Recipe, accuracy
 
-if TYPE_CHECKING:
-    from tadperf.data.dataset import Dataset
-    from tadperf.data.normalise import Normaliser
-
-SCHEMA = 1  # of the metadata; raised when a reader of this version could misread the file
-SECTIONS = {  # of the metadata, and what JSON has for them
+SCHEMA = 1  # version of the metadata; increased when this version of tadperf could misread a new file
+SECTIONS = {  # the sections of the metadata, and their JSON types
     "class_names": list,
     "augment": str,
     "net": dict,
@@ -38,18 +37,19 @@ SECTIONS = {  # of the metadata, and what JSON has for them
     "versions": dict,
     "data": dict,
 }
-CHUNK = 8192  # test images normalised at a time
+CHUNK = 8192  # test images normalised at a time; not tuned
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DistilledSet:
     """A distilled set of M images of C classes (tadperf).
 
-    images: float32 [M, channels, H, W] as networks take them: normalised. `pixels()` gives them as uint8.
+    images: float32 [M, channels, H, W], normalised for networks. `pixels()` returns them as uint8.
     labels: int64 [M], or label logits float32 [M, C].
-    lr: the learning rate that was learned with the images.
-    normaliser: maps uint8 pixels to the images' space and back; test images go through it too.
-    augment: differentiable augmentations that the images were learned under. recipe: how to train a student on them.
+    lr: the learning rate for students, learned with the images.
+    normaliser: maps uint8 pixels to normalised images and back; use it for test images too.
+    augment: the differentiable augmentations used while the images were learned.
+    recipe: how to train a student on the images.
     data: name, source and fingerprint of the set that was distilled.
     """
 
@@ -65,6 +65,13 @@ class DistilledSet:
     seed: int
     versions: dict[str, str]
     data: dict[str, Any]
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.images.shape[1:]))
+        kind = "soft" if self.labels.is_floating_point() else "hard"
+        name = self.data.get("name", "unknown data")
+        counts = f"{len(self.images)} images of {size}, {self.num_classes} classes, {kind} labels"
+        return f"DistilledSet({name}: {counts}, lr {self.lr:.3g}, seed {self.seed})"
 
     @property
     def num_classes(self) -> int:
@@ -83,44 +90,54 @@ class DistilledSet:
 
     @property
     def hard_labels(self) -> Tensor:
-        """int64 [M]: the labels, or the likeliest class of each soft label."""
+        """The labels int64 [M]; for soft labels the class of the largest logit."""
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
     def pixels(self) -> Tensor:
-        """The images as uint8 [M, channels, H, W]: normalisation undone, rounded and clamped."""
+        """The images before normalisation, uint8 [M, channels, H, W], rounded and clamped."""
         return self.normaliser.invert(self.images)
 
     def validate(self) -> None:
-        """Raises UserError where a value could not train a network: shapes, types, ranges, NaN."""
-        images, labels, count = self.images, self.labels, self.num_classes
+        """Raises UserError if a network could not train on the set: wrong shapes, types or ranges, NaN."""
+        images = self.images
         if images.dtype != torch.float32 or images.ndim != 4 or 0 in images.shape:
-            raise UserError("images", _kind(images), "must be float32 [M, channels, H, W] with M > 0")
+            raise UserError("images", describe_tensor(images), "must be float32 [M, channels, H, W] with M > 0")
         _refuse_nonfinite("images", images)
-        if labels.shape[:1] != images.shape[:1]:
-            raise UserError("labels", _kind(labels), f"must be one for each of the {len(images)} images")
-        if labels.dtype == torch.int64 and labels.ndim == 1:
-            if bad := [label for label in labels.tolist() if not 0 <= label < count]:
-                raise UserError("labels", bad[0], f"must be in 0..{count - 1}: there are {count} class names")
-        elif labels.dtype == torch.float32 and labels.shape == (len(images), count):
-            _refuse_nonfinite("labels", labels)
-        else:
-            raise UserError("labels", _kind(labels), f"must be int64 [M], or float32 [M, {count}] for soft labels")
+        self._check_labels()
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError("lr", self.lr, "must be a finite number above 0")
-        scales = self.normaliser.tensors()
-        for name, tensor in scales.items():
-            _refuse_nonfinite(f"normaliser.{name}", tensor)
-        inputs = {"mean": images.shape[1], "zca_mean": images[0].numel()}
-        for name in inputs.keys() & scales.keys():
-            if len(scales[name]) != inputs[name]:
-                raise UserError(f"normaliser.{name}", _kind(scales[name]), f"the images ask for {inputs[name]} values")
-        if not (self.normaliser.std > 0).all():
-            raise UserError("normaliser.std", self.normaliser.std.tolist(), "must be above 0")
+        self._check_normaliser()
         for strategy in (self.augment, self.recipe.augment):
             augment.parse(strategy)
 
+    def _check_labels(self) -> None:
+        labels, images, classes = self.labels, len(self.images), self.num_classes
+        if labels.shape[:1] != (images,):
+            raise UserError("labels", describe_tensor(labels), f"must have one label for each of the {images} images")
+        if labels.dtype == torch.int64 and labels.ndim == 1:
+            wrong = (labels < 0) | (labels >= classes)
+            if wrong.any():
+                remedy = f"must be in 0..{classes - 1}: the set has {classes} class names"
+                raise UserError("labels", int(labels[wrong][0]), remedy)
+        elif labels.dtype == torch.float32 and labels.shape == (images, classes):
+            _refuse_nonfinite("labels", labels)
+        else:
+            remedy = f"must be int64 [M], or float32 [M, {classes}] for soft labels"
+            raise UserError("labels", describe_tensor(labels), remedy)
+
+    def _check_normaliser(self) -> None:
+        shape, tensors = self.images.shape[1:], self.normaliser.tensors()
+        for name, tensor in tensors.items():
+            _refuse_nonfinite(f"normaliser.{name}", tensor)
+        for name, size in {"mean": shape[0], "zca_mean": shape.numel()}.items():
+            if name in tensors and len(tensors[name]) != size:
+                remedy = f"must have {size} values for images of {list(shape)}"
+                raise UserError(f"normaliser.{name}", describe_tensor(tensors[name]), remedy)
+        if not (self.normaliser.std > 0).all():
+            raise UserError("normaliser.std", self.normaliser.std.tolist(), "must be above 0")
+
     def save(self, path: Path | str) -> None:
-        """Writes one safetensors file, atomically; equal sets give equal bytes. Raises UserError on an invalid set."""
+        """Writes one safetensors file, atomically. Equal sets give equal bytes. Raises UserError for an invalid set."""
         self.validate()
         values = {name: getattr(self, name) for name in SECTIONS}
         values["net"], values["recipe"] = self.net.model_dump(mode="json"), self.recipe._asdict()
@@ -133,73 +150,89 @@ class DistilledSet:
     def train(
         self, network: NetConfig | str | None = None, seed: int = 0, device: str = "cpu", epochs: int | None = None
     ) -> nn.Module:
-        """A fresh network trained on the set by its own recipe.
+        """Trains a fresh network on the set and returns it in eval mode.
 
-        network: another architecture, by name or as a NetConfig; by default the one the set was distilled with.
+        network: an architecture, by name or as a NetConfig; by default the one that the set was distilled with.
+        epochs: replaces the number of epochs of the set's recipe. Raises UserError for an unknown network or device.
         """
         if isinstance(network, str):
             try:
-                network = NetConfig(**{**self.net.model_dump(), "name": network})  # pyright: ignore[reportArgumentType]
+                network = NetConfig.model_validate(self.net.model_dump() | {"name": network})
             except ValidationError:
                 raise UserError("network", network, "must be convnet, resnet18, alexnet or vgg11") from None
         recipe = self.recipe if epochs is None else self.recipe._replace(epochs=epochs)
-        where = resolve_device(device)
         examples = Examples(self.images, self.labels)
-        return train_student(examples, self.num_classes, network or self.net, recipe, seed, where)
+        return train_student(examples, self.num_classes, network or self.net, recipe, seed, resolve_device(device))
 
-    def accuracy(self, net: nn.Module, test: Dataset | str | tuple[Tensor, Tensor]) -> float:
-        """The share of `test` that `net` classifies rightly, in [0, 1].
+    def accuracy(
+        self, net: nn.Module, test: Dataset | Path | str | tuple[Tensor | ArrayLike, Tensor | ArrayLike]
+    ) -> float:
+        """Returns the share of `test` that `net` classifies correctly, in [0, 1].
 
-        test: a Dataset, what `open_data` opens (its test split is taken), or uint8 images [N, channels, H, W] and int64
-        labels [N]. Raises UserError where its shape, or the order of its classes, is not that of the set.
+        test: a Dataset; a path or name for `open_data`, of which the test split is used; or a pair of images uint8
+        [N, channels, H, W] and integer labels [N], as tensors or NumPy arrays.
+        Raises UserError if its shape, its labels or the order of its classes do not fit the set.
         """
         if isinstance(test, tuple):
-            images, labels = test
-            if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-                kinds = f"{_kind(images)}, {_kind(labels)}"
-                raise UserError("test", kinds, "must be uint8 [N, channels, H, W] and int64 [N]")
-            self._refuse_shape(images)
+            images, labels = self._check_pair(*test)
         else:
-            split = self.test_split(test) if isinstance(test, str) else self._fitting(test)
+            split = self._check_test(test) if isinstance(test, Dataset) else self.test_split(test)
             images, labels = split.images, split.labels
         chunks = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
         return sum(accuracy(net, self.normaliser(x), y) * len(y) for x, y in chunks) / len(labels)
 
-    def test_split(self, path: str | None = None) -> Dataset:
-        """The test split at `path`, by default of the data that was distilled; opened without its training images.
+    def test_split(self, path: Path | str | None = None) -> Dataset:
+        """Opens the test split at `path`, by default that of the distilled data, without reading training images.
 
-        Raises UserError where there is none, or where its shape or the order of its classes is not that of the set.
+        Raises UserError if there is no test split, or if its shape or the order of its classes does not fit the set.
         """
         source = self.data.get("source", {})
-        where, kind = (
-            (path, None) if path is not None else (source.get("path", self.data.get("name")), source.get("format"))
-        )
-        test = open_data(where, format=kind, image_size=source.get("image_size"), need_train=False).test
+        format = source.get("format") if path is None else None
+        path = source.get("path", self.data.get("name")) if path is None else path
+        columns = {name: source.get(name) for name in ("image_size", "image_column", "label_column")}
+        test = open_data(path, format=format, need_train=False, **columns).test
         if test is None:
-            raise UserError("test", where, "has no test split; name a set that has one")
-        return self._fitting(test)
+            raise UserError("test", path, "has no test split; choose a data set with one")
+        return self._check_test(test)
 
-    def _fitting(self, test: Dataset) -> Dataset:
-        if test.class_names != self.class_names:  # a silent mismatch of order would only show as a bad accuracy
+    def _check_test(self, test: Dataset) -> Dataset:
+        if test.class_names != self.class_names:  # without this check, another order would look like a low accuracy
             pairs = (f"{a} for {b}" for a, b in zip(test.class_names, self.class_names, strict=False) if a != b)
-            other = next(pairs, f"{test.num_classes} for {self.num_classes}")
-            raise UserError(
-                "test", test.name, f"has other classes than the distilled set, or in another order: {other}"
-            )
+            difference = next(pairs, f"{test.num_classes} for {self.num_classes}")
+            remedy = f"has other classes than the distilled set, or another order: {difference}"
+            raise UserError("test", test.name, remedy)
         self._refuse_shape(test.images)
         return test
 
+    def _check_pair(self, images: Tensor | ArrayLike, labels: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
+        """Returns images and labels as tensors; raises UserError if they cannot be a test set."""
+        images, labels = as_tensor("test", images), as_tensor("test", labels)
+        kinds = f"{describe_tensor(images)}, {describe_tensor(labels)}"
+        integers = not labels.is_floating_point() and labels.dtype != torch.bool
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not integers:
+            raise UserError("test", kinds, "must be images uint8 [N, channels, H, W] and integer labels [N]")
+        if not len(images):
+            raise UserError("test", kinds, "holds no image")
+        self._refuse_shape(images)
+        labels = labels.long()
+        if (wrong := (labels < 0) | (labels >= self.num_classes)).any():
+            raise UserError("test", f"label {int(labels[wrong][0])}", f"must be in 0..{self.num_classes - 1}")
+        return images, labels
+
     def _refuse_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.shape:
-            raise UserError("test", _kind(images), f"the distilled images are {list(self.shape)}")
+            raise UserError("test", describe_tensor(images), f"must be {list(self.shape)} like the distilled images")
 
 
 def load(path: Path | str) -> DistilledSet:
-    """Reads and checks a distilled set.
+    """Reads and checks a distilled set: the file, or the run folder with its distilled.safetensors.
 
-    Raises UserError where the file is absent, truncated, no distilled set, of a newer schema, or holds values that
-    `DistilledSet.validate` refuses. No code in a file can run: there is no pickle in it.
+    Raises UserError if the file is absent, truncated, not a distilled set or of a newer schema, or if
+    `DistilledSet.validate` refuses its values. Safe for files from others: the format has no pickle and runs no code.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "distilled.safetensors"
     tensors, metadata = load_tensors(path)
     values = _metadata(path, metadata)
     try:
@@ -214,13 +247,13 @@ def load(path: Path | str) -> DistilledSet:
     try:
         distilled.validate()
     except UserError as error:
-        raise UserError(error.field, error.value, f"{error.remedy} (in {path}; distil it again)") from None
+        raise UserError(error.field, error.value, f"{error.remedy} (in {path}; distill it again)") from None
     return distilled
 
 
 def _metadata(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
     if "tadperf" not in metadata:
-        raise UserError("file", path, "holds no tadperf metadata: it is not a distilled set")
+        raise UserError("file", path, "has no tadperf metadata, so it is not a distilled set")
     try:
         values = json.loads(metadata["tadperf"])
         schema = values["schema"]
@@ -241,20 +274,16 @@ def _assemble(tensors: dict[str, Tensor], values: dict[str, Any]) -> DistilledSe
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError("class_names are not a list of names")
     scales = {name.removeprefix("normaliser."): t for name, t in tensors.items() if name.startswith("normaliser.")}
-    rest = {name: values[name] for name in SECTIONS} | {
+    sections = {name: values[name] for name in SECTIONS} | {
         "class_names": tuple(names),
         "net": NetConfig.model_validate(values["net"]),
         "recipe": TypeAdapter(Recipe).validate_python(values["recipe"]),
     }
     normaliser = Normaliser.from_tensors(scales)
-    return DistilledSet(tensors["images"], tensors["labels"], tensors["lr"].item(), normaliser=normaliser, **rest)
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return DistilledSet(tensors["images"], tensors["labels"], tensors["lr"].item(), normaliser=normaliser, **sections)
 
 
 def _refuse_nonfinite(field: str, tensor: Tensor) -> None:
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
-        raise UserError(field, f"{bad} of {tensor.numel()} values are NaN or infinite", "every value must be finite")
+    count = int((~tensor.isfinite()).sum())
+    if count:
+        raise UserError(field, f"{count} of {tensor.numel()} values are NaN or infinite", "all values must be finite")

@@ -1,14 +1,46 @@
-"""What a user got wrong, in one line."""
+"""Errors and warnings for users, in one line each."""
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
+
+# Categories of characters that a terminal may act on: control, format (also text direction) and surrogate characters,
+# line and paragraph separators.
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"  # format characters that belong to words and emoji
+
 
 class UserError(ValueError):
-    """Wrong use: which field, the value it had, and the remedy.
+    """Wrong use. Names the field, its value and the remedy.
 
-    The command line prints `str(error)` after "tadperf: " and exits with 2; a caller in Python catches a ValueError.
+    The command line prints `str(error)` after "tadperf: " and exits with 2. In Python, catch a ValueError. The text is
+    one line and has no control characters, whatever the names in the data are.
     """
 
-    def __init__(self, field: str, value: object, remedy: str):
+    def __init__(self, field: str, value: object, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
-        super().__init__(f"{field}: {value}: {remedy}")
+        super().__init__(printable(f"{field}: {value}: {remedy}"))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
+        return type(self), (self.field, self.value, self.remedy)
+
+
+class DataWarning(UserWarning):
+    """Something in the data that the user should know and that does not stop the work."""
+
+
+def warn_user(text: str) -> None:
+    """Issues a DataWarning of one line."""
+    warnings.warn(printable(text), DataWarning, stacklevel=3)
+
+
+def printable(text: str) -> str:
+    """Returns the text with control characters and undecodable bytes as escapes, so that no terminal acts on them."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(c) if unicodedata.category(c) in _UNPRINTABLE and c not in _JOINERS else c for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -44,7 +44,7 @@ def write_access(allowed: bool) -> Iterator[None]:
 
 
 def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
-    """Writes a file that is either wholly there or not at all, and stays there when the power fails.
+    """Writes a file atomically and durably: after a kill or a power failure it is either complete or absent.
 
     Writes a temporary file in the same folder, syncs it, renames it and syncs the folder. The mode follows the umask.
     Does nothing in a process without write access.
@@ -71,12 +71,12 @@ def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Writes a JSON file atomically; NaN and infinities, which JSON lacks, become null."""
+    """Writes a JSON file atomically. JSON has no NaN and no infinity: both become null."""
     write_bytes(path, (json.dumps(to_json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def to_json_value(value: Any) -> Any:
-    """A value as JSON has it: tuples as lists, tensors and numpy values as numbers or lists, paths as text."""
+    """Converts a value for JSON: tuples, tensors and NumPy arrays become lists, paths become text."""
     if isinstance(value, Mapping):
         return {str(key): to_json_value(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -89,15 +89,15 @@ def to_json_value(value: Any) -> Any:
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically; equal values give equal bytes.
+    """Writes a safetensors file atomically. Equal values give equal bytes.
 
-    safetensors orders the tensors itself but writes the metadata's keys in random order: so the header is made anew,
-    sorted. Its own `save_file` neither syncs nor follows the umask.
+    The library `safetensors` writes the metadata keys in random order, so the header is written again with sorted keys.
+    Its own `save_file` neither syncs nor follows the umask.
     """
     from safetensors.torch import save
 
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = memoryview(save(whole, dict(metadata or {})))
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = memoryview(save(contiguous, dict(metadata or {})))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:end]))
     if metadata:
@@ -108,22 +108,33 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file: its tensors and its metadata. Raises UserError where it is absent or damaged."""
+    """Reads the tensors and the metadata of a safetensors file. Raises UserError if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
-        raise UserError("file", path, "there is no such file; check the path") from None
+        raise UserError("file", path, "no such file; check the path") from None
     except SafetensorError as error:
-        raise UserError("file", path, f"is truncated or not a safetensors file ({error}); write it again") from None
+        raise UserError("file", path, f"truncated, or not a safetensors file ({error}); write it again") from None
     except OSError as error:
-        raise UserError("file", path, f"cannot be read: {error.strerror or error}") from None
+        raise UserError(
+            "file", path, f"cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from None
 
 
-def cache_folder(part: str) -> Path:
-    """$XDG_CACHE_HOME/tadperf/<part>, by default below ~/.cache; made, for its owner alone: what it holds is run."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tadperf" / part
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def cache_folder(part: str, create: bool = True) -> Path:
+    """Returns $XDG_CACHE_HOME/tadperf/<part> (default: ~/.cache/tadperf/<part>), and creates it unless told not to.
+
+    Only the owner may open the folder, because compiled code in it is executed. Raises UserError if it cannot be made.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(home) / "tadperf" / part
+    if create:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = f"cannot be created ({error.strerror}); set XDG_CACHE_HOME to a folder that you can write"
+            raise UserError("cache folder", folder, remedy) from None
     return folder

@@ -1,4 +1,4 @@
-"""One seed for a whole run, and from it an independent stream for every purpose."""
+"""Derives an independent random stream for every purpose from the one seed of a run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *purpose: object) -> int:
-    """A 63-bit seed for one purpose of a run: the same (seed, purpose) gives the same stream on every machine.
+    """Derives a 63-bit seed for one purpose of a run: equal arguments give the same seed on every machine.
 
-    Deriving a fresh stream per step, rather than carrying one generator's state along, is what makes a resumed run
-    end in the same bytes as an undisturbed one: a step's draws depend on its number alone.
+    A step that derives its own stream draws the same values in a resumed run, because its draws depend only on its
+    number and not on the state of a generator.
     """
     text = "/".join(map(str, (seed, *purpose))).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose; draws are made on the CPU so that every device sees the same ones."""
+    """Returns a CPU generator for one purpose. All draws are made on the CPU, so that every device gets the same."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *purpose))

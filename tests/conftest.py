@@ -1,4 +1,4 @@
-"""For all tests."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import pytest
 import torch
 
-# One process for each core and one thread in each, also in what a test starts: more would wait for each other.
+# pytest runs one process per core, so each process, and every process that a test starts, uses one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def one_thread():
-    """One thread for PyTorch: on tensors of a few kilobytes a second one only costs time."""
+    """Runs PyTorch on one thread: on tensors of a few kilobytes a second thread only costs time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

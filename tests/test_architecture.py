@@ -1,4 +1,4 @@
-"""The rooms of tadperf: every import points down the list of rooms, and no imports form a circle."""
+"""Tests the order of the rooms of tadperf: imports go one way only and form no circle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A room may import the rooms that stand above it in this list, and files of its own.
+# A room may import its own files and the rooms above it in this list.
 ROOMS = [
     "kernels",
     "errors",
@@ -46,7 +46,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Returns the modules of tadperf that a module imports anywhere: at its top, in a function, for types alone."""
+    """Returns the modules of tadperf that a module imports anywhere: at its top, in a function, or only for types."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -69,11 +69,11 @@ def room(module: str) -> str:
 GRAPH = {name: imports(name, path, known) for known in [modules()] for name, path in known.items()}
 
 
-def test_every_module_lies_in_a_known_room():
+def test_every_module_is_in_a_known_room():
     assert {room(name) for name in GRAPH} - {"", *ROOMS} == set()
 
 
-def test_every_import_points_down_the_list_of_rooms():
+def test_every_import_goes_to_a_room_above():
     upward = [
         f"{module} imports {other}"
         for module, others in GRAPH.items()
@@ -84,7 +84,7 @@ def test_every_import_points_down_the_list_of_rooms():
     assert upward == []
 
 
-def test_no_module_but_the_command_line_imports_the_package_root():
+def test_only_the_command_line_imports_the_package_root():
     assert [name for name, others in GRAPH.items() if "tadperf" in others and room(name) not in ("bench", "cli")] == []
 
 
@@ -102,7 +102,7 @@ def test_the_search_for_circles_finds_them(graph, expected):
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Returns the modules of one circle of imports, its first module twice; an empty list if there is none."""
+    """Returns the modules of one circle of imports, its first module twice. Returns an empty list if there is none."""
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:

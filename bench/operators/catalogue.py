@@ -19,6 +19,10 @@ NAMES = (
     "diverse_pick",
     "norm_relu_pool",
 )
+OWN_COMMANDS = {  # measured by a program of their own
+    "conv3x3": "python -m tadperf.bench.operators.conv3x3 (CPU only)",
+    "compile": "python -m tadperf.bench.stages.compile",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -59,7 +59,7 @@ def plain(forms: Mapping[str, Callable[..., Any]]) -> dict[str, Provider]:
     return made
 
 
-def runs_here(provider: Provider, size: Size | None = None, device: str = "cpu") -> str:
+def skip_reason(provider: Provider, size: Size | None = None, device: str = "cpu") -> str:
     """Why this provider does not run, in a few words; empty where it does."""
     if provider.package and device != "cpu":
         return "runs on the CPU alone"
@@ -182,7 +182,7 @@ def checked(
     truth = bench.reference(*inputs)
     for name in names:
         provider = bench.providers[name]
-        if runs_here(provider, size, device.type):
+        if skip_reason(provider, size, device.type):
             continue
         try:
             function = provider.build()

@@ -90,7 +90,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def place(field: str, path: Path, device: torch.device, suffix: str) -> Path:
+def output_file(field: str, path: Path, device: torch.device, suffix: str) -> Path:
     """The file meant by `path`: itself, or in a folder the one called after the device. Raises UserError where neither.
 
     A file need not be there yet, its folder must.

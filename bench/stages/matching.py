@@ -136,7 +136,7 @@ def published(p: Problem) -> Tensor:
 
 def adjoint(p: Problem, way: step_backends.StepBackend) -> Tensor:
     """The images' gradient as tadperf computes it."""
-    return gradient.adjoint(*p, way=way).images
+    return gradient.adjoint(*p, backend=way).images
 
 
 def call(provider: str, p: Problem) -> Callable[[], Tensor]:
@@ -187,7 +187,7 @@ def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
         cold, warm = first_iterations(size, device) if compiled else (None, None)
         rows.append(
             runner.row(
-                "distil",
+                "matching",
                 size,
                 name,
                 FAMILIES[name],
@@ -195,7 +195,7 @@ def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
                 gradient_error=errors[name],
                 compile_s=cold,
                 warm_s=warm,
-                peak_mb=None if compiled else runner.peak("distil", size, name, device),
+                peak_mb=None if compiled else runner.peak("matching", size, name, device),
                 note=f"T = {case.steps}, batch {case.batch}",
             )
         )

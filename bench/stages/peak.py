@@ -17,7 +17,7 @@ import torch
 
 from tadperf.bench.operators import catalogue
 from tadperf.bench.operators.engine import Size
-from tadperf.run.stage_meter import own_peak, reset_peak
+from tadperf.run.stage_meter import process_peak, reset_peak
 
 TIMEOUT = 120.0  # seconds for all providers of one case
 
@@ -52,10 +52,10 @@ def main(operator: str, size: str, dtype: str, threads: str, *providers: str) ->
             function(*inputs)
             before = resident()
             reset_peak()
-            if own_peak() - before > 2**22:  # a system that does not reset it
+            if process_peak() - before > 2**22:  # a system that does not reset it
                 break
             results = function(*inputs)
-            found[name] = round(max(own_peak() - before, 0) / 2**20, 1)
+            found[name] = round(max(process_peak() - before, 0) / 2**20, 1)
             del results
     print(json.dumps(found))
 

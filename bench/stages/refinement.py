@@ -100,13 +100,13 @@ def measure(size: str, device: torch.device, repeats: int, providers: Sequence[s
         compiled = FAMILIES[name] == "inductor"
         rows.append(
             runner.row(
-                "refine",
+                "refinement",
                 size,
                 name,
                 FAMILIES[name],
                 times[name],
                 compile_s=first[name] if compiled else None,
-                peak_mb=None if compiled else runner.peak("refine", size, name, device),
+                peak_mb=None if compiled else runner.peak("refinement", size, name, device),
                 note=f"{case.anomalies} x {case.candidates} candidates, {apart} of 255 apart",
             )
         )

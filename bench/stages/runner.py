@@ -9,7 +9,6 @@ that method written plainly in the stage's own file.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -23,9 +22,10 @@ from tadperf.bench.operators import report
 from tadperf.bench.operators.engine import Row
 from tadperf.compute.device import resolve_device
 from tadperf.errors import UserError
-from tadperf.run.stage_meter import cuda_peak, own_peak
+from tadperf.run.stage_meter import cuda_peak, process_peak
 
-STAGES = ("distil", "experts", "evaluate", "refine")
+STAGES = ("matching", "experts", "students", "refinement")
+RENAMED = {"distil": "matching", "evaluate": "students", "refine": "refinement"}  # words of earlier versions
 FAMILIES = ("tadperf", "published", "eager", "inductor")
 EMPTY = dict.fromkeys(
     (
@@ -72,10 +72,9 @@ class Stage(Protocol):
     def once(self, size: str, provider: str, device: torch.device) -> Any: ...
 
 
-def load(name: str) -> Stage | None:
-    """The bench of one stage; None where its file is not there."""
-    module = f"tadperf.bench.{name}"
-    return cast(Stage, importlib.import_module(module)) if importlib.util.find_spec(module) else None
+def load(name: str) -> Stage:
+    """Returns the bench of one stage."""
+    return cast(Stage, importlib.import_module(f"tadperf.bench.stages.{name}"))
 
 
 def sizes(stage: Stage, text: str | None) -> list[str]:
@@ -151,10 +150,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 def main(stage: str, size: str, provider: str, place: str) -> None:
     device = resolve_device(place)
-    bench = load(stage)
-    assert bench is not None
-    bench.once(size, provider, device)()
-    print(cuda_peak()["peak_cuda_mb"] if device.type == "cuda" else own_peak() / 2**20)
+    load(stage).once(size, provider, device)()
+    print(cuda_peak()["peak_cuda_mb"] if device.type == "cuda" else process_peak() / 2**20)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tadperf.bench.stages import plain, runner
 from tadperf.compute.workers import available_cores
 from tadperf.config import NetConfig
 from tadperf.nets.architectures import Shape, build
-from tadperf.nets.students import Examples, Student, score_students
+from tadperf.nets.students import Examples, Student, StudentScorer, score_students
 from tadperf.nets.training import Recipe
 
 REPEATS = 5
@@ -65,7 +65,7 @@ def once(size: str, provider: str, device: torch.device) -> Callable[[], None]:
     students = [Student("convnet", repeat, case.net, case.recipe, lambda: examples) for repeat in range(REPEATS)]
 
     def ours() -> None:
-        score_students(students, test, labels, 10, 0, device, lambda *_: None)
+        score_students(StudentScorer(test, labels, 10, 0, device), students, lambda *_: None)
 
     def published() -> None:
         for repeat in range(REPEATS):
@@ -79,9 +79,9 @@ def measure(size: str, device: torch.device, repeats: int) -> list[Row]:
     """A row per provider, tadperf's first."""
     with engine.threads(available_cores() if device.type == "cpu" else None):
         times = engine.interleaved({name: once(size, name, device) for name in PROVIDERS}, repeats)
-        peaks = {name: runner.peak("evaluate", size, name, device) for name in PROVIDERS}
+        peaks = {name: runner.peak("students", size, name, device) for name in PROVIDERS}
     rows = [
-        runner.row("evaluate", size, name, family, times[name], peak_mb=peaks[name])
+        runner.row("students", size, name, family, times[name], peak_mb=peaks[name])
         for name, family in PROVIDERS.items()
     ]
     runner.ratios(rows)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -28,9 +29,11 @@ from tadperf.data.noise import add_noise
 from tadperf.data.normalise import fit_normaliser
 from tadperf.data.open import open_data
 from tadperf.data.pick import pick_real
-from tadperf.trust import metrics
+from tadperf.nets.problem import Problem
+from tadperf.progress import silent
 from tadperf.trust.audit import RANKINGS, find_label_issues
 from tadperf.trust.loop import assign_verdicts
+from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.proxies import ProxyOutputs, train_proxies
 from tadperf.trust.state import TrustState, as_given
 
@@ -71,25 +74,14 @@ def speed(repeats: int) -> list[str]:
 
 def rounds(data: Dataset, config: Config) -> Iterator[tuple[ProxyOutputs, TrustState]]:
     """The dual loop round by round, with what its proxies saw."""
-    images, place = (
-        normalise_images(fit_normaliser(data.images, config.data.normalise), data.images),
-        torch.device("cpu"),
+    images = normalise_images(fit_normaliser(data.images, config.data.normalise), data.images)
+    problem = Problem(
+        images, data.labels, data.class_names, config.net, config.data.augment, config.seed, torch.device("cpu")
     )
     state = as_given(data.labels, data.class_names)
     for number in range(1, config.trust.rounds + 1):
         seed = seeds.derive(config.seed, "trust", number)
-        seen = train_proxies(
-            images,
-            state.given,
-            state.view(),
-            data.num_classes,
-            config.net,
-            config.trust,
-            config.data.augment,
-            seed,
-            place,
-            lambda *_, **__: None,
-        )
+        seen = train_proxies(replace(problem, seed=seed), state.view(), config.trust, silent)
         state = assign_verdicts(seen, state, number, config.trust, seed)
         yield seen, state
 
@@ -116,7 +108,7 @@ def quality(data: Dataset, config: Config) -> list[str]:
     begun = time.perf_counter()
     for number, (seen, state) in enumerate(rounds(data, config), 1):
         found = peers(labels, seen.probabilities.double().numpy(), wrong)
-        known = metrics(state, data.clean_labels)
+        known = compare_with_clean(state, data.clean_labels)
         cells = [
             str(number),
             f"{average_precision_score(wrong, state.score.numpy()):.3f}",

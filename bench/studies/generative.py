@@ -30,16 +30,18 @@ from tadperf.config import Config
 from tadperf.config.merge import merge
 from tadperf.data.pick import pick_real
 from tadperf.nets import training
-from tadperf.nets.students import Examples, Student, score_students
+from tadperf.nets.problem import Problem
+from tadperf.nets.students import Examples, Student, StudentScorer, score_students
 from tadperf.pipeline.distill import distill_task
 from tadperf.pipeline.package import INITIAL, student_recipe
 from tadperf.pipeline.prepare import prepare
 from tadperf.pipeline.trusted import trusted_samples
 from tadperf.progress import silent
 from tadperf.refine import select, start
+from tadperf.refine.context import RefineContext
 from tadperf.refine.detector import build_detector, classify_images, load_detector, train_detector
-from tadperf.refine.loop import get_source
 from tadperf.refine.models.base import encode, generate
+from tadperf.refine.networks import get_diffusion_model
 from tadperf.run.folder import Run, finished_result
 from tadperf.task.samples import NormalisedData, TrainingSamples, normalise_data, training_samples
 from tadperf.task.task import Task
@@ -82,7 +84,7 @@ def distilled(config: Config, place: Path, donor: Path | None = None) -> dict[st
         task = prepare(config)
         if donor is not None:
             start.inherit(donor, task, run)
-        return distill_task(task, run, tested=False)
+        return distill_task(task, run, evaluate=False)
 
 
 def case(study: Study, seed: int) -> Case:
@@ -109,28 +111,28 @@ def case(study: Study, seed: int) -> Case:
 
 def trained(task: Task, data: NormalisedData, labels: Tensor, name: str) -> nn.Module:
     """A network like the detector, trained on all training images under `labels`."""
-    return train_detector(
-        task.config.detector,
+    problem = Problem(
         data.train,
         labels,
-        None,
-        task.train.num_classes,
+        task.train.class_names,
+        task.config.detector,
         task.config.data.augment,
         seeds.derive(task.config.seed, name),
         task.device,
     )
+    return train_detector(task.config.detector, problem)
 
 
 def quality(c: Case) -> dict[str, float]:
     """Judge's agreement and diversity, and the detector's share of anomalies, before and after refinement."""
-    config = c.job.config
-    labels = torch.arange(c.job.train.num_classes).repeat_interleave(config.match.ipc)
+    config = c.task.config
+    labels = torch.arange(c.task.train.num_classes).repeat_interleave(config.match.ipc)
     found: dict[str, float] = {}
     for name, file in (("before", INITIAL), ("after", Path("distilled.safetensors"))):
         images = artifact.load(c.run.path / file).images
         judged, said = (classify_images(net, images) for net in (c.judge, c.detector))
         found[f"agreement {name}"] = float((judged.logits.argmax(1) == labels).double().mean())
-        found[f"anomalous {name}"] = float(select.anomalous(said.logits, labels, config.refine.beta).double().mean())
+        found[f"anomalous {name}"] = float(select.is_anomalous(said.logits, labels, config.refine.beta).double().mean())
         found[f"diversity {name}"] = select.diversity(judged.features, labels)
     stages = c.result["stages"]
     return found | {
@@ -148,18 +150,18 @@ def anomalies(c: Case) -> dict[str, float]:
 
     Truly anomalous is what the judge takes for another class. Many are, since the labels they start from are wrong.
     """
-    config, seed = c.job.config, seeds.derive(c.job.config.seed, "anomalies")
-    given = c.job.train.labels
+    config, seed = c.task.config, seeds.derive(c.task.config.seed, "anomalies")
+    given = c.task.train.labels
     index = pick_real(given, PER_CLASS, torch.Generator().manual_seed(seed % 2**63))
-    source = get_source(c.job, c.data, c.seen, c.run, silent)
-    latents = encode(source, c.job.train.images[index], config.refine.batch)
+    source = get_diffusion_model(RefineContext(c.task, c.data, c.seen, c.run, silent))
+    latents = encode(source, c.task.train.images[index], config.refine.batch)
     own = [seeds.derive(seed, k) for k in range(len(index))]
     made = generate(source, latents, given[index], own, config.refine.strength, config.refine.batch)
     images = c.data.normaliser(made)
     truly = classify_images(c.judge, images).logits.argmax(1) != given[index]
     found = {"truly anomalous": float(truly.double().mean())}
-    for name, net in (("trusted view", c.detector), ("labels as given", trained(c.job, c.data, given, "on given"))):
-        flagged = select.anomalous(classify_images(net, images).logits, given[index], config.refine.beta)
+    for name, net in (("trusted view", c.detector), ("labels as given", trained(c.task, c.data, given, "on given"))):
+        flagged = select.is_anomalous(classify_images(net, images).logits, given[index], config.refine.beta)
         both = float((flagged & truly).sum())
         found[f"{name}: precision"] = both / max(float(flagged.sum()), 1.0)
         found[f"{name}: recall"] = both / max(float(truly.sum()), 1.0)
@@ -169,8 +171,8 @@ def anomalies(c: Case) -> dict[str, float]:
 
 def accuracy(c: Case, repeats: int) -> dict[str, float]:
     """Mean test accuracy of `repeats` students a row."""
-    config, seed = c.job.config, c.job.config.seed
-    labels = c.seen.labels.where(c.seen.certain, -1)
+    config, seed = c.task.config, c.task.config.seed
+    labels = c.seen.labels.where(c.seen.confirmed, -1)
 
     def random_real(repeat: int) -> Examples:
         index = pick_real(labels, config.match.ipc, seeds.generator(seed, "random real", repeat))
@@ -180,7 +182,7 @@ def accuracy(c: Case, repeats: int) -> dict[str, float]:
         return lambda _: Examples(images, labels)
 
     rows: dict[str, Callable[[int], Examples]] = {"random trusted": random_real}
-    hard = torch.arange(c.job.train.num_classes).repeat_interleave(config.match.ipc)
+    hard = torch.arange(c.task.train.num_classes).repeat_interleave(config.match.ipc)
     for name, file in (("generated", INITIAL), ("refined", Path("distilled.safetensors"))):
         images = artifact.load(c.run.path / file).images
         soft = classify_images(c.detector, images).logits
@@ -195,7 +197,7 @@ def accuracy(c: Case, repeats: int) -> dict[str, float]:
 
 def matched(c: Case, study: Study, repeats: int) -> dict[str, float]:
     """Mean test accuracy of students of what is matched from real images and from the refined ones."""
-    seed = c.job.config.seed
+    seed = c.task.config.seed
     matching, hybrid = (study.out / f"{kind}-{seed}" for kind in ("matching", "hybrid"))
     distilled(study.config(seed, "matching"), matching, c.run.path)
     distilled(study.config(seed, "hybrid", f"experts.path={matching.resolve()}"), hybrid, c.run.path)
@@ -211,15 +213,8 @@ def matched(c: Case, study: Study, repeats: int) -> dict[str, float]:
 def tested(c: Case, students: Sequence[Student]) -> float:
     """Mean test accuracy; a student's seed is its number alone, so rows are compared on the same initial weights."""
     scores: list[float] = []
-    score_students(
-        students,
-        c.data.test,
-        c.data.test_labels,
-        c.job.train.num_classes,
-        c.job.config.seed,
-        c.job.device,
-        lambda _, score: scores.append(score),
-    )
+    scorer = StudentScorer(c.data.test, c.data.test_labels, c.task.train.num_classes, c.task.config.seed, c.task.device)
+    score_students(scorer, students, lambda _, score: scores.append(score))
     return statistics.fmean(sorted(scores))
 
 

@@ -29,10 +29,11 @@ from tadperf.data.images import normalise_images
 from tadperf.data.noise import add_noise
 from tadperf.data.normalise import fit_normaliser
 from tadperf.data.open import open_data
+from tadperf.nets.problem import Problem
 from tadperf.nets.students import Examples, train_student
 from tadperf.nets.training import Recipe, accuracy
-from tadperf.trust import metrics
 from tadperf.trust.loop import dual_loop
+from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.state import TrustState
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -78,16 +79,9 @@ def outcome(data: Dataset, config: Config) -> tuple[TrustState, float]:
     """The final state, and how long it took in seconds."""
     begun = time.perf_counter()
     images = normalise_images(fit_normaliser(data.images, config.data.normalise), data.images)
-    state = dual_loop(
-        images,
-        data.labels,
-        data.class_names,
-        config.net,
-        config.trust,
-        config.data.augment,
-        config.seed,
-        torch.device("cpu"),
-    ).state
+    device = torch.device("cpu")
+    problem = Problem(images, data.labels, data.class_names, config.net, config.data.augment, config.seed, device)
+    state = dual_loop(problem, config.trust).state
     return state, time.perf_counter() - begun
 
 
@@ -113,7 +107,7 @@ def one(noise: str, seed: int, parts: dict[str, Any]) -> dict[str, float]:
     state, seconds = outcome(train, config)
     wrong = train.labels != clean
     return {
-        **metrics(state, clean),
+        **compare_with_clean(state, clean),
         "average_precision": float(average_precision_score(wrong, state.score)) if wrong.any() else math.nan,
         "accuracy": view_accuracy_of_student(state, train, test, config),
         "seconds": seconds,

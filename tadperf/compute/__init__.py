@@ -1,0 +1,1 @@
+"""Devices, processes, threads, CUDA graphs and compilers."""

@@ -1,21 +1,22 @@
-"""Denoisers, decoders and detectors compiled for inference: Inductor, CUDA graphs, TensorRT (tadperf).
+"""Compiles denoisers, decoders and detectors for inference with Inductor, CUDA graphs or TensorRT (tadperf).
 
-`compile` changes how a module is called and nothing else: it stays the module it was, so that pipelines of diffusers,
-`state_dict` and `config` go on as before. A compiler that is missing or fails costs a warning, never the run.
+`compile_for_inference` replaces the `forward` of a module and nothing else, so diffusers' pipelines, `state_dict` and
+`config` work as before. If a compiler is missing or fails, there is a warning and the run goes on.
 
-TensorRT has not been run on hardware; every name and keyword used of it is checked against the sources of the supported
-versions of torch-tensorrt.
+TensorRT has never run on hardware. Tests check every name and keyword that is used here against the sources of the
+supported versions of torch-tensorrt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast, get_args
@@ -34,14 +35,15 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 Call = Callable[..., Any]
 Module = TypeVar("Module", bound=nn.Module)
 
-# Blocks that repeat in a model of diffusers that does not name them itself.
+# The repeated blocks of diffusers' models that do not name them in `_repeated_blocks`.
 REPEATED = {"DiTTransformer2DModel": ["BasicTransformerBlock"]}
-# What "auto" reckons with: operations a second of eager PyTorch, seconds to compile one layer that has weights, share
-# of the time that compiling saves. On CPU measured by bench/accelerate.py: a UNet2DModel of 54 layers with weights.
+# The cost model of "auto": operations per second of eager PyTorch, seconds to compile one layer with weights, share of
+# the time that compiling saves. The CPU values were measured by bench/stages/compile.py on a UNet2DModel of 54 layers
+# with weights. The CUDA values are estimates; nobody measured them.
 RATE = {"cpu": 1e11, "cuda": 5e13}
 COMPILE = {"cpu": 0.6, "cuda": 0.6}
 SAVED = {"cpu": 0.2, "cuda": 0.3}
-LAUNCH = 30e-6  # seconds that a layer takes at least on CUDA: a few launches of kernels
+LAUNCH = 30e-6  # minimum seconds per layer on CUDA, for a few kernel launches; not measured
 
 log = logging.getLogger(__name__)
 
@@ -54,26 +56,25 @@ def compile_for_inference(
     dtype: torch.dtype | None = None,
     calls: int | None = None,
 ) -> Module:
-    """Lets calls of `module` run compiled, without gradients in mind; returns the same module.
+    """Makes calls of `module` run compiled, for use without gradients; returns the same module.
 
-    backend: one of BACKENDS. "auto" chooses between eager and Inductor by the work of its first call, and logs what it
-    chose; "cudagraphs" is Inductor, replayed; "tensorrt" falls back to Inductor, and Inductor to eager, with a warning.
-    batch: rows of a call as the compiler sees it. Fewer are filled up with the last one, more are cut into several
-    calls: one shape, compiled once, and a row's result does not depend on how many came with it.
-    dtype: weights are cast to it, and so are inputs of two or more dimensions; results have the type of the first of
-    these as it was given. calls: how many are to be expected in all; read by "auto", which without it compiles on CUDA
-    alone.
-    Raises UserError on another backend, and where CUDA graphs are asked for on a CPU.
+    backend: one of BACKENDS. "auto" chooses eager or Inductor by the work of the first call and logs its choice.
+    "cudagraphs" is Inductor with CUDA graphs. "tensorrt" falls back to Inductor, and Inductor to eager, with a warning.
+    batch: rows of every compiled call. Smaller inputs are padded with their last row, larger ones are split. So there
+    is one shape, compiled once, and the result of a row does not depend on the rows beside it.
+    dtype: weights and inputs of two or more dimensions are cast to it. Results are cast back to the type of the first
+    of these inputs. calls: expected number of calls; without it, "auto" compiles on CUDA only.
+    Raises UserError for an unknown backend, and for CUDA graphs on a CPU.
     """
     if backend not in BACKENDS:
         raise UserError("backend", backend, f"must be one of {', '.join(BACKENDS)}")
     device = next(module.parameters()).device
     if backend == "cudagraphs" and device.type != "cuda":
         raise UserError("backend", backend, f"needs a CUDA device, the network is on {device}; use inductor or auto")
-    vars(module).pop("forward", None)  # of an earlier call
+    vars(module).pop("forward", None)  # set by an earlier call of this function
     if dtype is not None:
-        nn.Module.to(module, dtype)  # diffusers' own prints a warning at every cast
-    inner = copy.copy(module)  # the same weights and parts, under its own forward
+        nn.Module.to(module, dtype)  # the method of diffusers prints a warning at every cast
+    inner = copy.copy(module)  # shares weights and submodules, keeps the original forward
     run = (
         _chosen_at_first_call(inner, device, batch, calls)
         if backend == "auto"
@@ -99,20 +100,20 @@ def _compiled_forward(inner: nn.Module, backend: str, device: torch.device, batc
 
 
 def _inductor(inner: nn.Module, graphs: bool, batch: int | None) -> Call:
-    dynamic = False if batch else None  # by default a second batch size makes the first dimension a variable
+    dynamic = False if batch else None  # None: a second batch size makes the first dimension symbolic
     if not graphs and _mostly_repeated(inner):
         inner.compile_repeated_blocks(dynamic=dynamic)  # pyright: ignore[reportCallIssue]
         return inner.forward
     run = torch.compile(inner.forward, dynamic=dynamic, mode="reduce-overhead" if graphs else None)
-    return _replayed(run) if graphs else run
+    return _with_copied_results(run) if graphs else run
 
 
 def _mostly_repeated(inner: nn.Module) -> bool:
-    """Whether compiling the blocks that repeat is compiling most of a model of diffusers: more than half its weights.
+    """Returns whether the repeated blocks of a diffusers model hold more than half of its weights.
 
-    So a DiT is compiled by its one block (99.6 % of DiT-XL/2), a UNet as a whole (28 % of Stable Diffusion 1.5's).
+    A DiT is then compiled block by block (99.6 % of DiT-XL/2), a UNet as a whole (28 % of Stable Diffusion 1.5).
     """
-    if not hasattr(inner, "compile_repeated_blocks"):  # also diffusers before 0.35
+    if not hasattr(inner, "compile_repeated_blocks"):  # not diffusers, or a version before 0.35
         return False
     names = getattr(inner, "_repeated_blocks", None) or REPEATED.get(type(inner).__name__, [])
     blocks = [part for part in inner.modules() if type(part).__name__ in names]
@@ -120,8 +121,8 @@ def _mostly_repeated(inner: nn.Module) -> bool:
     return 2 * sum(p.numel() for b in blocks for p in b.parameters()) > sum(p.numel() for p in inner.parameters())
 
 
-def _replayed(run: Call) -> Call:
-    """Results that outlive the next call, which a CUDA graph would write over."""
+def _with_copied_results(run: Call) -> Call:
+    """Copies the results of `run`, because the next replay of its CUDA graph overwrites them."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
@@ -131,7 +132,7 @@ def _replayed(run: Call) -> Call:
 
 
 def _uncompiled(inner: nn.Module) -> Call:
-    """`inner` with whatever of its parts is compiled run eagerly too."""
+    """Runs `inner` eagerly, including its compiled submodules."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.compiler.set_stance("force_eager"):
@@ -141,13 +142,13 @@ def _uncompiled(inner: nn.Module) -> Call:
 
 
 def _tensorrt(inner: nn.Module, device: torch.device) -> Call:
-    """A TensorRT engine, built at the first call, kept in the cache folder, and refitted when weights have changed."""
+    """Returns a TensorRT engine. It is built at the first call, cached on disk, and refitted when weights change."""
     if device.type != "cuda":
         raise RuntimeError(f"it needs a CUDA device, the network is on {device}")
     import torch_tensorrt  # pyright: ignore[reportMissingImports]
 
     folder = cache_folder("tensorrt")
-    with torch.cuda.device(device):  # the engine is built for the current device, whatever `device` says
+    with torch.cuda.device(device):  # the engine is built for the current device; its argument `device` is ignored
         engine = torch_tensorrt.MutableTorchTensorRTModule(
             inner,
             device=device,
@@ -157,30 +158,32 @@ def _tensorrt(inner: nn.Module, device: torch.device) -> Call:
             engine_cache_dir=str(folder / "engines"),
             timing_cache_path=str(folder / "timing.bin"),
         )
-    seen = _weight_versions(inner)
+    fitted = _weight_versions(inner)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal seen
-        if _weight_versions(inner) != seen:
-            engine.load_state_dict(inner.state_dict())  # which asks for a refit
+        nonlocal fitted
+        if _weight_versions(inner) != fitted:
+            engine.load_state_dict(inner.state_dict())  # requests a refit
         with torch.cuda.device(device):
             result = engine(*args, **kwargs)
         inner.to(device)  # a refit leaves the weights on the CPU
-        seen = _weight_versions(inner)
+        fitted = _weight_versions(inner)
         return result
 
     return call
 
 
 def _weight_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Changes when a weight does: where each lies, and how often it was written."""
+    """Returns the address and the write count of every weight, to detect changes."""
     return [(t.data_ptr(), t._version) for t in chain(module.parameters(), module.buffers())]
 
 
-def with_fallback(name: str, build: Callable[[], Call], other: str, instead: Callable[[], Call]) -> Call:
-    """Calls what `build` makes; where that fails, one warning, and what `instead` makes from then on.
+def with_fallback(name: str, build: Callable[[], Call], other: str, build_other: Callable[[], Call]) -> Call:
+    """Calls the result of `build`. If that fails, warns once and uses the result of `build_other` from then on.
 
-    A call that fails there as well is the caller's mistake: its error is raised, and nothing changes.
+    If `build_other` fails on the same call, the caller made a mistake: its error is raised and nothing changes.
+    Inductor keeps its files in tadperf's cache folder during the call (`_inductor_folder`).
+    name, other: names of the two implementations in the warning.
     """
     first: Call | None = None
     second: Call | None = None
@@ -191,11 +194,12 @@ def with_fallback(name: str, build: Callable[[], Call], other: str, instead: Cal
         reason = None
         if not failed:
             try:
-                first = first or build()
-                return first(*args, **kwargs)
+                with _inductor_folder():
+                    first = first or build()
+                    return first(*args, **kwargs)
             except Exception as error:
                 reason = error
-        second = second or instead()
+        second = second or build_other()
         result = second(*args, **kwargs)
         if reason is not None:
             failed, lines = True, str(reason).strip().splitlines()
@@ -207,38 +211,38 @@ def with_fallback(name: str, build: Callable[[], Call], other: str, instead: Cal
 
 
 def _with_casts(run: Call, device: torch.device, dtype: torch.dtype | None) -> Call:
-    """`run` with numbers as tensors and, where there is a dtype, images cast on the way in and out.
+    """Wraps `run`: numbers become tensors, and images are cast to `dtype` and back if there is one.
 
-    To a compiler a number is a constant: it would compile a denoiser anew at every time step, and an exported one would
-    stay at the first.
+    A compiler treats a number as a constant. It would compile a denoiser again for every time step, and an exported
+    denoiser would always use the first one.
     """
 
-    def taken(value: Any) -> Any:
+    def to_input(value: Any) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return torch.tensor(value, device=device)
         return value.to(dtype) if dtype is not None and _is_image(value) else value
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves, form = tree_flatten((args, kwargs))
-        given = next((value.dtype for value in leaves if _is_image(value)), dtype)
-        positional, named = tree_unflatten([taken(value) for value in leaves], form)
+        input_dtype = next((value.dtype for value in leaves if _is_image(value)), dtype)
+        positional, named = tree_unflatten([to_input(value) for value in leaves], form)
         result = run(*positional, **named)
-        if given == dtype:
+        if input_dtype == dtype:
             return result
-        return tree_map_only(Tensor, lambda t: t.to(given) if t.dtype == dtype else t, result)
+        return tree_map_only(Tensor, lambda t: t.to(input_dtype) if t.dtype == dtype else t, result)
 
     return forward
 
 
 def _is_image(value: object) -> TypeGuard[Tensor]:
-    """Time steps are not: bfloat16 has no 999."""
+    """Returns whether a value is cast. Time steps are not, because bfloat16 cannot represent 999."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
 def in_fixed_batches(run: Call, batch: int) -> Call:
-    """`run` on exactly `batch` rows at a time, whatever is given.
+    """Calls `run` on exactly `batch` rows at a time, for inputs of any length.
 
-    Rows are the first dimension of the first tensor that has any, and of all tensors that have as many.
+    The first tensor with a dimension gives the number of rows. Every tensor with this first dimension is split.
     """
 
     def rows(value: Any, count: int, start: int) -> Any:
@@ -247,27 +251,27 @@ def in_fixed_batches(run: Call, batch: int) -> Call:
         part = value[start : start + batch]
         if len(part) == batch:
             return part
-        last = part[-1:] if len(part) else value.new_zeros(1, *value.shape[1:])
-        return torch.cat([part, last.expand(batch - len(part), *value.shape[1:])])
+        padding = part[-1:] if len(part) else value.new_zeros(1, *value.shape[1:])
+        return torch.cat([part, padding.expand(batch - len(part), *value.shape[1:])])
 
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, form = tree_flatten((args, kwargs))
         count = next(len(value) for value in leaves if isinstance(value, Tensor) and value.ndim)
         parts: list[Sequence[Any]] = []
-        made = None
+        result_form = None
         for start in range(0, max(count, 1), batch):
             positional, named = tree_unflatten([rows(value, count, start) for value in leaves], form)
-            results, made = tree_flatten(run(*positional, **named))
+            results, result_form = tree_flatten(run(*positional, **named))
             parts.append([r[: count - start] if isinstance(r, Tensor) and r.ndim else r for r in results])
         joined = [torch.cat(p) if isinstance(p[0], Tensor) and p[0].ndim else p[0] for p in zip(*parts, strict=True)]
-        assert made is not None
-        return tree_unflatten(joined, made)
+        assert result_form is not None
+        return tree_unflatten(joined, result_form)
 
     return call
 
 
 def _chosen_at_first_call(inner: nn.Module, device: torch.device, batch: int | None, calls: int | None) -> Call:
-    """Chooses at the first call by counting what it computes, never by a clock: one seed gives one result."""
+    """Chooses at the first call by its operation count, never by a clock, so one seed gives one result."""
     run: Call | None = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -285,21 +289,46 @@ def _chosen_at_first_call(inner: nn.Module, device: torch.device, batch: int | N
 
 
 def choose_backend(kind: str, flops: float, layers: int, calls: int | None) -> tuple[str, str]:
-    """Backend and the reason for it (tadperf): Inductor where the calls to come save more than it takes to compile.
+    """Returns the backend and the reason: Inductor if it saves more time than it takes to compile (tadperf).
 
-    kind: type of device. flops: operations of one call. layers: with weights. calls: expected; None where not known.
+    kind: type of device. flops: operations per call. layers: number of layers with weights. calls: expected number of
+    calls; None if unknown.
     """
     if calls is None:
         return ("inductor", "on CUDA") if kind == "cuda" else ("eager", "the number of calls is not known")
-    rates = {table: values.get(kind, values["cpu"]) for table, values in (("r", RATE), ("c", COMPILE), ("s", SAVED))}
-    second = max(flops / rates["r"], LAUNCH * layers if kind == "cuda" else 0.0)
-    saved, cost = calls * second * rates["s"], layers * rates["c"]
+    rate, compile_seconds, saved_share = (table.get(kind, table["cpu"]) for table in (RATE, COMPILE, SAVED))
+    seconds = max(flops / rate, LAUNCH * layers if kind == "cuda" else 0.0)
+    saved, cost = calls * seconds * saved_share, layers * compile_seconds
     why = f"{calls} calls would save about {saved:.3g} s, compiling takes about {cost:.3g} s"
     return ("inductor" if saved > cost else "eager"), why
 
 
-def _artifacts(key: str) -> Path:
-    """The file of `key` under these versions and on this kind of machine; others' code would not be taken anyway."""
+@contextlib.contextmanager
+def _inductor_folder() -> Iterator[None]:
+    """Makes Inductor use tadperf's cache folder inside the block, unless TORCHINDUCTOR_CACHE_DIR names another one.
+
+    Inductor reads this folder from the environment alone, when it compiles and when it loads compiled code. If the
+    variable is not set, Inductor sets it to its default; so the default counts as not set.
+    """
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if before is not None:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds if nothing is compiled
+
+        if before != os.path.abspath(default_cache_dir()):
+            yield
+            return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        else:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
+def _cache_file(key: str) -> Path:
+    """Returns the file of `key` for these versions and this kind of machine; PyTorch rejects other machines' code."""
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else ""
     place = repr((key, versions(), gpu, torch.backends.cpu.get_cpu_capability()))
     name = re.sub(r"[^\w.-]+", "-", key)[:60]
@@ -307,19 +336,19 @@ def _artifacts(key: str) -> Path:
 
 
 def load_compile_cache(key: str) -> bool:
-    """Makes what an earlier process compiled under `key` known to the compilers of this one; False where nothing is.
+    """Loads what an earlier process compiled under `key`, for the compilers of this process; returns whether it exists.
 
-    PyTorch's artifacts leave out the C++ that Inductor builds on a CPU, most of the time that compiling takes: objects
-    stay in the same folder, unless TORCHINDUCTOR_CACHE_DIR names another. Call it before anything is compiled.
+    Call it before anything is compiled. PyTorch's artifacts leave out the C++ objects that Inductor builds on a CPU,
+    which take most of the compile time. Those stay in the folder that `with_fallback` sets for both processes.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
-    file = _artifacts(key)
-    return file.exists() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
+    file = _cache_file(key)
+    with _inductor_folder():
+        return file.exists() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
 
 
 def save_compile_cache(key: str) -> bool:
-    """Keeps what this process has compiled, for `load_caches`; False where that is nothing."""
-    made = torch.compiler.save_cache_artifacts()
-    if made is not None:
-        write_bytes(_artifacts(key), cast(bytes, made[0]))
-    return made is not None
+    """Saves what this process compiled, for `load_compile_cache`; returns False if it compiled nothing."""
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is not None:
+        write_bytes(_cache_file(key), cast(bytes, artifacts[0]))
+    return artifacts is not None

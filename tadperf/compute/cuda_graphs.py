@@ -1,4 +1,4 @@
-"""A step that is taken again and again, as a CUDA graph: one launch for all of its kernels."""
+"""A repeated step as a CUDA graph: one launch for all of its kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ StepFunction = Callable[..., None]
 
 
 class GraphedStep:
-    """`step(*values)`, which changes other tensors in place, replayed where shapes and constants of a call come again.
+    """Wraps an in-place `step(*values)` and replays it as a CUDA graph when shapes and constants repeat (tadperf).
 
-    The first call with new ones runs as it is, on a stream of its own, which warms up what a graph needs; the second is
-    recorded. A step that cannot be recorded costs one warning and goes on as it is. CUDA only.
+    The first call with new shapes or constants runs the step as it is, on a side stream; this warms up what a graph
+    needs. The second call records the graph. If recording fails, there is one warning and every later call runs the
+    step without a graph. CUDA only.
     """
 
     def __init__(self, step: StepFunction) -> None:
@@ -28,19 +29,19 @@ class GraphedStep:
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in values)
         if key not in self.graphs:
             self.graphs[key] = None
-            return self._apart(values)
+            return self._warm_up(values)
         try:
             graph, inputs = self.graphs[key] = self.graphs[key] or self._record(values)
         except RuntimeError as error:
             warnings.warn(f"CUDA graph failed, steps run one by one: {error}", RuntimeWarning, stacklevel=2)
             self.failed = True
             return self.step(*values)
-        for own, value in zip(inputs, (v for v in values if isinstance(v, Tensor)), strict=True):
-            own.copy_(value)
+        for static, value in zip(inputs, (v for v in values if isinstance(v, Tensor)), strict=True):
+            static.copy_(value)
         graph.replay()
         return None
 
-    def _apart(self, values: tuple[Tensor | Hashable, ...]) -> None:
+    def _warm_up(self, values: tuple[Tensor | Hashable, ...]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

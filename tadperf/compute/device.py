@@ -1,4 +1,4 @@
-"""Which device a run computes on."""
+"""Turns the name of a device into the device, and a device into its product name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device named "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:i".
+    """Returns the device for "auto" (CUDA if available, else CPU), "cpu", "cuda" or "cuda:i".
 
-    Of several ranks on a machine each has its own CUDA device. Raises UserError where that device is not there.
+    Each rank on a machine gets its own CUDA device. Raises UserError if the device does not exist.
     """
     import torch
 
@@ -30,34 +30,36 @@ def resolve_device(device: str) -> torch.device:
         raise UserError("--device", device, f"{why}; use --device cpu or auto")
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
-        raise UserError("--device", device, f"there are {count} CUDA devices: use cuda:0 to cuda:{count - 1}")
+        names = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise UserError("--device", device, f"{_only(count)}; use {names}")
     if ranks.world_size() == 1:
         return torch.device("cuda", int(index or 0))
     if index:
         raise UserError("--device", device, f"is one device for {ranks.world_size()} ranks; use cuda or auto")
     if ranks.local_world_size() > count:
-        raise UserError("--devices", ranks.local_world_size(), f"there are {count} CUDA devices; take at most so many")
+        raise UserError("--devices", ranks.local_world_size(), f"{_only(count)}; use --devices {count}")
     torch.cuda.set_device(ranks.local_rank())
     return torch.device("cuda", ranks.local_rank())
 
 
-def set_tf32(allowed: bool) -> None:
-    """Whether float32 products and convolutions on CUDA keep 10 bits of mantissa, in this process from now on.
+def _only(count: int) -> str:
+    return f"only {count} CUDA device{'s' if count > 1 else ''} found"
 
-    A run says so, once: PyTorch's own default is yes for convolutions and no for products.
-    """
+
+def set_tf32(allowed: bool) -> None:
+    """Allows or forbids TF32 in float32 products and convolutions on CUDA, for the rest of the process."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def describe_device(device: torch.device) -> str:
-    """The name a person knows the device by, such as "NVIDIA H200" or the CPU's model name."""
+    """Returns the product name of the device, for example "NVIDIA H200" or the CPU's model name."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,9 +1,10 @@
-"""Ranks: the processes, one for each device, that divide one job among them (torchrun's environment).
+"""Ranks: processes that share one job, one per device, in torchrun's environment.
 
-Every rank runs the same program on the same data. What is independent is divided (`shared`), what must be decided once
-is decided by rank 0 (`once`), and rank 0 alone writes to the run folder, which all of them see; a task that one rank
-runs for all writes its own file. Results cross through torchrun's key-value store, by polling: no wait has a time limit
-and Ctrl-C reaches it; only sums over large tensors go through gloo or NCCL. With one rank all of this is nothing.
+Every rank runs the same program on the same data. Ranks divide independent work (`divide_work`); rank 0 alone makes
+decisions (`once`) and writes to the run folder, which all ranks see. A rank that runs a task for all ranks writes the
+file of that task itself. Results travel through torchrun's key-value store. Ranks poll it, so waits never time out and
+can be interrupted with Ctrl-C. Only sums over large tensors use gloo or NCCL. With a single process these functions do
+nothing.
 """
 
 from __future__ import annotations
@@ -26,226 +27,243 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-PIECE = 4 << 20  # bytes of one value; the store takes no more than 8 MiB at a time
-SLEEP = 0.005  # seconds between two looks into the store
+CHUNK_BYTES = 4 << 20  # of one value in the store, which refuses more than 8 MiB
+POLL_SECONDS = 0.005
 PR_SET_PDEATHSIG = 1
+STORE_FD = "TADPERF_STORE_FD"  # in the environment of a launched rank 0: the listening socket of the store
 
 
 class RankLostError(RuntimeError):
-    """The connection to the other ranks is gone: one of them has died."""
+    """The connection to the other ranks failed, for example because one of them died."""
 
 
 @dataclass
 class Team:
-    """What this process knows of the others once it has joined."""
+    """The ranks of one job, as one of them sees it after `join`."""
 
     rank: int
-    world_size: int
-    store: Any
-    exchanges: int = 0  # so far; the same on every rank, since all run the same program
+    world: int
+    store: Any  # torch.distributed.Store
+    exchanges: int = 0  # numbers the keys; the same on every rank, because all ranks run the same program
 
 
+# A process is in at most one job of several ranks, like PyTorch's default process group, so both values belong to the
+# process. `join` and `leave` set the first, `working_alone` the second; all other functions only read them.
 _team: Team | None = None
-_in_task = False
+_alone = False
 
 
 def environment_rank() -> int:
-    """The rank that the environment gives this process; 0 without one."""
+    """Returns the rank of this process by its environment, before `join`; 0 without one."""
     return int(os.environ.get("RANK", 0)) if environment_world_size() > 1 else 0
 
 
 def environment_world_size() -> int:
-    """How many ranks the environment speaks of."""
+    """Returns the number of ranks by the environment, before `join`."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1
 
 
 def local_rank() -> int:
-    """This process's number among the ranks on its machine: that of its device."""
+    """Returns this process's number among the ranks of its machine, which is the number of its device."""
     return int(os.environ.get("LOCAL_RANK", 0)) if _team else 0
 
 
 def local_world_size() -> int:
-    """Ranks on this machine."""
+    """Returns the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if _team else 1
 
 
 def join() -> None:
-    """Meets the other ranks, where the environment (torchrun's) names any; before that a process works alone."""
+    """Connects to the other ranks that the environment names. Until then a process works alone.
+
+    Raises RankLostError if the store of rank 0 cannot be opened or reached.
+    """
     global _team
     if _team is not None or environment_world_size() == 1:
         return
-    from torch.distributed import rendezvous
-
-    with _lost():
-        store, rank, world = next(rendezvous("env://"))
-        _team = Team(rank, world, store)
-    files.set_write_access(rank == 0)
+    try:
+        _team = _connect()
+    except (RuntimeError, ValueError, OSError) as error:  # a port in use, a wrong address, a variable that is missing
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        reason = str(error).splitlines()[0]
+        message = f"cannot connect the ranks at {address}: {reason}; check MASTER_ADDR, or choose another MASTER_PORT"
+        raise RankLostError(message) from error
+    files.set_write_access(_team.rank == 0)
     barrier()
 
 
+def _connect() -> Team:
+    from torch.distributed import TCPStore, rendezvous
+
+    if STORE_FD not in os.environ:
+        store, rank, world = next(rendezvous("env://"))
+        return Team(rank, world, store)
+    world, socket = environment_world_size(), int(os.environ.pop(STORE_FD))  # the store owns the socket from here
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return Team(0, world, TCPStore(*address, world, is_master=True, wait_for_workers=False, master_listen_fd=socket))
+
+
 def leave() -> None:
-    """The end of the common work; rank 0, which may hold the store, waits for the others."""
+    """Ends the common work. Rank 0, which may hold the store, waits for the other ranks."""
     global _team
     if _team is not None:
-        with _lost():
+        with _errors_as_lost_rank():
             _team.store.add("left", 1)
             while rank() == 0 and _team.store.add("left", 0) < _team.world:
-                time.sleep(SLEEP)
+                time.sleep(POLL_SECONDS)
         _team = None
         files.set_write_access(True)
 
 
 def rank() -> int:
-    """This process's number; 0 where it works alone."""
+    """Returns the number of this process; 0 if it works alone."""
     return _team.rank if _team else 0
 
 
 def world_size() -> int:
-    """How many processes divide the work."""
+    """Returns the number of processes that share the work."""
     return _team.world if _team else 1
 
 
 @contextlib.contextmanager
-def task() -> Iterator[None]:
-    """Inside, this process works alone and writes what it makes."""
-    global _in_task
-    _in_task, before = True, _in_task
+def working_alone() -> Iterator[None]:
+    """Inside the block this process exchanges nothing with other ranks and may write files."""
+    global _alone
+    _alone, before = True, _alone
     try:
         with files.write_access(True):
             yield
     finally:
-        _in_task = before
+        _alone = before
 
 
-def _together() -> Team | None:
-    return None if _in_task else _team
+def _active_team() -> Team | None:
+    return None if _alone else _team
 
 
 def barrier() -> None:
-    """Returns when every rank has come here."""
-    if (team := _together()) is None:
+    """Returns when every rank has called it."""
+    if (team := _active_team()) is None:
         return
-    key = _next("barrier")
-    with _lost():
+    key = _next_key(team, "barrier")
+    with _errors_as_lost_rank():
         team.store.add(key, 1)
         while team.store.add(key, 0) < team.world:
-            time.sleep(SLEEP)
+            time.sleep(POLL_SECONDS)
 
 
 def once(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank; tensors on its device arrive on the receiver's own."""
-    if (team := _together()) is None:
+    """Calls `make` on rank 0 and returns its result on every rank; CUDA tensors arrive on the receiver's device."""
+    if (team := _active_team()) is None:
         return make()
-    key = _next("once")
+    key = _next_key(team, "once")
     if team.rank:
-        return _receive(key)
-    with task():
+        return _receive(team, key)
+    with working_alone():
         value = make()
-    _send(key, value)
+    _send(team, key, value)
     return value
 
 
 def divide_work(work: Callable[[Sequence[int]], Iterator[tuple[int, T]]], count: int) -> Iterator[tuple[int, T]]:
-    """Yields (position, result) for positions 0 ... count - 1, of which this rank works on every world-th one.
+    """Yields (position, result) for positions 0 to count - 1. Each rank works on every `world_size`-th position.
 
-    work: yields (place, result) for each of the positions it is given, by their places in that list.
+    work: takes a list of positions; yields (index into this list, result) for each of them, in any order.
     """
-    if (team := _together()) is None:
+    if (team := _active_team()) is None:
         yield from work(range(count))
         return
-    key = _next("shared")
-    own = range(team.rank, count, team.world)
-    awaited = {position for position in range(count) if position not in own}
-    for place, result in work(own):
-        _send(f"{key}/{own[place]}", result)
-        yield own[place], result
-        yield from _arrived(key, awaited)
+    key = _next_key(team, "shared")
+    assigned = range(team.rank, count, team.world)
+    awaited = {position for position in range(count) if position not in assigned}
+    for index, result in work(assigned):
+        _send(team, f"{key}/{assigned[index]}", result)
+        yield assigned[index], result
+        yield from _arrived(team, key, awaited)
     while awaited:
-        yield from _arrived(key, awaited)
-        time.sleep(SLEEP)
+        yield from _arrived(team, key, awaited)
+        time.sleep(POLL_SECONDS)
 
 
 def mean(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The tensors' sums over the ranks, in one message, divided by `count`."""
+    """Sums each tensor over the ranks, all in one message, and divides it by `count`."""
     import torch
 
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if _team is not None:
-        _sum(flat)
-    parts = (flat / count).split([tensor.numel() for tensor in tensors])
+        _all_reduce(_team, packed)
+    parts = (packed / count).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _sum(flat: Tensor) -> None:
+def _all_reduce(team: Team, values: Tensor) -> None:
     import torch.distributed as dist
 
-    assert _team is not None
-    with _lost():
-        if not dist.is_initialized():  # late, so that most forks happen before gloo has threads
-            backend = "nccl" if flat.is_cuda else "gloo"
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("sum", _team.store), rank=_team.rank, world_size=_team.world
-            )
-        dist.all_reduce(flat)
+    with _errors_as_lost_rank():
+        if not dist.is_initialized():  # as late as possible: most forks then happen before gloo starts its threads
+            backend = "nccl" if values.is_cuda else "gloo"
+            store = dist.PrefixStore("sum", team.store)
+            dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.world)
+        dist.all_reduce(values)
 
 
-def _next(what: str) -> str:
-    assert _team is not None
-    _team.exchanges += 1
-    return f"{what}{_team.exchanges}"
+def _next_key(team: Team, purpose: str) -> str:
+    team.exchanges += 1
+    return f"{purpose}{team.exchanges}"
 
 
-def _arrived(key: str, awaited: set[int]) -> Iterator[tuple[int, Any]]:
-    assert _team is not None
+def _arrived(team: Team, key: str, awaited: set[int]) -> Iterator[tuple[int, Any]]:
+    """Yields the results of other ranks that are in the store, and removes their positions from `awaited`."""
     for position in sorted(awaited):
-        with _lost():
-            there = _team.store.check([f"{key}/{position}"])
-        if there:
+        with _errors_as_lost_rank():
+            arrived = team.store.check([f"{key}/{position}"])
+        if arrived:
             awaited.remove(position)
-            yield position, _receive(f"{key}/{position}")
+            yield position, _receive(team, f"{key}/{position}")
 
 
-def _send(key: str, value: object) -> None:
+def _send(team: Team, key: str, value: object) -> None:
     import torch
 
-    assert _team is not None
     buffer = io.BytesIO()
     torch.save(value, buffer)
     data = buffer.getbuffer()
-    pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
-    with _lost():
-        for number, piece in enumerate(pieces):
-            _team.store.set(f"{key}.{number}", bytes(piece))
-        _team.store.set(key, pickle.dumps(len(pieces)))
+    chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+    with _errors_as_lost_rank():
+        for number, chunk in enumerate(chunks):
+            team.store.set(f"{key}.{number}", bytes(chunk))
+        team.store.set(key, pickle.dumps(len(chunks)))
 
 
-def _receive(key: str) -> Any:
+def _receive(team: Team, key: str) -> Any:
     import torch
 
-    assert _team is not None
-    store = _team.store
-    with _lost():
+    store = team.store
+    with _errors_as_lost_rank():
         while not store.check([key]):
-            time.sleep(SLEEP)
+            time.sleep(POLL_SECONDS)
         count = pickle.loads(store.get(key))
         data = b"".join(store.get(f"{key}.{number}") for number in range(count))
-        if store.add(f"{key}.read", 1) == _team.world - 1:  # the last one tidies up
+        if store.add(f"{key}.read", 1) == team.world - 1:  # the last reader deletes the value
             for name in (*(f"{key}.{number}" for number in range(count)), f"{key}.read"):
                 store.delete_key(name)
-    place = {f"cuda:{i}": f"cuda:{local_rank()}" for i in range(64)} if torch.cuda.is_available() else None
-    return torch.load(io.BytesIO(data), map_location=place, weights_only=False)
+    devices = {f"cuda:{i}": f"cuda:{local_rank()}" for i in range(64)} if torch.cuda.is_available() else None
+    return torch.load(io.BytesIO(data), map_location=devices, weights_only=False)
 
 
 @contextlib.contextmanager
-def _lost() -> Iterator[None]:
+def _errors_as_lost_rank() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # c10d's and gloo's errors are of this type
-        raise RankLostError(str(error).splitlines()[0]) from error
+    except RuntimeError as error:  # the type of c10d's and gloo's errors
+        raise RankLostError(f"lost the connection to the other ranks: {str(error).splitlines()[0]}") from error
 
 
 def exit_with_parent(parent: int) -> None:
-    """Ends this process by SIGKILL when its parent ends, however that ends: nothing goes on writing (Linux)."""
+    """Makes the system kill this process (SIGKILL) when its parent ends for any reason, so nothing writes on (Linux).
+
+    parent: the expected parent; the process ends at once if it has another one already.
+    """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

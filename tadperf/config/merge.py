@@ -1,4 +1,4 @@
-"""From presets, a TOML file, `--set` and named options to one checked Config."""
+"""Merges presets, a TOML file, `--set` and named options into one checked Config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from tadperf.config import Config
-from tadperf.config.presets import METHODS, PRESETS
+from tadperf.config.options import option_name
+from tadperf.config.presets import DIGITS_NOISE, METHODS, PRESETS
 from tadperf.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -21,23 +22,28 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-# What the command line calls a field; an error about an option that was given uses this name.
-OPTIONS = {
-    "data.path": "DATA",
-    "data.format": "--format",
-    "data.image_size": "--image-size",
-    "data.labels": "--labels",
-    "data.noise": "--noise",
-    "match.ipc": "--ipc",
-    "match.method": "--method",
-    "trust.mode": "--trust",
-    "synthesis": "--synthesis",
-    "refine.batch": "--batch",
-    "refine.backend": "--backend",
-    "evaluate.repeats": "--repeats",
-    "evaluate.networks": "--network",
-    "seed": "--seed",
-    "device": "--device",
+DIGITS_PRESETS = ("digits", "digits-ipc1")  # their label noise is for the built-in digits alone
+
+# What a value must be, by the type of pydantic's error; filled in with the values of the error.
+REQUIREMENTS = {
+    "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_parsing_size": "must be an integer of fewer digits",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "too_short": "must have at least {min_length} value",
 }
 
 
@@ -48,18 +54,23 @@ def merge(
     options: Mapping[str, Any] | None = None,
     base: Config | None = None,
 ) -> Config:
-    """base < preset < what the method changes in it < TOML file < `--set section.key=value` < named options (tadperf).
+    """Merges the sources of settings. Later ones win: base, preset, method, TOML file, `sets`, `options` (tadperf).
 
-    sets: "section.key=value" each. options: dotted field to value or None. base: what a resumed run was started with.
-    With neither preset nor base, the preset is `default_preset`. What nothing of these sets the method does, and then
-    the defaults. Raises UserError, naming the field, on an unknown preset, file, key or value.
+    sets: "section.key=value" each.
+    options: dotted field to value; None means that the option was not given.
+    base: the settings that a resumed run was started with.
+    Without preset and base, the preset is `default_preset`. The built-in digits get label noise in the presets made for
+    them, unless a source sets data.noise. Fields that no source sets take the method's values, then the defaults.
+    Raises UserError, which names the field, on an unknown preset, file, key or value.
     """
     layers = _layers(toml_path, sets, options)
     if preset is None and base is None:
         preset = _default_preset(layers)
     merged: dict[str, Any] = base.model_dump() if base else {}
     for layer in (_preset(preset), _method(preset, layers), *layers):
-        merged = _over(merged, layer)
+        merged = _merge_sections(merged, layer)
+    if preset in DIGITS_PRESETS and merged.get("data", {}).get("path") == "digits":
+        merged = _merge_sections({"data": {"noise": DIGITS_NOISE}}, merged)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -69,22 +80,28 @@ def merge(
 def default_preset(
     toml_path: Path | str | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> str:
-    """The preset where none is named: "digits", or "digits-ipc1" at IPC 1, for the built-in digits; else "quick"."""
+    """Returns the preset to use if none is named: for the digits "digits" or (at IPC 1) "digits-ipc1", else "quick"."""
     return _default_preset(_layers(toml_path, sets, options))
 
 
 def to_toml(config: Config) -> str:
-    """The whole config as TOML that `--config` reads back; what is not set stands in a comment."""
+    """Writes all settings as TOML, which `--config` reads back. Settings without a value become comments.
+
+    The noise of the default job becomes a comment too: who edits data.path in the file must not add noise to own data.
+    """
     values = config.model_dump(mode="json")
     lines = [_toml_line(name, value) for name, value in values.items() if not isinstance(value, dict)]
     for section, fields in values.items():
         if isinstance(fields, dict):
             lines += ["", f"[{section}]", *(_toml_line(name, value) for name, value in fields.items())]
+    if (config.data.path, config.data.noise) == ("digits", DIGITS_NOISE):
+        line = _toml_line("noise", DIGITS_NOISE)
+        lines[lines.index(line)] = f"# {line}  (only for the built-in digits; remove the # to add noise to other data)"
     return "\n".join(lines) + "\n"
 
 
 def _toml_line(name: str, value: Any) -> str:
-    # A JSON value is a TOML value, but for null and for U+007F, which TOML wants escaped.
+    # JSON values are TOML values, except null, and U+007F, which TOML wants escaped.
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return f"# {name} is not set" if value is None else f"{name} = {text}"
 
@@ -104,7 +121,15 @@ def _default_preset(layers: Iterable[dict]) -> str:
         ipc = layer.get("match", {}).get("ipc", ipc)
     if path != "digits":
         return "quick"
-    return "digits-ipc1" if str(ipc) == "1" else "digits"
+    return "digits-ipc1" if _as_int(ipc) == 1 else "digits"
+
+
+def _as_int(value: object) -> int | None:
+    """Returns an integer or its text as an integer, as the Config will read it; None for anything else."""
+    try:
+        return int(value) if isinstance(value, (int, str)) else None
+    except ValueError:
+        return None
 
 
 def _preset(name: str | None) -> Mapping[str, Any]:
@@ -112,7 +137,9 @@ def _preset(name: str | None) -> Mapping[str, Any]:
         return {}
     if name not in PRESETS:
         close = get_close_matches(name, PRESETS, 1)
-        raise UserError("--preset", name, f"did you mean {close[0]}?" if close else f"known are {', '.join(PRESETS)}")
+        raise UserError(
+            "--preset", name, f"did you mean {close[0]}?" if close else f"choose one of {', '.join(PRESETS)}"
+        )
     return PRESETS[name]
 
 
@@ -127,13 +154,13 @@ def _read_toml(path: Path | str | None) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError("--config", path, f"cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also what TOML and UTF-8 decoding raise
+        raise UserError("--config", path, f"cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:  # the base class of the errors of TOML and UTF-8
         raise UserError("--config", path, f"is not valid TOML: {error}") from None
 
 
 def _parse_set(text: str) -> dict[str, Any]:
-    """ "match.ipc=5" -> {"match": {"ipc": 5}}: the value as TOML, or as text where it is none."""
+    """Parses "match.ipc=5" to {"match": {"ipc": 5}}. The value is read as TOML, or as text if it is not TOML."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UserError("--set", text, "must be section.key=value, such as match.ipc=5")
@@ -151,11 +178,12 @@ def _nest(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _over(merged[key], value) if both else value
+def _merge_sections(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges nested sections; the values of `upper` win."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        are_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge_sections(merged[key], value) if are_sections else value
     return merged
 
 
@@ -166,12 +194,12 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
     return kind if is_class and issubclass(kind, BaseModel) else None
 
 
-def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted field of a model."""
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Returns all dotted field names of a model."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         section = _section(field)
-        names += _names(section, f"{prefix}{name}.") if section else [prefix + name]
+        names += _field_names(section, f"{prefix}{name}.") if section else [prefix + name]
     return names
 
 
@@ -189,32 +217,37 @@ def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], prefix: s
             continue
         if not isinstance(value, Mapping):
             raise UserError(
-                name, _shown(value), f"is a section; set one of its keys, such as {_names(section, f'{name}.')[0]}"
+                name,
+                _shown(value),
+                f"is a section; set one of its keys, such as {_field_names(section, f'{name}.')[0]}",
             )
         _refuse_unknown(value, section, f"{name}.")
 
 
 def _suggestion(name: str) -> str:
-    """The nearest known field: by its whole name, else by its last part ("ipc" is match.ipc)."""
-    known = _names(Config)
+    """Suggests the nearest known field, by its full name or by its last part ("ipc" suggests match.ipc)."""
+    known = _field_names(Config)
     by_key = {field.rpartition(".")[2]: field for field in reversed(known)}
     key = get_close_matches(name.rpartition(".")[2], by_key, 1, 0.7)
     whole = get_close_matches(name, known, 1)
     nearest = whole[0] if whole else by_key[key[0]] if key else None
-    return f"did you mean {nearest}?" if nearest else "`tadperf config` lists the known ones"
+    return f"did you mean {nearest}?" if nearest else "`tadperf config` lists all keys"
 
 
 def _user_error(error: ValidationError, options: Mapping[str, Any]) -> UserError:
     first = error.errors()[0]
-    path = [part for part in first["loc"] if isinstance(part, str)]  # without the place inside a list
+    path = [part for part in first["loc"] if isinstance(part, str)]  # without the index inside a list
     name, field = ".".join(path), _field(path)
-    message = first["msg"].replace("Input should", "must").replace("tuple", "list")
-    if first["type"] == "string_pattern_mismatch":  # a pattern is no help, the description is
-        message = f"must be {field.description}"
-    elif field.description:
+    message = _requirement(first["type"], first.get("ctx", {}), field)
+    if field.description and field.description not in message:
         message += f" ({field.description})"
     given = options.get(name) is not None
-    return UserError(OPTIONS.get(name, name) if given else name, _shown(first["input"]), message)
+    return UserError(option_name(name) if given else name, _shown(first["input"]), message)
+
+
+def _requirement(kind: str, values: Mapping[str, Any], field: FieldInfo) -> str:
+    """Says what the value of a field must be, by REQUIREMENTS or else by the field's description."""
+    return REQUIREMENTS.get(kind, f"must be {field.description}").format(**values)
 
 
 def _field(path: Sequence[str]) -> FieldInfo:
@@ -225,5 +258,5 @@ def _field(path: Sequence[str]) -> FieldInfo:
 
 
 def _shown(value: Any) -> str:
-    """A value in one line."""
+    """Formats a value on one line."""
     return " ".join(str(value).split()) or '""'

@@ -1,22 +1,19 @@
-"""Named starting points for a config, and what a method changes in them. Data only.
+"""Presets: named sets of settings, and what each method changes in them. Data only.
 
-`tadperf config --preset NAME --method METHOD` prints the whole of one.
+`tadperf config --preset NAME --method METHOD` prints all settings of a preset.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 Sections = dict[str, dict[str, Any]]
 
 
 def _ftd(path: str, ipc: int, steps: int, expert_epochs: int, max_start: int, lr_img: float, **match: Any) -> Sections:
-    """Trajectory matching with the published values of FTD (Du et al., 2023, its public code), on plain experts.
+    """Trajectory matching with the values in the public code of FTD (Du et al., 2023), with experts trained by SGD.
 
-    Its learning rate for the student's learning rate is not taken over: ours acts on the logarithm.
+    FTD's learning rate for the student's learning rate is not used here, because ours acts on the logarithm.
     """
     return {
         "data": {"path": path, "normalise": "meanstd" if path == "tiny-imagenet" else "zca"},
@@ -34,8 +31,8 @@ def _ftd(path: str, ipc: int, steps: int, expert_epochs: int, max_start: int, lr
     }
 
 
-def _flat(alpha: float, ema: float, **match: Any) -> Sections:
-    """What FTD adds to that: flat experts and the decay of the images' average (its table 7)."""
+def _ftd_method(alpha: float, ema: float, **match: Any) -> Sections:
+    """What the method FTD adds: experts in flat minima and the decay of the images' average (its table 7)."""
     return {"experts": {"alpha": alpha}, "match": {"ema": ema, **match}}
 
 
@@ -48,16 +45,17 @@ def _datm(
     lr_label: float,
     **match: Any,
 ) -> Sections:
-    """What DATM (Guo et al., 2024) changes: the values of its public configs.
+    """What the method DATM (Guo et al., 2024) changes: the values of its public configs.
 
-    starts: the earliest epoch, the latest at first, the latest. widen: share of the iterations in which it gets there.
-    Not taken over are its learning rate for the student's learning rate, as above, and the step it skips where the
-    matching loss is above 1.
+    starts: earliest start epoch, latest one at first, latest one in the end.
+    widen: share of the iterations until the last of these is reached.
+    Two things of DATM are not used: its learning rate for the student's learning rate (see `_ftd`), and that it skips
+    a step whose matching loss is above 1.
     """
     low, first, high = starts
     return {
         "data": {"normalise": "zca"},
-        "experts": {"epochs": 100},  # 13 GB for CIFAR-10; the labels are those of the last epoch
+        "experts": {"epochs": 100},  # 13 GB for CIFAR-10; the last epoch gives the labels
         "match": {
             "iterations": 10000,
             "steps": steps,
@@ -75,9 +73,9 @@ def _datm(
 
 
 def _digits(ipc: int, **match: Any) -> Sections:
-    """Experts of 33 epochs train to 98.8 % on held-out samples; their soft labels and k-means starts matter most."""
+    """Settings for the digits. Experts reach 98.8 % on held-out samples; soft labels and k-means starts matter most."""
     return {
-        "data": {"path": "digits", "noise": "asymmetric:0.4", "augment": "crop_scale_rotate"},
+        "data": {"path": "digits", "augment": "crop_scale_rotate"},
         "net": {"depth": 2, "width": 32},
         "experts": {"count": 8, "epochs": 33, "batch": 64, "lr": 0.1},
         "match": {
@@ -98,11 +96,14 @@ def _digits(ipc: int, **match: Any) -> Sections:
     }
 
 
+# The label noise of the default job. It is added to the built-in digits only, never to a user's data.
+DIGITS_NOISE = "asymmetric:0.4"
+
 PRESETS: dict[str, Sections] = {
-    # The default job: scikit-learn's digits, minutes on two CPU cores. Values chosen on 400 of the training samples.
+    # The default job: scikit-learn's digits, minutes on two CPU cores. Values tuned on 400 of the training samples.
     "digits": _digits(10, steps=10, expert_epochs=3, max_start=30, batch=50),
     "digits-ipc1": _digits(1, steps=20, expert_epochs=2, max_start=5),
-    # Any other set on a CPU: a small network, few experts, short matching.
+    # Any other data on a CPU: a small network, few experts, short matching.
     "quick": {
         "net": {"width": 32},
         "experts": {"count": 4},
@@ -127,51 +128,67 @@ PRESETS: dict[str, Sections] = {
     "tiny-ipc10": _ftd("tiny-imagenet", 10, 20, 2, 40, 1e4, batch=500),
 }
 
-METHODS: dict[str, dict[str, Sections]] = {  # preset -> method -> what it changes there
+SUMMARIES = {  # preset -> one line for `tadperf config --list`
+    "digits": "the built-in digits, 10 images per class, minutes on a CPU; adds asymmetric label noise of 40 %",
+    "digits-ipc1": "the built-in digits, 1 image per class, otherwise as digits",
+    "quick": "any data on a CPU, 1 image per class: a small network, few experts, short matching",
+    **{
+        f"{name}-ipc{ipc}": f"{title}, {ipc} image{'s' * (ipc > 1)} per class, published settings; for a GPU"
+        for name, title, sizes in (
+            ("cifar10", "CIFAR-10", (1, 10, 50)),
+            ("cifar100", "CIFAR-100", (1, 10, 50)),
+            ("tiny", "Tiny ImageNet", (1, 10)),
+        )
+        for ipc in sizes
+    },
+}
+
+METHODS: dict[str, dict[str, Sections]] = {  # preset -> method -> what the method changes
     "digits": {"ftd": {"match": {"ema": 0.9}}},
     "digits-ipc1": {"ftd": {"match": {"ema": 0.9}}},
-    "quick": {"ftd": {"match": {"ema": 0.99}}},  # FTD's 0.9995 belongs to ten times as many iterations
+    "quick": {"ftd": {"match": {"ema": 0.99}}},  # FTD's 0.9995 is for ten times as many iterations
     "cifar10-ipc1": {
-        "ftd": _flat(0.3, 0.9999),
+        "ftd": _ftd_method(0.3, 0.9999),
         "datm": _datm(80, 2, (0, 4, 4), 0.0, 100.0, 5.0),
     },
     "cifar10-ipc10": {
-        "ftd": _flat(0.3, 0.9995, lr_init=0.001),
+        "ftd": _ftd_method(0.3, 0.9995, lr_init=0.001),
         "datm": _datm(80, 2, (0, 10, 20), 0.1, 100.0, 2.0),
     },
     "cifar10-ipc50": {
-        "ftd": _flat(1.0, 0.999),
+        "ftd": _ftd_method(1.0, 0.999),
         "datm": _datm(80, 2, (0, 20, 40), 0.2, 1000.0, 2.0),
     },
     "cifar100-ipc1": {
-        "ftd": _flat(1.0, 0.9995),
+        "ftd": _ftd_method(1.0, 0.9995),
         "datm": _datm(40, 3, (0, 10, 20), 0.1, 1000.0, 10.0),
     },
     "cifar100-ipc10": {
-        "ftd": _flat(1.0, 0.9995),
+        "ftd": _ftd_method(1.0, 0.9995),
         "datm": _datm(80, 2, (0, 30, 50), 0.2, 1000.0, 10.0, batch=1000),
     },
     "cifar100-ipc50": {
-        "ftd": _flat(1.0, 0.999),
+        "ftd": _ftd_method(1.0, 0.999),
         "datm": _datm(80, 2, (20, 70, 70), 0.0, 1000.0, 10.0, batch=1000, init_correct=False),
     },
     "tiny-ipc1": {
-        "ftd": _flat(1.0, 0.999),
+        "ftd": _ftd_method(1.0, 0.999),
         "datm": _datm(40, 2, (0, 15, 20), 0.2, 1e4, 10.0),
     },
     "tiny-ipc10": {
-        "ftd": _flat(1.0, 0.999),
+        "ftd": _ftd_method(1.0, 0.999),
         "datm": _datm(40, 2, (10, 50, 50), 0.0, 100.0, 10.0, batch=500),
     },
 }
 
-# rho and alpha are those that DATM's public code names for both; FTD's table has alpha 0.3 or 1, ema 0.999 to 0.9999.
-FLAT = {"rho": 0.01, "alpha": 0.3}
+# rho and alpha from DATM's public code, which uses them for both methods. FTD's table has alpha 0.3 or 1 and ema 0.999
+# to 0.9999.
+FLAT_MINIMA = {"rho": 0.01, "alpha": 0.3}
 BASES: dict[str, dict[str, dict[str, Any]]] = {
     "mtt": {},
-    "ftd": {"experts": FLAT, "match": {"ema": 0.9995}},
+    "ftd": {"experts": FLAT_MINIMA, "match": {"ema": 0.9995}},
     "datm": {
-        "experts": FLAT,
+        "experts": FLAT_MINIMA,
         "match": {
             "easy": 0.5,
             "widen": 0.1,

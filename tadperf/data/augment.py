@@ -1,4 +1,4 @@
-"""Differentiable Siamese augmentation: drawn once, replayed exactly."""
+"""Differentiable Siamese augmentation (DSA): one draw, which can be applied again with the same bits."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch import Tensor
 
 from tadperf.errors import UserError
 
-# Strengths of DSA (Zhao and Bilen, 2021), as its public code has them.
-CROP = 0.125  # largest shift, share of the side
-CUTOUT = 0.5  # side of the hole, share of the side
-SCALE = 1.2  # largest zoom, in and out
-ROTATE = 15.0  # degrees
+# The strengths in the public code of DSA (Zhao and Bilen, 2021).
+CROP = 0.125  # largest shift, as a share of the side
+CUTOUT = 0.5  # side of the hole, as a share of the image's side
+SCALE = 1.2  # largest zoom; the smallest is 1 / SCALE
+ROTATE = 15.0  # largest rotation to either side, degrees
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 KINDS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
 
 class Draw(NamedTuple):
-    """One drawn augmentation of B images: plain tensors, so that applying it twice gives the same bits.
+    """The random values of one augmentation of B images. Applying them twice gives the same bits.
 
-    affine [B, 2, 3] (output to input coordinates), color [B, 3] (brightness, saturation, contrast), hole [B, 2] (centre
-    of the cutout in pixels; NaN for none). A field is None where the strategy never uses it.
+    affine: [B, 2, 3], maps output coordinates to input coordinates.
+    color: [B, 3], brightness, saturation and contrast.
+    hole: [B, 2], centre of the cutout in pixels; NaN for no cutout.
+    A field is None if the strategy never uses it.
     """
 
     affine: Tensor | None
@@ -33,63 +35,64 @@ class Draw(NamedTuple):
     hole: Tensor | None
 
     def rows(self, start: int, stop: int) -> Draw:
-        """The part of the draw that belongs to images start ... stop - 1."""
+        """Returns the draw of images start to stop - 1."""
         return Draw(*(None if field is None else field[start:stop] for field in self))
 
 
 def parse(strategy: str) -> tuple[str, ...]:
-    """The kinds that a strategy such as "color_crop_flip" names; raises UserError on an unknown one."""
+    """Splits a strategy such as "color_crop_flip" into its kinds. Raises UserError on an unknown kind."""
     if strategy == "none":
         return ()
     kinds = tuple(strategy.split("_"))
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(
-                "data.augment", strategy, f"{kind!r} is unknown; join any of {', '.join(KINDS)} by '_', or 'none'"
+                "data.augment", strategy, f"{kind!r} is unknown; join any of {', '.join(KINDS)} with '_', or use 'none'"
             )
     return kinds
 
 
 def draw(strategy: str, count: int, size: int, *generators: torch.Generator) -> Draw:
-    """Draws one augmentation per image: each image gets one of the strategy's kinds, at a random strength (DSA).
+    """Draws one augmentation per image: one of the strategy's kinds, at a random strength (DSA).
 
-    DSA's code draws one kind for a whole batch; one kind per image has the same marginal distribution, mixes kinds
-    within a batch, and makes the transform one static function of tensors (tadperf). `size` is the side in pixels.
-    With several generators, `count` images from each in turn: one call for many short epochs.
+    DSA's code draws one kind for a whole batch. One kind per image has the same marginal distribution, mixes the kinds
+    within a batch, and makes the transform a static function of tensors (tadperf).
+    size: the side of the images in pixels.
+    generators: `count` images are drawn from each in turn, so one call can serve many short epochs.
     """
     kinds = parse(strategy)
     if not kinds:
         return Draw(None, None, None)
-    # Every strength, whether used or not: the stream's length is fixed.
+    # Draws every strength, used or not, so that the number of draws does not depend on the strategy.
     drawn = [(torch.randint(len(kinds), (count,), generator=g), torch.rand(count, 4, generator=g)) for g in generators]
-    pick, u = (torch.cat(part) for part in zip(*drawn, strict=True))
-    count = len(pick)
+    kind_index, u = (torch.cat(part) for part in zip(*drawn, strict=True))
+    count = len(kind_index)
 
-    def chosen(kind: str) -> Tensor:
-        return pick == kinds.index(kind) if kind in kinds else torch.zeros(count, dtype=torch.bool)
+    def uses(kind: str) -> Tensor:
+        return kind_index == kinds.index(kind) if kind in kinds else torch.zeros(count, dtype=torch.bool)
 
     affine = color = hole = None
     if {"crop", "flip", "scale", "rotate"} & set(kinds):
         affine = torch.eye(2, 3).repeat(count, 1, 1)
-        zoom = torch.where(chosen("scale")[:, None], 1 / SCALE + u[:, :2] * (SCALE - 1 / SCALE), 1.0)
-        angle = torch.where(chosen("rotate"), (u[:, 0] - 0.5) * 2 * math.radians(ROTATE), 0.0)
+        zoom = torch.where(uses("scale")[:, None], 1 / SCALE + u[:, :2] * (SCALE - 1 / SCALE), 1.0)
+        angle = torch.where(uses("rotate"), (u[:, 0] - 0.5) * 2 * math.radians(ROTATE), 0.0)
         affine[:, 0, 0], affine[:, 0, 1] = zoom[:, 0] * angle.cos(), -angle.sin()
         affine[:, 1, 0], affine[:, 1, 1] = angle.sin(), zoom[:, 1] * angle.cos()
-        affine[:, 0, 0] *= torch.where(chosen("flip") & (u[:, 0] < 0.5), -1.0, 1.0)
-        reach = int(size * CROP + 0.5)  # whole pixels, edges filled with 0
+        affine[:, 0, 0] *= torch.where(uses("flip") & (u[:, 0] < 0.5), -1.0, 1.0)
+        reach = int(size * CROP + 0.5)  # whole pixels; the border becomes 0
         shift = ((u[:, :2] * (2 * reach + 1)).floor() - reach) * (2 / size)
-        affine[:, :, 2] = torch.where(chosen("crop")[:, None], shift, 0.0)
+        affine[:, :, 2] = torch.where(uses("crop")[:, None], shift, 0.0)
     if "color" in kinds:
         identity = torch.tensor([0.0, 1.0, 1.0])
         strength = torch.stack([(u[:, 0] - 0.5) * BRIGHTNESS, u[:, 1] * SATURATION, u[:, 2] + CONTRAST], 1)
-        color = torch.where(chosen("color")[:, None], strength, identity)
+        color = torch.where(uses("color")[:, None], strength, identity)
     if "cutout" in kinds:
-        hole = torch.where(chosen("cutout")[:, None], (u[:, :2] * (size + 1)).floor(), math.nan)
+        hole = torch.where(uses("cutout")[:, None], (u[:, :2] * (size + 1)).floor(), math.nan)
     return Draw(affine, color, hole)
 
 
 def apply(x: Tensor, drawn: Draw) -> Tensor:
-    """The images [B, C, H, W] under a drawn augmentation, differentiable in `x`."""
+    """Applies a drawn augmentation to images [B, C, H, W]. Differentiable in `x`."""
     if drawn.color is not None:
         brightness, saturation, contrast = drawn.color.to(x)[:, :, None, None, None].unbind(1)
         x = x + brightness
@@ -107,5 +110,7 @@ def apply(x: Tensor, drawn: Draw) -> Tensor:
         row, column = drawn.hole.to(x.device)[:, :, None].unbind(1)  # [B, 1]
         rows = (torch.arange(height, device=x.device) - row + side // 2).floor_divide(side) == 0
         columns = (torch.arange(width, device=x.device) - column + side // 2).floor_divide(side) == 0
-        x = x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)  # NaN equals nothing: no hole
+        x = x.masked_fill(
+            rows[:, None, :, None] & columns[:, None, None, :], 0.0
+        )  # comparisons with NaN are false: no hole
     return x

@@ -1,4 +1,4 @@
-"""A set of labelled images, held once."""
+"""A set of labelled images."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from tadperf.errors import UserError
 class Dataset:
     """One split of an image classification set.
 
-    images: uint8 [N, C, H, W], in memory or memory-mapped, never copied whole.
-    labels: int64 [N], the labels as given, each in 0..C-1 of `class_names`.
-    clean_labels: int64 [N] where the truth is known. For measuring only: no method may read it.
-    source: what `open_data` needs to find the set again (plain JSON values).
+    images: uint8 [N, channels, H, W], in memory or memory-mapped, never copied as a whole.
+    labels: int64 [N], the given labels, each an index into `class_names`.
+    clean_labels: int64 [N] if the true labels are known. They are for measuring only: no method may read them.
+    file_names: for sets of files, the path of each image relative to the folder that was opened.
+    source: what `open_data` needs to open the set again, as JSON values.
+    Raises UserError if a tensor has another type or shape, if there is no image, or if a label is out of range.
     """
 
     images: Tensor
@@ -29,10 +31,16 @@ class Dataset:
     name: str
     clean_labels: Tensor | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    file_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        assert (self.images.dtype, self.images.ndim) == (torch.uint8, 4)
-        assert (self.labels.dtype, self.labels.shape) == (torch.int64, self.images.shape[:1])
+        if (self.images.dtype, self.images.ndim) != (torch.uint8, 4):
+            raise UserError("images", describe_tensor(self.images), "must be uint8 [N, channels, H, W]")
+        for field_name, labels in (("labels", self.labels), ("clean_labels", self.clean_labels)):
+            if labels is not None and (labels.dtype, labels.shape) != (torch.int64, self.images.shape[:1]):
+                raise UserError(field_name, describe_tensor(labels), f"must be int64 [{len(self.images)}]")
+        if self.file_names is not None and len(self.file_names) != len(self.images):
+            raise UserError("file_names", len(self.file_names), f"must be {len(self.images)} names, one per image")
         if len(self) == 0:
             raise UserError("data", self.name, "holds no image")
         low, high = int(self.labels.min()), int(self.labels.max())
@@ -50,25 +58,32 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+        """Channels, height and width of an image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash of the images, labels and class names: tells whether two runs saw the same data."""
+        """A short hash of the images, labels and class names, equal for equal data."""
         digest = hashlib.blake2b(digest_size=16)
-        for start in range(0, len(self), 65536):  # by chunks: a memory-mapped set is never whole in memory
+        for start in range(0, len(self), 65536):  # in chunks, so that a memory-mapped set is never read as a whole
             digest.update(self.images[start : start + 65536].contiguous().numpy().data)
         digest.update(self.labels.numpy().data)
-        digest.update("\0".join(self.class_names).encode())
+        digest.update("\0".join(self.class_names).encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def subset(self, index: Tensor) -> Dataset:
-        """The samples at `index` (int64 [M]); clean labels follow."""
+        """Returns the samples at `index` (int64 [M]), with their clean labels and file names."""
         clean = None if self.clean_labels is None else self.clean_labels[index]
-        return replace(self, images=self.images[index], labels=self.labels[index], clean_labels=clean)
+        names = None if self.file_names is None else tuple(self.file_names[i] for i in index.tolist())
+        images, labels = self.images[index], self.labels[index]
+        return replace(self, images=images, labels=labels, clean_labels=clean, file_names=names)
 
     def with_labels(self, labels: Tensor, clean_labels: Tensor | None) -> Dataset:
-        """The same images under other given labels."""
+        """Returns the same images with other given labels."""
         return replace(self, labels=labels, clean_labels=clean_labels)
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    """Type and shape for a message: "float32 [12, 3]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

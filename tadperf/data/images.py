@@ -11,14 +11,14 @@ from tadperf.data.normalise import CHUNK, Normaliser
 
 
 class Images(Protocol):
-    """Normalised images by index: a float tensor [N, C, H, W], or a view that normalises a batch on demand."""
+    """Normalised images by index: a float tensor [N, C, H, W], or `LazyImages`, which normalises batch by batch."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: Tensor, /) -> Tensor: ...
 
 
-class Chosen:
-    """Some of the images, by their places `index` (int64 [M]) among all: no pixel is copied."""
+class ImageSubset:
+    """The images at `index` (int64 [M]). Copies no pixel until a batch is read."""
 
     def __init__(self, images: Images, index: Tensor) -> None:
         self.images, self.index = images, index
@@ -30,29 +30,29 @@ class Chosen:
         return self.images[self.index[index]]
 
 
-WHOLE = 2 << 30  # bytes of float32 up to which a set is normalised once and kept
+MAX_NORMALISED_BYTES = 2 << 30  # float32 images up to this size are normalised once and kept; not tuned
 
 
 class LazyImages:
-    """Normalised images of a set too large to hold as floats: a batch is normalised when it is asked for."""
+    """Images of a set that is too large to hold as floats: each batch is normalised when it is read."""
 
-    def __init__(self, normaliser: Normaliser, images: Tensor, device: torch.device | str):
+    def __init__(self, normaliser: Normaliser, images: Tensor, device: torch.device | str) -> None:
         self.normaliser, self.images, self.device = normaliser.to(device), images, device
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """index int64 [B], on any device, to float32 [B, C, H, W] on the view's device."""
+        """Returns the images at `index` (int64 [B], on any device) as float32 [B, C, H, W] on `device`."""
         return self.normaliser(self.images[index.to(self.images.device)].to(self.device))
 
 
 def normalise_images(normaliser: Normaliser, images: Tensor, device: torch.device | str = "cpu") -> Tensor | LazyImages:
-    """Normalised images by index: a float32 tensor on `device` up to 2 GiB, above it a view that makes batches."""
-    view = LazyImages(normaliser, images, device)
-    if images.numel() * 4 > WHOLE:
-        return view
-    whole = torch.empty(images.shape, dtype=torch.float32, device=device)
+    """Normalises images: returns a float32 tensor on `device` up to 2 GiB, above that `LazyImages`."""
+    lazy = LazyImages(normaliser, images, device)
+    if images.numel() * 4 > MAX_NORMALISED_BYTES:
+        return lazy
+    normalised = torch.empty(images.shape, dtype=torch.float32, device=device)
     for start in range(0, len(images), CHUNK):
-        whole[start : start + CHUNK] = view.normaliser(images[start : start + CHUNK].to(device))
-    return whole
+        normalised[start : start + CHUNK] = lazy.normaliser(images[start : start + CHUNK].to(device))
+    return normalised

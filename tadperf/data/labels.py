@@ -1,10 +1,11 @@
-"""Labels from a file in place of a set's own."""
+"""Replaces the labels of a set by those in a file."""
 
 from __future__ import annotations
 
-import csv
+import json
 import pickle
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,45 +16,51 @@ import torch
 from torch import Tensor
 
 from tadperf.data.dataset import Dataset
+from tadperf.data.label_table import read_table
 from tadperf.data.layout import as_numpy
+from tadperf.data.npy import read_npy
+from tadperf.data.parsing import parser_errors, reason, require_size
+from tadperf.data.splits import nfc
 from tadperf.errors import UserError
 
-COLUMNS = ("label", "given_label", "clean_label", "index")
+FIELD = "--labels"
+SUFFIXES = (".csv", ".tsv", ".json", ".npy", ".pt", ".pth")
 
 
-class Given(NamedTuple):
-    """What a file says: labels [N], integers or class names, and clean labels [N] where it has them."""
+class GivenLabels(NamedTuple):
+    """The content of a file: labels [N], integers or class names, and the clean labels [N] if it has them."""
 
     labels: Sequence[Any] | np.ndarray
     clean: Sequence[Any] | np.ndarray | None = None
 
 
 def replace_labels(dataset: Dataset, spec: str) -> Dataset:
-    """The set under the labels of a file; its clean labels become the set's, else the set's own are NOT taken as clean.
+    """Replaces the labels by those in a file. Clean labels in the file become the clean labels.
 
-    spec: `file.csv` (columns label or given_label, optionally index and clean_label, or one bare column; integers or
-    class names), `file.npy` (integers), or `file.pt:key` (a dict of arrays, as CIFAR-N publishes; the key may be left
-    out where only one fits). Raises UserError on a missing or damaged file, an unknown key, another length, a label out
-    of range, and on clean labels that are not the set's own: the rows are then in another order.
+    The old labels are never assumed to be clean.
+    spec: `file.csv` (see `label_table.read_table`), `file.json` (a list), `file.npy` (integers), or `file.pt:key` (a
+    dict of arrays, as CIFAR-N publishes; the key is optional if only one fits).
+    Raises UserError on a missing or damaged file, an unknown column or key, another number of labels, a label that is
+    no class, and if the clean labels differ from those of the set: then the rows are in another order.
     """
     path, key = _split_key(spec)
     if not path.is_file():
-        raise UserError("--labels", spec, "no such file; name a .csv, .npy or .pt file")
-    readers = {".csv": _read_csv, ".npy": _read_npy, ".pt": _read_pt, ".pth": _read_pt}
-    if path.suffix.lower() not in readers:
-        raise UserError("--labels", spec, "must be a .csv, .npy or .pt file (file.pt:key)")
-    given = readers[path.suffix.lower()](path, key, spec)
-    labels = _index(given.labels, dataset, "labels", spec)
+        raise UserError(FIELD, spec, f"no such file; name a file that ends in {', '.join(SUFFIXES)}")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(FIELD, spec, f"must end in {', '.join(SUFFIXES)} (file.pt:key)")
+    given = _read(path, suffix, key, spec, dataset)
+    labels = _class_numbers(given.labels, dataset, "labels", spec)
     clean = dataset.clean_labels
     if given.clean is not None:
-        clean = _index(given.clean, dataset, "clean labels", spec)
+        clean = _class_numbers(given.clean, dataset, "clean labels", spec)
         _require_same_order(clean, dataset.labels if dataset.clean_labels is None else dataset.clean_labels, spec)
     resolved = str(path.absolute()) + (f":{key}" if key else "")
     return replace(dataset, labels=labels, clean_labels=clean, source={**dataset.source, "labels": resolved})
 
 
 def require_every_class(dataset: Dataset, field: str, value: object) -> Dataset:
-    """The set itself; raises UserError, naming the class, where one has no sample (it could not be distilled)."""
+    """Returns the set. Raises UserError, which names the class, if a class has no sample: it could not be distilled."""
     counts = dataset.labels.bincount(minlength=dataset.num_classes).tolist()
     empty = [name for name, count in zip(dataset.class_names, counts, strict=True) if count == 0]
     if empty:
@@ -63,122 +70,108 @@ def require_every_class(dataset: Dataset, field: str, value: object) -> Dataset:
 
 
 def _split_key(spec: str) -> tuple[Path, str | None]:
-    """`file.pt:key` to its parts."""
+    """Splits `file.pt:key`."""
     match = re.fullmatch(r"(.+\.pth?)(?::([^:/\\]*))?", spec, re.IGNORECASE)
     path, key = match.groups() if match else (spec, None)
     return Path(path).expanduser(), key or None
 
 
-def _read_csv(path: Path, key: str | None, spec: str) -> Given:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError("--labels", spec, f"not a CSV file in UTF-8 ({error})") from None
-    if not rows:
-        raise UserError("--labels", spec, "is empty")
-    head = [cell.strip().lower() for cell in rows[0]]
-    if not set(head) & set(COLUMNS):
-        if len(head) > 1:
-            raise UserError("--labels", spec, "has several columns and no header; name them label, index, clean_label")
-        head, rows = ["label"], [head, *rows]
-    wide = next((k for k, row in enumerate(rows) if len(row) != len(head)), None)
-    if wide is not None:
-        raise UserError("--labels", spec, f"line {wide + 1} has {len(rows[wide])} columns; the header has {len(head)}")
-    columns = {name: [row[k].strip() for row in rows[1:]] for k, name in enumerate(head)}
-    labels = columns.get("label", columns.get("given_label"))
-    if labels is None:
-        raise UserError("--labels", spec, f"has no column label or given_label, only {', '.join(head)}")
-    order = _order(columns["index"], spec) if "index" in columns else range(len(labels))
-    clean = columns.get("clean_label")
-    return Given([labels[k] for k in order], clean and [clean[k] for k in order])
+def _read(path: Path, suffix: str, key: str | None, spec: str, dataset: Dataset) -> GivenLabels:
+    if suffix in (".csv", ".tsv"):
+        return GivenLabels(*read_table(path, spec, dataset))
+    if suffix == ".json":
+        return _read_json(path, spec)
+    return _read_npy(path, spec) if suffix == ".npy" else _read_pt(path, key, spec)
 
 
-def _order(index: list[str], spec: str) -> list[int]:
-    """Where the row of each sample stands, from the column of their indices: 0..N-1 in any order."""
-    try:
-        place = {int(text): k for k, text in enumerate(index)}
-    except ValueError:
-        raise UserError("--labels", spec, "column index must hold integers") from None
-    missing = next((k for k in range(len(index)) if k not in place), None)
-    if missing is not None:
-        raise UserError("--labels", spec, f"column index must hold all of 0..{len(index) - 1}; {missing} is missing")
-    return [place[k] for k in range(len(index))]
+def _read_json(path: Path, spec: str) -> GivenLabels:
+    with parser_errors("JSON file", spec, "write a list of labels", FIELD, path):
+        values = json.loads(path.read_bytes())
+    if not isinstance(values, list) or not all(type(value) in (int, str) for value in values):
+        raise UserError(FIELD, spec, "must be one JSON list of integers or class names, in the order of the samples")
+    return GivenLabels(values)
 
 
-def _read_npy(path: Path, key: str | None, spec: str) -> Given:
-    try:
-        return Given(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError("--labels", spec, f"not a whole .npy file of numbers ({error})") from None
+def _read_npy(path: Path, spec: str) -> GivenLabels:
+    with parser_errors(".npy file of numbers", spec, "write it with numpy.save", FIELD, path), open(path, "rb") as file:
+        try:
+            return GivenLabels(read_npy(file, spec, path.stat().st_size, field=FIELD))
+        except UserError as error:
+            if "pickled" not in error.remedy:
+                raise
+            remedy = "holds a pickled object, which can run code; save the labels alone, or use the .pt file"
+            raise UserError(FIELD, spec, remedy) from None
 
 
-def _read_pt(path: Path, key: str | None, spec: str) -> Given:
-    """CIFAR-N's dict of NumPy arrays, without letting any code in it run."""
+def _read_pt(path: Path, key: str | None, spec: str) -> GivenLabels:
+    """Reads CIFAR-N's dict of NumPy arrays. No code in the file runs."""
     reconstruct = np.empty(0).__reduce__()[0]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # the names in NumPy 1 and 2
     dtypes = [type(np.dtype(kind)) for kind in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
     allowed = [*((reconstruct, f"{module}._reconstruct") for module in modules), np.ndarray, np.dtype, *dtypes]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-        raise UserError("--labels", spec, f"refused, not a file of plain arrays {reason[:150]}".rstrip()) from None
-    except Exception as error:  # a damaged archive can raise nearly anything
-        text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError("--labels", spec, f"cannot be read ({text}); copy the file again") from None
+    with parser_errors(".pt file", spec, "copy it again", FIELD, path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    require_size(spec, (member.file_size,), 1, member.compress_size, True, FIELD)
+        try:
+            with torch.serialization.safe_globals(allowed):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
+            text = lines[0][:150] if lines else reason(error)
+            raise UserError(
+                FIELD, spec, f"refused, not a file of plain arrays ({text}); use the original file"
+            ) from None
     if not isinstance(content, dict):
         content = {"labels": content}
     content = {str(name): values for name, values in content.items()}
     clean = content.get("clean_label")
     keys = [name for name in content if name != "clean_label"]
     if key is None and len(keys) != 1:
-        raise UserError("--labels", spec, f"name the labels wanted, {path.name}:KEY, KEY one of {', '.join(keys)}")
+        raise UserError(FIELD, spec, f"name the labels: {path.name}:KEY, with KEY one of {', '.join(keys)[:200]}")
     if key is not None and key not in content:
-        raise UserError("--labels", spec, f"has no {key!r}; it holds {', '.join(content)}")
-    return Given(content[key or keys[0]], clean)
+        raise UserError(FIELD, spec, f"has no {key!r}; it holds {', '.join(content)[:200]}")
+    return GivenLabels(content[key or keys[0]], clean)
 
 
-def _index(values: Any, dataset: Dataset, what: str, spec: str) -> Tensor:
-    """Integers or class names to int64 [N]; raises UserError on another length, type, name or range."""
-    array = as_numpy(values) if isinstance(values, Tensor) else np.asarray(values)
+def _class_numbers(values: Any, dataset: Dataset, kind: str, spec: str) -> Tensor:
+    """Converts integers or class names to int64 [N]. Raises UserError on another number, type, name or range."""
+    with parser_errors(f"list of {kind}", spec, "must be integers or class names", FIELD):
+        array = as_numpy(values) if isinstance(values, Tensor) else np.asarray(values)
     if array.shape != (len(dataset),):
-        found = f"{len(array)} {what}" if array.ndim == 1 else f"{what} of shape {list(array.shape)}"
-        raise UserError("--labels", spec, f"holds {found}; {dataset.name} has {len(dataset)} training samples")
+        amount = f"{len(array)} {kind}" if array.ndim == 1 else f"{kind} of shape {list(array.shape)}"
+        raise UserError(FIELD, spec, f"holds {amount}; {dataset.name} has {len(dataset)} training samples")
     if array.dtype.kind in "UO":
-        array = _by_name(array, dataset.class_names, spec)
+        array = _numbers_of_names(array, dataset.class_names, spec)
     if array.dtype.kind not in "iu":
-        raise UserError("--labels", spec, f"holds {what} of {array.dtype}; must be integers or class names")
+        raise UserError(FIELD, spec, f"holds {kind} of {array.dtype}; must be integers or class names")
     wrong = np.flatnonzero((array < 0) | (array >= dataset.num_classes))
     if wrong.size:
-        first = int(wrong[0])
-        raise UserError(
-            "--labels", spec, f"{what} hold {array[first]} at index {first}; must be in 0..{dataset.num_classes - 1}"
-        )
+        value = f"{kind} hold {array[wrong[0]]} at index {wrong[0]}"
+        raise UserError(FIELD, spec, f"{value}; must be in 0..{dataset.num_classes - 1}")
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _by_name(array: np.ndarray, class_names: tuple[str, ...], spec: str) -> np.ndarray:
-    """Text to class numbers: by class name where every value is one, else as integers."""
-    place = {name: c for c, name in enumerate(class_names)}
-    unknown = next(((k, str(value)) for k, value in enumerate(array) if str(value) not in place), None)
+def _numbers_of_names(array: np.ndarray, class_names: tuple[str, ...], spec: str) -> np.ndarray:
+    """Converts text to class numbers: by class name if every value is one, else as integers."""
+    number = {nfc(name): c for c, name in enumerate(class_names)}
+    names = [nfc(str(value)) for value in array]
+    unknown = next(((k, name) for k, name in enumerate(names) if name not in number), None)
     if unknown is None:
-        return np.array([place[str(value)] for value in array])
+        return np.array([number[name] for name in names])
     try:
         return np.array([int(value) for value in array])
     except (ValueError, TypeError):
-        some = ", ".join(class_names[:10])
-        row, value = unknown
-        raise UserError("--labels", spec, f"label {value!r} at index {row} is no class; they are {some}") from None
+        row, name = unknown
+        label = f"label {name!r}" if name else "the empty label"
+        remedy = f"{label} at index {row} is not a class; the classes are {', '.join(class_names[:10])}"
+        raise UserError(FIELD, spec, remedy) from None
 
 
-def _require_same_order(clean: Tensor, own: Tensor, spec: str) -> None:
-    differ = (clean != own).nonzero().squeeze(1)
+def _require_same_order(clean: Tensor, known: Tensor, spec: str) -> None:
+    differ = (clean != known).nonzero().squeeze(1)
     if len(differ):
-        raise UserError(
-            "--labels",
-            spec,
-            f"its clean labels differ from the set's own in {len(differ)} of {len(own)} samples, first at index "
-            f"{int(differ[0])}: it is for another order of the samples",
-        )
+        count = f"{len(differ)} of {len(known)} samples, first at index {int(differ[0])}"
+        remedy = f"its clean labels differ from those of the set in {count}: the rows are in another order"
+        raise UserError(FIELD, spec, remedy)

@@ -1,82 +1,94 @@
-"""What a reader finds at a path before it decodes an image, and the names of splits and classes."""
+"""What a reader finds at a path before it decodes an image, and the conversion of labels to class numbers."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tadperf.data.splits import nfc
 from tadperf.errors import UserError
+from tadperf.progress import Progress, silent
 
-TEST = ("test", "validation", "valid", "val")  # the first of these that a set has is its test split
-SPLITS = ("train", *TEST)
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user asks of a reader. The columns are for parquet files only."""
+
+    image_size: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    progress: Progress = silent
 
 
 class Content(NamedTuple):
-    """One split: images uint8 [N, C, H, W], labels int64 [N], and clean labels int64 [N] where the file has them."""
+    """One split: images uint8 [N, C, H, W], labels int64 [N], and if known clean labels int64 [N] and file names."""
 
     images: Tensor
     labels: Tensor
     clean_labels: Tensor | None = None
+    file_names: tuple[str, ...] | None = None
 
 
 class Layout(NamedTuple):
-    """What a path holds: its class names, and how to read each split ("train", "test") when it is wanted."""
+    """The class names at a path, and for each split ("train", "test") a function that reads it."""
 
     class_names: tuple[str, ...]
     splits: dict[str, Callable[[], Content]]
 
 
-def split_of(text: str) -> str | None:
-    """The split that a file or folder name speaks of: "train-00000-of-00002" → "train"; None where it names none."""
-    return next((word for word in re.split(r"[^a-z]+", text.lower()) if word in SPLITS), None)
-
-
-def choose_splits(found: Mapping[str, object]) -> dict[str, str]:
-    """Which of the split names found serve as "train" and "test"."""
-    test = next((name for name in TEST if name in found), None)
-    return ({"train": "train"} if "train" in found else {}) | ({"test": test} if test else {})
-
-
 def index_labels(
-    given: Mapping[str, np.ndarray], class_names: tuple[str, ...] | None, where: str
+    given: Mapping[str, np.ndarray], class_names: tuple[str, ...] | None, source: str
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Class names and int64 labels of every split from what a file holds: integers, or class names.
+    """Converts the labels of every split, integers or class names, to int64. Returns class names and labels.
 
-    Without `class_names`, those of integers are "0".."C-1" and those of strings are sorted. Raises UserError on labels
-    of another type, below 0, or of a class that is not among the names, and where a split has none.
+    Without `class_names`, integers give "0".."C-1" and text gives the sorted names. Raises UserError on labels of
+    another type, on a label that is no class, and on a split without labels.
     """
     arrays = {split: array.squeeze(1) if array.shape[1:] == (1,) else array for split, array in given.items()}
     for split, array in arrays.items():
         if not array.size:
-            raise UserError("data", where, f"the {split} split is empty")
+            raise UserError("data", source, f"the {split} split is empty")
         if array.ndim != 1 or array.dtype.kind not in "iuUO":
             kind = f"{array.dtype} {list(array.shape)}"
-            raise UserError("data", where, f"labels of {kind}; must be [N] integers or class names")
+            raise UserError("data", source, f"labels of {kind}; must be [N] integers or class names")
     if all(array.dtype.kind in "iu" for array in arrays.values()):
-        low = min(int(array.min()) for array in arrays.values())
-        high = max(int(array.max()) for array in arrays.values())
-        names = class_names or tuple(map(str, range(high + 1)))
-        if low < 0 or high >= len(names):
-            raise UserError("data", where, f"label {low if low < 0 else high}; must be in 0..{len(names) - 1}")
-        return names, {split: torch.from_numpy(array.astype(np.int64)) for split, array in arrays.items()}
+        return _check_numbers(arrays, class_names, source)
+    arrays = {split: np.array([nfc(str(value)) for value in array]) for split, array in arrays.items()}
     names = class_names or tuple(sorted({str(value) for array in arrays.values() for value in array}))
-    place = {name: c for c, name in enumerate(names)}
-    return names, {split: torch.tensor([_place(place, v, where) for v in array]) for split, array in arrays.items()}
+    number = {nfc(name): c for c, name in enumerate(names)}
+    return names, {
+        split: torch.tensor([_class_number(number, str(v), source) for v in array]) for split, array in arrays.items()
+    }
 
 
 def as_numpy(labels: np.ndarray | Tensor) -> np.ndarray:
-    """Labels as NumPy has them (bfloat16, which it has not, as float32: refused as labels either way)."""
+    """Returns labels as a NumPy array. Floats become float32 (NumPy has no bfloat16) and are refused later."""
     if isinstance(labels, Tensor):
         return (labels.float() if labels.is_floating_point() else labels).detach().numpy()
     return labels
 
 
-def _place(place: dict[str, int], value: object, where: str) -> int:
-    if str(value) not in place:
-        raise UserError("data", where, f"label {str(value)!r}; is none of the {len(place)} classes")
-    return place[str(value)]
+def _check_numbers(
+    arrays: dict[str, np.ndarray], class_names: tuple[str, ...] | None, source: str
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    low = min(int(array.min()) for array in arrays.values())
+    high = max(int(array.max()) for array in arrays.values())
+    count = sum(map(len, arrays.values()))
+    if class_names is None and high >= count:  # a class without a sample is refused anyway
+        remedy = f"label {high} in a set of {count} samples; labels must be class numbers 0..C-1"
+        raise UserError("data", source, remedy)
+    names = class_names or tuple(map(str, range(high + 1)))
+    if low < 0 or high >= len(names):
+        raise UserError("data", source, f"label {low if low < 0 else high}; must be in 0..{len(names) - 1}")
+    return names, {split: torch.from_numpy(array.astype(np.int64)) for split, array in arrays.items()}
+
+
+def _class_number(number: dict[str, int], value: str, source: str) -> int:
+    if value not in number:
+        raise UserError("data", source, f"label {value!r} is not one of the {len(number)} classes")
+    return number[value]

@@ -1,4 +1,4 @@
-"""Label noise made on purpose, for studies: a real noisy set needs none of it."""
+"""Adds label noise on purpose, for studies. A real noisy set does not need it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tadperf.errors import UserError
 
 KINDS = ("symmetric", "asymmetric", "instance")
 
-SPREAD = 0.1  # deviation of the samples' own flip rates (Xia et al., 2020)
-BLOCK = 4096  # inputs whose random weights are held at a time
-ROWS = 4096  # images turned to floats at a time
+SPREAD = 0.1  # standard deviation of the flip rates of the samples (Xia et al., 2020)
+BLOCK = 4096  # inputs whose random weights are in memory at a time; not tuned
+ROWS = 4096  # images converted to floats at a time; not tuned
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CONFUSED = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
@@ -48,12 +48,14 @@ CIFAR100 = tuple(name for group in SUPERCLASSES for name in group)
 
 
 def parse_noise(spec: str) -> tuple[str, float]:
-    """`none` or `kind:rate` (symmetric, asymmetric, instance) to kind and rate in [0, 1); raises UserError."""
+    """Parses `none` or `kind:rate` (symmetric, asymmetric, instance; rate in [0, 1)). Raises UserError otherwise."""
     if spec == "none":
         return "none", 0.0
     kind, _, text = spec.partition(":")
     if kind not in KINDS:
-        raise UserError("--noise", spec, f"must be none, or {', '.join(KINDS)} with a rate: symmetric:0.4")
+        raise UserError(
+            "--noise", spec, f"must be none, or one of {', '.join(KINDS)} with a rate, such as symmetric:0.4"
+        )
     try:
         rate = float(text)
     except ValueError:
@@ -64,19 +66,19 @@ def parse_noise(spec: str) -> tuple[str, float]:
 
 
 def add_noise(dataset: Dataset, spec: str, seed: int) -> Dataset:
-    """The set with noise on its given labels; what they were becomes the clean labels, unless those are known already.
+    """Adds noise to the given labels. The labels before it become the clean labels, unless those are known already.
 
-    symmetric:p   with probability p another class, drawn uniformly.
-    asymmetric:p  with probability p the class it is confused with (`confusions`).
-    instance:p    rate and target depend on the image (Xia et al., 2020).
-    The same (seed, spec) gives the same labels on every machine. Raises UserError on a bad spec, a set of one class,
-    and where a class is left without a sample.
+    symmetric:p   with probability p, another class drawn uniformly.
+    asymmetric:p  with probability p, the class it is confused with (`confusions`).
+    instance:p    the rate and the new class depend on the image (Xia et al., 2020).
+    The same seed and spec give the same labels on every machine. Raises UserError on a bad spec, on a set of one class,
+    and if a class is left without a sample.
     """
     kind, rate = parse_noise(spec)
     if kind == "none":
         return dataset
     if dataset.num_classes < 2:
-        raise UserError("--noise", spec, f"{dataset.name} has one class; there is no other label to give")
+        raise UserError("--noise", spec, f"{dataset.name} has only one class; noise needs at least two")
     generator = seeds.generator(seed, "noise")
     labels = dataset.labels
     if kind == "instance":
@@ -94,11 +96,11 @@ def add_noise(dataset: Dataset, spec: str, seed: int) -> Dataset:
 
 
 def confusions(class_names: tuple[str, ...]) -> Tensor:
-    """The class that each class is confused with, int64 [C].
+    """Returns the class that each class is confused with, int64 [C].
 
-    CIFAR-10 and CIFAR-100, in any order, are known by their class names. CIFAR-10: truck to automobile, bird to
-    airplane, deer to horse, cat and dog to each other, the others to themselves. CIFAR-100: to the next class of the
-    superclass in alphabetical order. Any other set: c to c + 1 mod C ("pair flip").
+    CIFAR-10 and CIFAR-100 are recognised by their class names, in any order. CIFAR-10: truck becomes automobile, bird
+    becomes airplane, deer becomes horse, cat and dog become each other, the others do not change. CIFAR-100: the next
+    class of the superclass in alphabetical order. Any other set: class c becomes (c + 1) mod C ("pair flip").
     """
     for known, confused in ((CIFAR10, CONFUSED), (CIFAR100, _NEXT)):
         names = [_canonical(name, known) for name in class_names]
@@ -112,7 +114,7 @@ _NEXT = {name: group[(k + 1) % len(group)] for group in SUPERCLASSES for k, name
 
 
 def _canonical(name: str, known: tuple[str, ...]) -> str:
-    """Lower case, spaces for '_' and '-', singular, "airplane" for "plane": as `known` spells it where it does."""
+    """Spells a class name as in `known`: lower case, spaces for '_' and '-', singular, "airplane" for "plane"."""
     name = name.strip().lower().replace("_", " ").replace("-", " ")
     singular = name[:-1] if name.endswith("s") and name not in known else name
     return SYNONYMS.get(singular, singular)
@@ -121,9 +123,9 @@ def _canonical(name: str, known: tuple[str, ...]) -> str:
 def _instance(dataset: Dataset, rate: float, generator: torch.Generator) -> Tensor:
     """Algorithm 2 of Xia et al. (2020): instance-dependent noise on the labels of `dataset`, int64 [N].
 
-    Sample i flips with rate q_i ~ N(rate, 0.1) cut to [0, 1], to a class drawn from softmax(x_i W_y) without its own
-    class y, x_i its standardised pixels and W_y standard normal [D, C]. In float64, so that a rounding difference
-    between machines practically never moves a draw.
+    Sample i flips at rate q_i, drawn from N(rate, 0.1) truncated to [0, 1]. Its new class is drawn from
+    softmax(x_i W_y) without its own class y: x_i are its standardised pixels, W_y [D, C] is standard normal. Uses
+    float64, so that a rounding difference between machines practically never changes a draw.
     """
     normaliser, labels = fit_normaliser(dataset.images, "meanstd"), dataset.labels
     draws = torch.rand(2, len(labels), generator=generator, dtype=torch.float64)

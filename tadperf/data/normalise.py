@@ -1,4 +1,4 @@
-"""Pixels to a network's input and back: per-channel mean and deviation, or ZCA whitening on top of it."""
+"""Maps pixels to network inputs and back: by mean and standard deviation, or by ZCA whitening after that."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from tadperf.data.dataset import describe_tensor
 from tadperf.errors import UserError
 
-EPS = 0.1  # added to the covariance's eigenvalues, as MTT does (kornia's ZCAWhitening with eps=0.1)
-MAX_ZCA = 12288  # inputs (64 x 64 x 3): the matrix then takes 1.2 GB in float64 and its decomposition minutes
-CHUNK = 4096  # images normalised at a time
+EPS = 0.1  # added to the eigenvalues of the covariance, as in MTT (kornia's ZCAWhitening with eps=0.1)
+# Most inputs for ZCA (64 x 64 x 3): its matrix takes 1.2 GB in float64, and the decomposition takes minutes.
+MAX_ZCA_INPUTS = 12288
+CHUNK = 4096  # images normalised at a time; not tuned
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Maps uint8 images to float32 and back; fitted by `fit`, stored with every distilled set.
+    """Maps uint8 images to float32 and back. Made by `fit_normaliser` and stored in every distilled set.
 
-    mean, std: [C], of pixels in [0, 1]. With ZCA also zca_mean [D], zca [D, D] and zca_inverse [D, D], D = C * H * W.
+    mean, std: [C], of pixels in [0, 1].
+    zca_mean [D], zca [D, D], zca_inverse [D, D]: with ZCA only, D = C * H * W.
     """
 
     mean: Tensor
@@ -28,59 +31,59 @@ class Normaliser:
     zca_inverse: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] to normalised float32 [N, C, H, W], on the images' device."""
+        """Maps uint8 [N, C, H, W] to normalised float32 [N, C, H, W] on the same device."""
         x = _standardise(images, self.mean, self.std)
         if self.zca is None or self.zca_mean is None:
             return x
-        flat = x.flatten(1).sub_(self.zca_mean.to(x.device))
-        return (flat @ self.zca.to(x.device)).view_as(x)
+        inputs = x.flatten(1).sub_(self.zca_mean.to(x.device))
+        return (inputs @ self.zca.to(x.device)).view_as(x)
 
     def invert(self, x: Tensor) -> Tensor:
-        """Normalised float [N, C, H, W] back to pixels: uint8, rounded, clamped to 0..255."""
+        """Maps normalised float [N, C, H, W] back to uint8 pixels, rounded and clamped to 0..255."""
         if self.zca_inverse is not None and self.zca_mean is not None:
-            flat = x.flatten(1) @ self.zca_inverse.to(x) + self.zca_mean.to(x)
-            x = flat.view_as(x)
+            x = (x.flatten(1) @ self.zca_inverse.to(x) + self.zca_mean.to(x)).view_as(x)
         mean, std = self.mean.to(x)[:, None, None], self.std.to(x)[:, None, None]
         return ((x * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def to(self, device: torch.device | str) -> Normaliser:
-        """The same maps with their tensors on `device`."""
+        """Returns a copy with its tensors on `device`."""
         return Normaliser(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is to store, by field name."""
+        """Returns the tensors to store, by field name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Normaliser:
-        """The inverse of `tensors`. Raises UserError where a tensor is missing, unknown or of a wrong shape."""
+        """The inverse of `tensors`. Raises UserError if a tensor is missing, unknown, or has a wrong type or shape."""
         names = {field.name for field in fields(cls)}
         whitening = {"zca_mean", "zca", "zca_inverse"}
         if tensors.keys() not in (names, names - whitening):
-            found = ", ".join(sorted(tensors)) or "nothing"
-            raise UserError("normaliser", found, "must be mean and std, and all or none of zca_mean, zca, zca_inverse")
+            keys = ", ".join(sorted(tensors)) or "nothing"
+            raise UserError("normaliser", keys, "must be mean and std, and all or none of zca_mean, zca, zca_inverse")
         channels, inputs = tensors["mean"].numel(), tensors["zca_mean"].numel() if "zca_mean" in tensors else 0
         shapes = {"mean": (channels,), "std": (channels,), "zca_mean": (inputs,)}
         for name, tensor in tensors.items():
             shape = shapes.get(name, (inputs, inputs))
             if tensor.shape != shape or tensor.dtype != torch.float32:
-                kind = f"{tensor.dtype} {list(tensor.shape)}"
-                raise UserError(f"normaliser.{name}", kind, f"must be torch.float32 {list(shape)}")
+                raise UserError(f"normaliser.{name}", describe_tensor(tensor), f"must be float32 {list(shape)}")
         return cls(**tensors)
 
 
 def fit_normaliser(images: Tensor, kind: str = "meanstd") -> Normaliser:
-    """Fits "meanstd" or "zca" to images uint8 [N, C, H, W] (ZCA after mean and deviation, as MTT has it).
+    """Fits "meanstd" or "zca" to images uint8 [N, C, H, W]. ZCA follows mean and deviation, as in MTT.
 
-    Mean and deviation are exact, from a histogram; nothing as large as the set is made. A constant channel gets
-    deviation 1. Raises UserError on another kind, and for ZCA on images of more than 12288 inputs.
+    Mean and standard deviation are exact: they come from a histogram, which needs little memory. A constant channel
+    gets deviation 1. Raises UserError on another kind, and for ZCA on images of more than 12288 inputs.
     """
     if kind not in ("meanstd", "zca"):
         raise UserError("data.normalise", kind, "must be meanstd or zca")
-    if kind == "zca" and images[0].numel() > MAX_ZCA:
+    if kind == "zca" and images[0].numel() > MAX_ZCA_INPUTS:
         size = " x ".join(map(str, images.shape[1:]))
-        raise UserError("data.normalise", kind, f"images of {size} are too large for it; use meanstd or --image-size")
+        raise UserError(
+            "data.normalise", kind, f"images of {size} are too large; use meanstd or a smaller --image-size"
+        )
     mean, std = _moments(images)
     return Normaliser(mean, std, *_whitening(images, mean, std)) if kind == "zca" else Normaliser(mean, std)
 
@@ -91,7 +94,7 @@ def _standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [C] of pixels in [0, 1], in float64 from the histogram of each channel."""
+    """Mean and standard deviation [C] of pixels in [0, 1], computed in float64 from a histogram per channel."""
     channels = images.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.float64)
     for chunk in images.split(CHUNK):
@@ -101,14 +104,14 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ levels
     std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt()
-    std = torch.where(std > 1e-12, std, 1.0)  # a constant channel: its values become 0, not NaN
+    std = torch.where(std > 1e-12, std, 1.0)  # the values of a constant channel become 0, not NaN
     return mean.float(), std.float()
 
 
 def _whitening(images: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ZCA of standardised pixels: their mean [D], (S + eps I)^-1/2 and (S + eps I)^1/2 [D, D], S the covariance.
+    """ZCA of standardised pixels with covariance S: their mean [D], (S + eps I)^-1/2 and (S + eps I)^1/2 [D, D].
 
-    Computed on the images' device. The decomposition is in float64: in float32 it was off by 9e-4 on CIFAR-10.
+    Runs on the images' device. The decomposition uses float64: in float32 its error was 9e-4 on CIFAR-10.
     """
     inputs, device = images[0].numel(), images.device
     centre = torch.zeros(inputs, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Choosing samples: what is held out, and what synthetic images start from."""
+"""Chooses samples: the held-out ones, and those that synthetic images start from."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.data.images import Images
 
-POINTS = 2**28  # numbers clustered at a time, 1 GiB
+MAX_CLUSTERED_VALUES = 2**28  # float32 values clustered at a time, 1 GiB; not tuned
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (kept, held out), drawn within each class; a class keeps at least one sample. Sorted."""
+    """Draws `share` of each class to hold out. Returns sorted indices (kept, held out); each class keeps a sample."""
     generator = seeds.generator(seed, "hold out")
-    held = []
+    held_out = []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         count = min(round(share * len(members)), len(members) - 1)
-        held.append(members[torch.randperm(len(members), generator=generator)[:count]])
+        held_out.append(members[torch.randperm(len(members), generator=generator)[:count]])
     mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[torch.cat(held)] = True
+    mask[torch.cat(held_out)] = True
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
 
 def pick_real(labels: Tensor, ipc: int, generator: torch.Generator) -> Tensor:
-    """Indices of `ipc` random samples of every class, class by class."""
+    """Returns the indices of `ipc` random samples of each class, class by class."""
     members = [(labels == label).nonzero()[:, 0] for label in range(int(labels.max()) + 1)]
-    return torch.cat([own[torch.randperm(len(own), generator=generator)[:ipc]] for own in members])
+    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:ipc]] for rows in members])
 
 
 def pick_central(images: Images, labels: Tensor, ipc: int, seed: int) -> Tensor:
-    """Indices of the samples nearest to `ipc` k-means centres of every class, class by class: a spread-out choice.
+    """Returns the indices of the samples nearest to `ipc` k-means centres of each class, class by class.
 
-    On digits at IPC 10 such images alone, with the experts' soft labels, train students to 98.2 % where random ones
-    give 94.4 % (held-out training samples, 4 students). One thread: scikit-learn's sums over threads have no fixed
+    On digits at IPC 10, these images with the experts' soft labels train students to 98.2 %, random ones to 94.4 %
+    (held-out training samples, 4 students). Runs on one thread, because scikit-learn sums over threads in no fixed
     order.
     """
     from sklearn.cluster import KMeans
@@ -43,25 +43,25 @@ def pick_central(images: Images, labels: Tensor, ipc: int, seed: int) -> Tensor:
     picked = []
     with threadpool_limits(1):
         for label in range(int(labels.max()) + 1):
-            own = some((labels == label).nonzero()[:, 0], images, seeds.derive(seed, "some", label))
-            points = images[own].flatten(1).cpu().numpy()
+            rows = subsample((labels == label).nonzero()[:, 0], images, seeds.derive(seed, "some", label))
+            points = images[rows].flatten(1).cpu().numpy()
             clusters = KMeans(ipc, n_init=3, random_state=seed % 2**32)  # pyright: ignore[reportArgumentType]
             centres = clusters.fit(points).cluster_centers_
             distance = torch.cdist(torch.from_numpy(centres), torch.from_numpy(points))
-            picked.append(own[distinct(distance)])
+            picked.append(rows[assign_distinct(distance)])
     return torch.cat(picked)
 
 
-def some(index: Tensor, images: Images, seed: int) -> Tensor:
-    """The samples at `index`, or as many random ones of them as make POINTS numbers."""
-    most = max(1, POINTS // images[index[:1]].numel()) if len(index) else 0
+def subsample(index: Tensor, images: Images, seed: int) -> Tensor:
+    """Returns `index`, or a random part of it if its images have more than MAX_CLUSTERED_VALUES values."""
+    most = max(1, MAX_CLUSTERED_VALUES // images[index[:1]].numel()) if len(index) else 0
     if len(index) <= most:
         return index
     return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:most].sort().values]
 
 
-def distinct(distance: Tensor) -> Tensor:
-    """For each centre its nearest sample that no earlier centre took; distance [K, N]."""
+def assign_distinct(distance: Tensor) -> Tensor:
+    """Returns for each centre its nearest sample that no earlier centre has. distance: [K centres, N samples]."""
     distance, chosen = distance.clone(), []
     for row in range(len(distance)):
         chosen.append(int(distance[row].argmin()))

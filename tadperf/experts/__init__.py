@@ -1,1 +1,1 @@
-"""Expert trajectories: trains them and stores them."""
+"""Expert trajectories: trains experts, stores them and reads them."""

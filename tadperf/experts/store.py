@@ -1,10 +1,10 @@
-"""Expert trajectories on disk: one safetensors file per expert, read by the row."""
+"""Expert trajectories on disk: one safetensors file per expert. Readers load single rows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,84 +13,101 @@ from torch import Tensor
 from tadperf import files
 from tadperf.errors import UserError
 
-IDENTITY = "experts.json"  # what the experts of a folder are experts of
+IDENTITY = "experts.json"  # describes the data, network and recipe of the experts in a folder
 
 
-def file(folder: Path, index: int) -> Path:
-    """Where expert `index` is kept."""
+def expert_path(folder: Path, index: int) -> Path:
+    """Returns the file of expert `index`."""
     return folder / f"expert-{index:04d}.safetensors"
 
 
-def save(folder: Path, index: int, snapshots: Tensor, **scores: float) -> None:
-    """Writes one expert's snapshots [S, P], atomically, with its scores beside them."""
-    files.save_tensors(
-        file(folder, index), {"snapshots": snapshots}, {name: repr(score) for name, score in scores.items()}
-    )
+def save_expert(folder: Path, index: int, snapshots: Tensor, **scores: float) -> None:
+    """Writes one expert's snapshots [S, P] atomically, with its scores in the file's metadata."""
+    metadata = {name: repr(score) for name, score in scores.items()}
+    files.save_tensors(expert_path(folder, index), {"snapshots": snapshots}, metadata)
 
 
-def complete(folder: Path, index: int, shape: tuple[int, int]) -> bool:
-    """Whether expert `index` is there with at least the snapshots asked for; a file is written whole or not at all."""
+def is_complete(folder: Path, index: int, shape: tuple[int, int]) -> bool:
+    """Returns whether expert `index` has at least `shape` = (snapshots, parameters). A file is never half written."""
     try:
-        with safe_open(str(file(folder, index)), framework="pt") as handle:
+        with safe_open(str(expert_path(folder, index)), framework="pt") as handle:
             rows, parameters = handle.get_slice("snapshots").get_shape()
     except (FileNotFoundError, SafetensorError):
         return False
     return rows >= shape[0] and parameters == shape[1]
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes `folder` the place of the experts that `identity` describes; refuses one that holds others."""
+def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
+    """Creates `folder` for the experts that `identity` describes.
+
+    Raises UserError if the folder holds other experts, or if its description is damaged.
+    """
     identity = json.loads(json.dumps(identity))
-    note = folder / IDENTITY
-    if note.exists():
-        there = json.loads(note.read_text())
-        for name, value in identity.items():
-            if there.get(name) != value:
-                raise UserError(
-                    "--experts",
-                    folder,
-                    f"its experts have {name} = {there.get(name)}, this run needs {value}; take another folder",
-                )
+    description = folder / IDENTITY
+    if not description.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(description, identity)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(note, identity)
+    try:
+        stored = dict(json.loads(description.read_text()))
+    except (ValueError, TypeError):
+        remedy = "is damaged; delete the folder to train its experts again, or choose another folder"
+        raise UserError("--experts", description, remedy) from None
+    for name, value in identity.items():
+        if stored.get(name) != value:
+            remedy = f"its experts have {name} = {stored.get(name)}, this run needs {value}; choose another folder"
+            raise UserError("--experts", folder, remedy)
 
 
-class Experts(NamedTuple):
-    """Trajectories in a folder; snapshot s of expert e is the weights after s epochs."""
+class Experts:
+    """The trajectories in a folder. Snapshot s of an expert holds the weights after s epochs.
 
-    handles: list[Any]
+    Files are memory-mapped and stay open until the object is deleted.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        """paths: one file per expert. Raises UserError if a file is missing or damaged."""
+        self._files = [_open(path) for path in paths]
 
     @classmethod
     def open(cls, folder: Path, count: int) -> Experts:
-        return cls([safe_open(str(file(folder, index)), framework="pt").__enter__() for index in range(count)])
+        """Opens experts 0 to `count` - 1 of a folder."""
+        return cls([expert_path(folder, index) for index in range(count)])
 
     def __len__(self) -> int:
-        return len(self.handles)
+        return len(self._files)
 
     def snapshot(self, expert: int, epoch: int) -> Tensor:
-        """Weights float32 [P]; only this row is read from the memory-mapped file."""
-        return self.handles[expert].get_slice("snapshots")[epoch].to(torch.float32, copy=True)
+        """Returns the weights as a new tensor float32 [P]; reads only this row of the file."""
+        return self._files[expert].get_slice("snapshots")[epoch].to(torch.float32, copy=True)
+
+    def train_accuracies(self) -> list[float]:
+        """Returns the training accuracy of each expert's last snapshot, a share in [0, 1]."""
+        return [float(file.metadata()["train_accuracy"]) for file in self._files]
 
 
-def scores(folder: Path, count: int) -> list[float]:
-    """Training accuracy of each expert's last snapshot."""
-    return [float(handle.metadata()["train_accuracy"]) for handle in Experts.open(folder, count).handles]
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        remedy = f"cannot be read ({error}); train it again with: tadperf experts"
+        raise UserError("--experts", path, remedy) from None
 
 
-def find(folder: Path, count: int, shape: tuple[int, int], identity: dict[str, Any]) -> Path:
-    """The folder of experts that `folder` (a run, or the experts of one) holds; refuses unfit or incomplete ones."""
+def find_experts(folder: Path, count: int, shape: tuple[int, int], identity: dict[str, Any]) -> Path:
+    """Returns the folder of the experts in `folder`, which is a run folder or the folder of the experts itself.
+
+    shape: (snapshots, parameters) of an expert. Raises UserError if experts are missing, incomplete or do not match
+    `identity`.
+    """
     if not folder.is_dir():
-        raise UserError("--experts", folder, "there is no such folder; name a run folder that holds experts")
+        raise UserError("--experts", folder, "no such folder; give a run folder that holds experts")
     place = folder / "experts" if (folder / "experts").is_dir() else folder
     if not (place / IDENTITY).exists():
         raise UserError("--experts", folder, "holds no experts; train some with: tadperf experts --out DIR")
-    claim(place, identity)
-    there = sum(complete(place, index, shape) for index in range(count))
-    if there < count:
-        raise UserError(
-            "--experts",
-            folder,
-            f"holds {there} of {count} experts with {shape[0]} snapshots; train the rest with: tadperf experts",
-        )
+    claim_folder(place, identity)
+    complete = sum(is_complete(place, index, shape) for index in range(count))
+    if complete < count:
+        remedy = f"holds {complete} of {count} experts with {shape[0]} snapshots; train the rest with: tadperf experts"
+        raise UserError("--experts", folder, remedy)
     return place

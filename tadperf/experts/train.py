@@ -1,4 +1,4 @@
-"""Experts: networks trained on real images, whose trajectories the synthetic images will imitate."""
+"""Trains experts: networks on real images, whose trajectories the synthetic images imitate."""
 
 from __future__ import annotations
 
@@ -11,79 +11,73 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.compute.workers import run_parallel
-from tadperf.config import ExpertConfig, NetConfig
-from tadperf.data.images import Images
+from tadperf.config import ExpertConfig
 from tadperf.experts import store
 from tadperf.nets import training
-from tadperf.nets.architectures import Shape, build
+from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
+from tadperf.nets.problem import Problem
 from tadperf.nets.training import Recipe
 from tadperf.progress import Progress, silent
 
 
-def train_expert(
-    images: Images,
-    labels: Tensor,
-    net: NetConfig,
-    shape: Shape,
-    num_classes: int,
-    recipe: Recipe,
-    seed: int,
-    device: torch.device,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, float]:
-    """One trajectory: snapshots float32 [epochs + 1, P] from before training on, and the final training accuracy.
+def train_expert(problem: Problem, recipe: Recipe, seed: int) -> tuple[Tensor, float]:
+    """Trains one expert; returns its snapshots float32 [epochs + 1, P] and the final training accuracy.
 
-    labels: int64 [N], or label logits [N, C], whose largest then counts as right; weights: as for `training.fit`.
+    The first snapshot holds the initial weights. Label logits [N, C] count as right where their largest is.
+    seed: of this expert; `problem.seed` and `problem.augment` are not used.
     """
-    module = build(net, shape, num_classes, seed).to(device)
+    module = build(problem.net, problem.shape, problem.num_classes, seed).to(problem.device)
     flat = FlatNet(module)
     snapshots = [flat.flatten().cpu()]
-    training.fit(module, images, labels, recipe, seed, lambda _: snapshots.append(flat.flatten().cpu()), weights)
-    right = labels.argmax(1) if labels.is_floating_point() else labels
-    return torch.stack(snapshots), training.accuracy(module, images, right)
+
+    def keep(epoch: int) -> None:
+        snapshots.append(flat.flatten().cpu())
+
+    images, labels = problem.images, problem.labels
+    training.fit(module, images, labels, recipe, seed, keep, problem.weights)
+    classes = labels.argmax(1) if labels.is_floating_point() else labels
+    return torch.stack(snapshots), training.accuracy(module, images, classes)
 
 
 def train_experts(
     folder: Path,
-    images: Images,
-    labels: Tensor,
-    net: NetConfig,
-    shape: Shape,
-    num_classes: int,
+    problem: Problem,
     config: ExpertConfig,
     epochs: int,
-    augment: str,
-    seed: int,
-    device: torch.device,
     identity: dict[str, Any],
     progress: Progress = silent,
-    weights: Tensor | None = None,
 ) -> None:
-    """Trains the experts that `folder` lacks, one file each; on a CPU several at once, one core each.
+    """Trains the experts that `folder` lacks and writes one file each; on a CPU one expert per core at a time.
 
-    identity: all that the trajectories depend on; whoever passes weights has to name them in it.
+    identity: everything that the trajectories depend on; a caller that passes weights has to include them.
+    Raises UserError if the folder holds experts of another identity.
 
     Measured on 2 cores: the 8 digits experts take 23 and 28 s in one process, 14 and 12 s in two.
     """
-    store.claim(folder, identity)
+    store.claim_folder(folder, identity)
     recipe = Recipe(
-        epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment, False, config.rho, config.alpha
+        epochs,
+        config.batch,
+        config.lr,
+        config.momentum,
+        config.weight_decay,
+        problem.augment,
+        decay=False,
+        rho=config.rho,
+        alpha=config.alpha,
     )
-    size = FlatNet(build(net, shape, num_classes, 0)).num_parameters
-    shape_on_disk = epochs + 1, size
-    missing = ranks.once(lambda: [i for i in range(config.count) if not store.complete(folder, i, shape_on_disk)])
+    shape = epochs + 1, FlatNet(build(problem.net, problem.shape, problem.num_classes, 0)).num_parameters
+    missing = ranks.once(lambda: [i for i in range(config.count) if not store.is_complete(folder, i, shape)])
     done = config.count - len(missing)
     progress("experts", done, config.count)
 
     def train(index: int) -> float:
-        snapshots, accuracy = train_expert(
-            images, labels, net, shape, num_classes, recipe, seeds.derive(seed, "expert", index), device, weights
-        )
-        store.save(folder, index, snapshots.to(getattr(torch, config.dtype)), train_accuracy=accuracy)
+        snapshots, accuracy = train_expert(problem, recipe, seeds.derive(problem.seed, "expert", index))
+        store.save_expert(folder, index, snapshots.to(getattr(torch, config.dtype)), train_accuracy=accuracy)
         return accuracy
 
-    workers = config.workers if device.type == "cpu" else 1
+    workers = config.workers if problem.device.type == "cpu" else 1
     for _, accuracy in run_parallel(train, missing, workers):
         done += 1
         progress("experts", done, config.count, train_accuracy=accuracy)

@@ -1,1 +1,1 @@
-"""Trajectory matching: the objective, its exact gradient, the loop."""
+"""Trajectory matching: the objective, its exact gradient and the loop."""

@@ -3,18 +3,18 @@
     L = |theta_T - target|^2 / |theta_0 - target|^2,    theta_{i+1} = theta_i - lr * g_i,
     g_i = d loss(theta_i; A_i(x[B_i]), y[B_i]) / d theta                     (MTT; Cazenavette et al., 2022)
 
-`adjoint` is exact at constant memory: it stores at most KEPT parameter vectors and one step's activations; where T is
-larger, the vectors between are computed again from the last one kept, in the same bits. With
-lambda_T = dL / d theta_T, for i = T-1 ... 0, and h_i = lambda_{i+1} . g_i (tadperf):
+`adjoint` is exact at constant memory: it stores at most KEPT_VECTORS parameter vectors and the activations of one step.
+If T is larger, it computes the vectors in between again from the last stored one, with the same bits. It starts from
+lambda_T = dL / d theta_T. For i = T-1 ... 0 and h_i = lambda_{i+1} . g_i (tadperf):
 
     dL/dx += -lr dh_i/dx,    dL/dlr += -h_i,    lambda_i = lambda_{i+1} - lr dh_i/dtheta_i
 
-`unroll` differentiates through all T steps at once, the published way: the reference in tests, memory linear in T.
-`tesla` keeps lambda_i = lambda_T, which drops the Hessian factor (Cui et al., 2023): for comparison only.
+`unroll` differentiates through all T steps at once, the published way. It is the reference in tests. Its memory grows
+with T. `tesla` keeps lambda_i = lambda_T, which drops the Hessian factor (Cui et al., 2023). It is for comparison only.
 
-How one step and its products are computed is a `ways.Way`. Where autograd differentiates it twice, no custom operator
-and no autograd.Function may enter: under torch.compile their second derivatives are silently wrong. Only the network is
-differentiated twice; the augmentation, applied before it, only once.
+A `StepBackend` computes one inner step and its products. Where autograd differentiates a step twice, no custom operator
+and no autograd.Function may be part of it: under torch.compile their second derivatives are silently wrong. Only the
+network is differentiated twice. The augmentation, which is applied before it, is differentiated once.
 """
 
 from __future__ import annotations
@@ -31,48 +31,49 @@ from tadperf.matching.convnet_second_order import Products
 from tadperf.matching.step_backends import StepBackend
 from tadperf.nets.flat import FlatNet
 
-# Parameter vectors kept. T = 80 then repeats every other forward step, and one is 0.20 of a step's time: +10 %
-KEPT = 40
+# Parameter vectors that `adjoint` stores. T = 80 then repeats every other forward step; one is 0.20 of a step's time:
+# +10 %.
+KEPT_VECTORS = 40
 
 
 class Step(NamedTuple):
-    """One inner step: which synthetic images (int64 [B]), under which drawn augmentation."""
+    """One inner step: the rows of its synthetic images (int64 [B]) and their drawn augmentation."""
 
     index: Tensor
     drawn: augment.Draw
 
 
 class Gradient(NamedTuple):
-    """The matching loss and its gradients; `labels` is None for hard labels."""
+    """The matching loss and its gradients. `labels` is None for hard labels."""
 
     loss: Tensor  # scalar
-    images: Tensor  # like the images
-    labels: Tensor | None  # like the label logits
+    images: Tensor  # [M, C, H, W]
+    labels: Tensor | None  # [M, K]
     lr: Tensor  # scalar
     end: Tensor  # [P], the student after T steps
 
 
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Squared distance to the expert's later weights, as a share of the way that the expert went (MTT, eq. 3)."""
+    """Returns |end - target|^2 / |start - target|^2 (MTT, eq. 3)."""
     return (end - target).square().sum() / (start - target).square().sum()
 
 
-def step(way: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
-    """theta after one inner step, without a graph."""
+def inner_step(backend: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
+    """Returns theta [P] after one inner step, without a graph. x, y: all synthetic images and their labels."""
     with torch.no_grad():
         batch = augment.apply(x[step.index], step.drawn)
-    return theta - lr * way.gradient(theta, batch, y[step.index])
+    return theta - lr * backend.gradient(theta, batch, y[step.index])
 
 
-def products(
-    way: StepBackend, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool
+def step_products(
+    backend: StepBackend, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool
 ) -> Products:
-    """`Products` of one step by its batch x before the augmentation."""
+    """Returns the `Products` of one step with respect to its batch x [B, C, H, W] before the augmentation."""
     x = x.detach().requires_grad_()
     batch = augment.apply(x, drawn)
-    found = way.products(theta, lam, batch.detach(), y, exact)
-    (of_x,) = torch.autograd.grad(batch, x, found.x)
-    return found._replace(x=of_x)
+    products = backend.products(theta, lam, batch.detach(), y, exact)
+    (grad_x,) = torch.autograd.grad(batch, x, products.x)
+    return products._replace(x=grad_x)
 
 
 def adjoint(
@@ -84,43 +85,42 @@ def adjoint(
     lr: Tensor,
     steps: Sequence[Step],
     exact: bool = True,
-    way: StepBackend | None = None,
+    backend: StepBackend | None = None,
 ) -> Gradient:
-    """The exact gradient at constant memory in T; with `exact=False` TESLA's approximation of it.
+    """Computes the exact gradient at constant memory in T (tadperf); with `exact=False` TESLA's approximation.
 
-    start, target: [P]; images: [M, C, H, W]; labels: int64 [M] or logits [M, C]; lr: scalar tensor. way: how one step
-    is computed; by default the fastest that needs no compiler.
+    start, target: float [P]. images: [M, C, H, W]. labels: int64 [M], or logits [M, K]. lr: scalar tensor. steps: the
+    T inner steps. backend: computes one step; the default is the fastest one that needs no compiler.
     """
-    way = way or step_backends.eager(net)
+    backend = backend or step_backends.eager(net)
     x, y, lr = images.detach(), labels.detach(), lr.detach()
     soft = y.is_floating_point()
-    stride = -(-len(steps) // KEPT)
-    # one block: many vectors would tear holes into a heap
-    marks = start.new_empty(-(-len(steps) // stride), len(start))
+    stride = -(-len(steps) // KEPT_VECTORS)
+    # One block of memory: many separate vectors would leave holes in the heap.
+    stored = start.new_empty(-(-len(steps) // stride), len(start))
     theta = start.detach()
-    for i, drawn in enumerate(steps):
+    for i, step in enumerate(steps):
         if i % stride == 0:
-            marks[i // stride] = theta
-        theta = step(way, theta, x, y, lr, drawn)
+            stored[i // stride] = theta
+        theta = inner_step(backend, theta, x, y, lr, step)
     end, distance = theta, (start - target).square().sum()
     lam = 2 * (end - target) / distance
     grad_x, grad_y, grad_lr = torch.zeros_like(x), torch.zeros_like(y) if soft else None, torch.zeros_like(lr)
     for first in reversed(range(0, len(steps), stride)):
-        part = steps[first : first + stride]
-        path = [marks[first // stride]]
-        for drawn in part[:-1]:
-            path.append(step(way, path[-1], x, y, lr, drawn))
-        for index, drawn in reversed(part):
-            found = products(way, path.pop(), lam, x[index], y[index], drawn, exact)
-            grad_lr -= found.h
-            if found.theta is not None:
-                lam = lam - lr * found.theta
-            if grad_y is not None and found.labels is not None:
-                grad_y.index_add_(0, index, found.labels, alpha=-1)
-            grad_x.index_add_(0, index, found.x, alpha=-1)
-    return Gradient(
-        (end - target).square().sum() / distance, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end
-    )
+        segment = steps[first : first + stride]
+        thetas = [stored[first // stride]]
+        for step in segment[:-1]:
+            thetas.append(inner_step(backend, thetas[-1], x, y, lr, step))
+        for index, drawn in reversed(segment):
+            h = step_products(backend, thetas.pop(), lam, x[index], y[index], drawn, exact)
+            grad_lr -= h.h
+            if h.theta is not None:
+                lam = lam - lr * h.theta
+            if grad_y is not None and h.labels is not None:
+                grad_y.index_add_(0, index, h.labels, alpha=-1)
+            grad_x.index_add_(0, index, h.x, alpha=-1)
+    loss = (end - target).square().sum() / distance
+    return Gradient(loss, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end)
 
 
 def tesla(
@@ -131,10 +131,10 @@ def tesla(
     labels: Tensor,
     lr: Tensor,
     steps: Sequence[Step],
-    way: StepBackend | None = None,
+    backend: StepBackend | None = None,
 ) -> Gradient:
-    """TESLA's constant-memory gradient: inexact (its error grows with T and lr); for comparison only."""
-    return adjoint(net, start, target, images, labels, lr, steps, exact=False, way=way)
+    """Computes TESLA's gradient at constant memory. Its error grows with T and lr. Arguments as for `adjoint`."""
+    return adjoint(net, start, target, images, labels, lr, steps, exact=False, backend=backend)
 
 
 def unroll(
@@ -145,16 +145,18 @@ def unroll(
     labels: Tensor,
     lr: Tensor,
     steps: Sequence[Step],
-    way: StepBackend | None = None,
+    backend: StepBackend | None = None,
 ) -> Gradient:
-    """The same gradient by differentiating through all T steps at once, by autograd whatever the way: memory grows."""
+    """Differentiates through all T steps at once; memory grows with T. Arguments as for `adjoint`.
+
+    Always uses autograd and ignores `backend`.
+    """
     x, lr = images.detach().requires_grad_(), lr.detach().requires_grad_()
     y = labels.detach().requires_grad_(labels.is_floating_point())
     theta = start.detach().requires_grad_()
     for index, drawn in steps:
-        theta = theta - lr * step_backends.step_gradient(
-            net, theta, augment.apply(x[index], drawn), y[index], create_graph=True
-        )
+        batch = augment.apply(x[index], drawn)
+        theta = theta - lr * step_backends.step_gradient(net, theta, batch, y[index], create_graph=True)
     loss = matching_loss(theta, start, target)
     grads = torch.autograd.grad(loss, [x, lr] + ([y] if y.requires_grad else []))
     return Gradient(loss.detach(), grads[0], grads[2] if y.requires_grad else None, grads[1], theta.detach())

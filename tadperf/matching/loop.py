@@ -1,9 +1,10 @@
-"""The distillation loop: synthetic images whose training trajectory imitates that of experts."""
+"""The matching loop: learns synthetic images whose training trajectory imitates the experts' trajectories."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
@@ -15,22 +16,39 @@ from tadperf.compute.compile import save_compile_cache
 from tadperf.config import MatchConfig
 from tadperf.data import augment
 from tadperf.experts.store import Experts
-from tadperf.matching import cuda_graph_sweep, step_backends
+from tadperf.matching.cuda_graph_sweep import GraphedSweep
 from tadperf.matching.gradient import GRADIENTS, Gradient, Step
 from tadperf.matching.starts import start_range
 from tadperf.matching.state import MatchState, apply_gradient, has_diverged, load_checkpoint, save_checkpoint, step_back
-from tadperf.matching.step_backends import StepBackend
+from tadperf.matching.step_backends import StepBackend, choose_step_backend
 from tadperf.nets.flat import FlatNet
 from tadperf.progress import Progress, silent
 from tadperf.run.folder import Run
 
-SAVE_EVERY = 10.0  # seconds between checkpoints; when they are taken changes no result
+SAVE_EVERY = 10.0  # seconds between checkpoints, not tuned; the moment of a checkpoint changes no result
+MEAN_LOSSES = 20  # iterations whose mean loss is reported, not tuned
 
 Check = Callable[[Tensor, Tensor, float, int], float]  # images, labels, lr, iteration -> accuracy on held-out samples
+# (start, target, images, labels, lr, steps) -> Gradient
+TrajectoryGradient = Callable[..., Gradient]
+
+
+@dataclass(frozen=True)
+class MatchProblem:
+    """What the loop matches.
+
+    net: the network of experts and students. augment: the strategy of data.augment. seed: all draws derive from it.
+    """
+
+    net: FlatNet
+    experts: Experts
+    config: MatchConfig
+    augment: str
+    seed: int
 
 
 def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, generator: torch.Generator) -> list[Step]:
-    """T inner steps: mini-batches from shuffled passes over the synthetic set, each under its own augmentation."""
+    """Draws T inner steps: batches from shuffled passes over `count` images of `size` pixels, with augmentations."""
     batch = min(config.batch or count, count)
     passes = -(-config.steps * batch // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
@@ -39,52 +57,49 @@ def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, genera
 
 
 def matching_gradient(
-    state: MatchState,
-    compute: Callable[..., Gradient],
-    experts: Experts,
-    config: MatchConfig,
-    strategy: str,
-    seed: int,
-    k: int = 0,
+    state: MatchState, compute: TrajectoryGradient, problem: MatchProblem, trajectory: int = 0
 ) -> Gradient:
-    """Draws the k-th expert, start and inner steps of this iteration, and differentiates the matching loss."""
-    generator = seeds.generator(seed, "match", state.iteration, *([k] if k else []))
+    """Draws an expert, its start epoch and the inner steps, and computes the gradient of the matching loss.
+
+    trajectory: its number in this iteration, from 0 to match.trajectories - 1.
+    """
+    config, experts = problem.config, problem.experts
+    generator = seeds.generator(problem.seed, "match", state.iteration, *([trajectory] if trajectory else []))
     expert = int(torch.randint(len(experts), (), generator=generator))
     first, last = start_range(config, state.iteration)
     start = int(torch.randint(first, last + 1, (), generator=generator))
     device = state.images.device
-    drawn = draw_steps(config, len(state.images), state.images.shape[-1], strategy, generator)
+    drawn = draw_steps(config, len(state.images), state.images.shape[-1], problem.augment, generator)
     steps = [step._replace(index=step.index.to(device)) for step in drawn]
     ends = (experts.snapshot(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
     return compute(*ends, state.images, state.labels, state.log_lr.exp(), steps)
 
 
-def choose_sweep(state: MatchState, net: FlatNet, config: MatchConfig) -> tuple[StepBackend, Callable[..., Gradient]]:
-    """How this run computes an inner step (`ways.choose`), and a sweep of them: (start, target, ...) to `Gradient`."""
+def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBackend, TrajectoryGradient]:
+    """Chooses how this run computes an inner step, and the gradient of a trajectory."""
+    config, net = problem.config, problem.net
     batch = min(config.batch or len(state.images), len(state.images))
     shape, device = (batch, *state.images.shape[1:]), state.images.device
-    way = step_backends.choose_step_backend(config, net, shape, device, config.iterations - state.iteration)
+    # By all iterations of the run, not by those that are left: a resumed run must choose the same backend.
+    backend = choose_step_backend(config, net, shape, device, config.iterations)
     if device.type == "cuda" and config.compile != "off" and config.gradient != "unroll":
-        return way, cuda_graph_sweep.GraphedSweep(net, way, config.gradient == "adjoint")
-    return way, partial(GRADIENTS[config.gradient], net, way=way)
+        return backend, GraphedSweep(net, backend, config.gradient == "adjoint")
+    return backend, partial(GRADIENTS[config.gradient], net, backend=backend)
 
 
-def mean_gradient(
-    state: MatchState, compute: Callable[..., Gradient], experts: Experts, config: MatchConfig, strategy: str, seed: int
-) -> Gradient:
-    """The mean over this iteration's trajectories, which the ranks divide among them (tadperf).
+def mean_gradient(state: MatchState, compute: TrajectoryGradient, problem: MatchProblem) -> Gradient:
+    """Returns the mean gradient over the trajectories of this iteration, which the ranks divide (tadperf).
 
-    A rank without a trajectory, where there are fewer of them than ranks, adds zeros. `end` is that of an own one.
+    A rank without a trajectory adds zeros. `end` is that of a trajectory of this rank.
     """
-    own = range(ranks.rank(), config.trajectories, ranks.world_size())
-    parts = [matching_gradient(state, compute, experts, config, strategy, seed, k) for k in own] or [
-        _zero_gradient(state)
-    ]
-    if config.trajectories == ranks.world_size() == 1:
+    trajectories = problem.config.trajectories
+    numbers = range(ranks.rank(), trajectories, ranks.world_size())
+    parts = [matching_gradient(state, compute, problem, number) for number in numbers] or [_zero_gradient(state)]
+    if trajectories == ranks.world_size() == 1:
         return parts[0]
     names = [name for name in ("loss", "images", "labels", "lr") if getattr(parts[0], name) is not None]
     sums = [reduce(torch.add, [getattr(part, name) for part in parts]) for name in names]
-    return parts[0]._replace(**dict(zip(names, ranks.mean(sums, config.trajectories), strict=True)))
+    return parts[0]._replace(**dict(zip(names, ranks.mean(sums, trajectories), strict=True)))
 
 
 def _zero_gradient(state: MatchState) -> Gradient:
@@ -94,57 +109,52 @@ def _zero_gradient(state: MatchState) -> Gradient:
 
 
 def match_trajectories(
-    state: MatchState,
-    net: FlatNet,
-    experts: Experts,
-    config: MatchConfig,
-    strategy: str,
-    seed: int,
-    check: Check,
-    run: Run,
-    progress: Progress = silent,
+    state: MatchState, problem: MatchProblem, check: Check, run: Run, progress: Progress = silent
 ) -> MatchState:
-    """Learns the images; returns the state that did best on held-out training samples.
+    """Learns the images and returns the state with the best accuracy on held-out training samples.
 
-    check: trains students on (images, labels, lr) and gives their accuracy on held-out samples.
-    Continues from the run's checkpoint where there is one. Every draw depends on (seed, iteration)
-    alone and a checkpoint holds all that is carried on, so a resumed run ends in the same bytes.
+    check: returns the held-out accuracy of students trained on (images, labels, lr) at an iteration.
+    Continues from the run's checkpoint if there is one. Every draw depends on (seed, iteration) alone and a checkpoint
+    holds everything that passes from one iteration to the next, so a resumed run ends with the same bytes.
     """
+    config = problem.config
     previous, best, score, losses = None, state, -1.0, []
-    saved = run.path / "checkpoints" / "matching.safetensors"
-    if kept := ranks.once(lambda: load_checkpoint(saved, state.images.device) if saved.exists() else None):
-        state, previous, best, score = kept
+    file = run.path / "checkpoints" / "matching.safetensors"
+    checkpoint = ranks.once(lambda: load_checkpoint(file, state.images.device) if file.exists() else None)
+    if checkpoint:
+        state, previous, best, score = checkpoint
     run.rewind("matching", state.iteration)
     last_save = time.monotonic()
-    way, compute = choose_sweep(state, net, config)
+    backend, compute = choose_gradient(state, problem)
     while state.iteration < config.iterations:
-        gradient = mean_gradient(state, compute, experts, config, strategy, seed)
-        if way.cache:  # all of it has been compiled: the next process starts warm
-            way = _save_compiled_code(way)
+        gradient = mean_gradient(state, compute, problem)
+        if backend.cache:  # by now everything is compiled; the next process starts warm
+            backend = _save_compiled_code(backend)
         loss = float(gradient.loss)
-        following = apply_gradient(state, gradient, config)
-        if has_diverged(gradient, following):
+        updated = apply_gradient(state, gradient, config)
+        if has_diverged(gradient, updated):
             state, previous = step_back(state, previous), None
             run.log("matching", state.iteration, loss=loss, undone=True, lr_img=state.lr_img)
         else:
-            state, previous = following, state
+            state, previous = updated, state
             run.log("matching", state.iteration, loss=loss, lr=float(state.log_lr.exp()))
-        losses = [*losses[-19:], loss]
+        losses = [*losses[1 - MEAN_LOSSES :], loss]
         progress("matching", state.iteration, config.iterations, loss=sum(losses) / len(losses))
         if state.iteration % config.check_every == 0 or state.iteration == config.iterations:
             accuracy = check(state.average, state.labels, float(state.log_lr.exp()), state.iteration)
             run.log("matching", state.iteration, held_out=accuracy)
             if accuracy >= score:
                 best, score = state, accuracy
-            save_checkpoint(saved, state, previous, best, score)
+            save_checkpoint(file, state, previous, best, score)
             last_save = time.monotonic()
         elif time.monotonic() - last_save > SAVE_EVERY:
-            save_checkpoint(saved, state, previous, best, score)
+            save_checkpoint(file, state, previous, best, score)
             last_save = time.monotonic()
     return best
 
 
-def _save_compiled_code(way: StepBackend) -> StepBackend:
-    assert way.cache
-    save_compile_cache(way.cache)
-    return way._replace(cache=None)
+def _save_compiled_code(backend: StepBackend) -> StepBackend:
+    """Returns the backend without its cache key, so that this happens once."""
+    assert backend.cache
+    save_compile_cache(backend.cache)
+    return backend._replace(cache=None)

@@ -1,41 +1,35 @@
-"""Where matching starts: the epochs of the experts, the labels and the samples that the experts know."""
+"""Where matching starts: expert epochs, label logits, and samples that the experts classify correctly."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tadperf.config import MatchConfig
+from tadperf.data.images import Images
 from tadperf.experts.store import Experts
 from tadperf.nets.flat import FlatNet
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tadperf.config import MatchConfig
-    from tadperf.data.images import Images
-
 
 def expert_soft_labels(
-    net: FlatNet, experts: Experts, images: Tensor, epoch: int, right: Tensor | None = None
+    net: FlatNet, experts: Experts, images: Tensor, epoch: int, classes: Tensor | None = None
 ) -> Tensor:
-    """Label logits [M, K] to start from: the mean of the experts' logits after `epoch` epochs (tadperf).
+    """Returns label logits [M, K] to start from: the mean logits of the experts after `epoch` epochs (tadperf).
 
-    right: the images' classes, int64 [M]; with them only experts that classify an image rightly have a say in it, where
-    there is one (DATM).
+    classes: the images' classes, int64 [M]. With them, the mean of an image is over the experts that classify it
+    correctly, or over all experts if none does (DATM).
     """
     with torch.no_grad():
         logits = torch.stack([net(experts.snapshot(e, epoch).to(images), images) for e in range(len(experts))])
-    if right is None:
+    if classes is None:
         return logits.mean(0)
-    says = logits.argmax(2) == right.to(logits.device)
-    says |= ~says.any(0)
-    return (logits * says[:, :, None]).sum(0) / says.sum(0)[:, None]
+    counted = logits.argmax(2) == classes.to(logits.device)  # [experts, M]
+    counted |= ~counted.any(0)
+    return (logits * counted[:, :, None]).sum(0) / counted.sum(0)[:, None]
 
 
 def start_range(config: MatchConfig, iteration: int) -> tuple[int, int]:
-    """First and last expert epoch that may be started from: widens linearly from easy to hard (DATM)."""
+    """Returns the first and the last expert epoch to start from. The range widens linearly from easy to hard (DATM)."""
     end = config.widen * config.iterations
     opened = config.easy + (1 - config.easy) * (iteration / end) if iteration < end else 1.0
     return config.min_start, config.min_start + round(opened * (config.max_start - config.min_start))
@@ -44,22 +38,22 @@ def start_range(config: MatchConfig, iteration: int) -> tuple[int, int]:
 def correctly_classified(
     net: FlatNet, experts: Experts, images: Images, labels: Tensor, epoch: int, least: int, batch: int = 1024
 ) -> Tensor:
-    """Which samples an expert classifies rightly after `epoch` epochs: bool [N] (DATM).
+    """Returns bool [N]: the samples that an expert classifies correctly after `epoch` epochs (DATM).
 
-    The first expert is asked, and the others for classes where fewer than `least` samples are found; all samples of a
-    class that no expert knows are taken.
-    labels: int64 [N]; -1 is no candidate.
+    Tries the first expert, then the next ones for the classes with fewer than `least` correct samples. If a class is
+    still short after the last expert, all its samples are returned.
+    labels: int64 [N]; -1 for samples that may not be returned.
     """
-    classes, found = int(labels.max()) + 1, labels.new_zeros(len(labels)).bool()
-    short = (labels + 1).bincount(minlength=classes + 1).roll(-1) > 0  # the last place is that of -1
+    classes, correct = int(labels.max()) + 1, torch.zeros_like(labels, dtype=torch.bool)
+    allowed = labels >= 0
+    short = torch.bincount(labels[allowed], minlength=classes) > 0  # [classes]
     for expert in range(len(experts)):
-        short[-1] = False
         theta = experts.snapshot(expert, epoch)
-        for index in short[labels].nonzero()[:, 0].split(batch):
+        candidates = allowed & short[labels.clamp(min=0)]
+        for index in candidates.nonzero()[:, 0].split(batch):
             x = images[index]
-            found[index] |= net(theta.to(x), x).argmax(1).to(labels) == labels[index]
-        short = labels[found].bincount(minlength=classes + 1) < least
-        if not short[:-1].any():
+            correct[index] |= net(theta.to(x), x).argmax(1).to(labels) == labels[index]
+        short = torch.bincount(labels[correct], minlength=classes) < least
+        if not short.any():
             break
-    short[-1] = False
-    return found | short[labels]
+    return correct | (allowed & short[labels.clamp(min=0)])

@@ -1,4 +1,4 @@
-"""The state of the matching loop: its update, its divergence guard, its checkpoint."""
+"""The state of the matching loop: its update, its divergence guard and its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ from tadperf import files
 from tadperf.config import MatchConfig
 from tadperf.matching.gradient import Gradient
 
-EXPLODED = 10.0  # matching loss (1 is a student that stood still) at which a step counts as diverged
+EXPLODED = 10.0  # a matching loss from here up counts as diverged (1: the student did not move); not tuned
+MAX_SLOPE = 1.0  # bound of dL / d log lr; not tuned
 
 
 @dataclass(frozen=True)
 class MatchState:
-    """Everything that the loop carries from one iteration to the next; values in, values out."""
+    """Everything that passes from one iteration to the next."""
 
     iteration: int
     images: Tensor  # [M, C, H, W], normalised
     labels: Tensor  # int64 [M], or logits [M, K]
-    log_lr: Tensor  # scalar; the logarithm is learned, so that the rate cannot turn negative
+    log_lr: Tensor  # scalar; learning the logarithm keeps the learning rate positive
     image_velocity: Tensor
     label_velocity: Tensor
     lr_velocity: Tensor
-    average: Tensor  # moving average of the images, which is checked and kept; without one the images themselves
+    average: Tensor  # moving average of the images, which is checked and kept; equals the images if match.ema is 0
     lr_img: float  # halved by the divergence guard
 
     def tensors(self) -> dict[str, Tensor]:
+        """Returns all values as tensors by name, for a checkpoint."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | {
             "counters": torch.tensor([float(self.iteration), self.lr_img], dtype=torch.float64)
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> MatchState:
+        """Returns the state that `tensors` describes."""
         iteration, lr_img = tensors["counters"].tolist()
         fields = {name: value.to(device) for name, value in tensors.items() if name != "counters"}
         return cls(int(iteration), lr_img=lr_img, **fields)
 
 
 def initial_state(images: Tensor, labels: Tensor, config: MatchConfig) -> MatchState:
-    """The state before the first iteration."""
+    """Returns the state before the first iteration. labels: int64 [M], or logits [M, K]."""
     label_velocity = torch.zeros_like(labels, dtype=images.dtype) if labels.is_floating_point() else labels.new_zeros(0)
     log_lr = torch.tensor(math.log(config.lr_init), dtype=images.dtype, device=images.device)
     return MatchState(
@@ -60,7 +63,7 @@ def initial_state(images: Tensor, labels: Tensor, config: MatchConfig) -> MatchS
 
 
 def apply_gradient(state: MatchState, gradient: Gradient, config: MatchConfig) -> MatchState:
-    """One step of SGD with momentum on images, labels and log lr, and of the images' average (FTD)."""
+    """Takes one step of SGD with momentum on images, labels and log lr, and updates the images' average (FTD)."""
     image_velocity = config.momentum * state.image_velocity + gradient.images
     images = state.images - state.lr_img * image_velocity
     labels, label_velocity = state.labels, state.label_velocity
@@ -68,8 +71,8 @@ def apply_gradient(state: MatchState, gradient: Gradient, config: MatchConfig) -
         momentum = config.momentum if config.momentum_label is None else config.momentum_label
         label_velocity = momentum * label_velocity + gradient.labels
         labels = labels - config.lr_label * label_velocity
-    # d/d log lr = lr d/d lr; clamped, since one bad trajectory would otherwise move the rate by orders of magnitude.
-    slope = (gradient.lr * state.log_lr.exp()).clamp(-1, 1)
+    # dL / d log lr = lr dL / d lr. Without the bound one bad trajectory moves the rate by orders of magnitude.
+    slope = (gradient.lr * state.log_lr.exp()).clamp(-MAX_SLOPE, MAX_SLOPE)
     lr_velocity = config.momentum * state.lr_velocity + slope
     return replace(
         state,
@@ -84,29 +87,32 @@ def apply_gradient(state: MatchState, gradient: Gradient, config: MatchConfig) -
     )
 
 
-def has_diverged(gradient: Gradient, following: MatchState) -> bool:
-    """Whether a step must not be taken: a loss that exploded, or a value in it or after it that is not finite."""
-    values = [gradient.loss, gradient.images, gradient.lr, following.images, following.labels, following.log_lr]
+def has_diverged(gradient: Gradient, updated: MatchState) -> bool:
+    """Returns whether a step must be undone: its loss exploded, or the gradient or the new state is not finite."""
+    values = [gradient.loss, gradient.images, gradient.lr, updated.images, updated.labels, updated.log_lr]
     return not (float(gradient.loss) < EXPLODED and all(bool(v.isfinite().all()) for v in values))
 
 
 def step_back(state: MatchState, previous: MatchState | None) -> MatchState:
-    """The divergence guard: back to before the last update, at rest, with half the image learning rate.
+    """The divergence guard: undoes the last update, sets all velocities to zero and halves the image learning rate.
 
-    Where there is nothing to go back to, the student's own rate was too high: that is halved.
+    previous: the state before the last update. If it is None, the student's learning rate was too high and is halved.
     """
-    calm = previous or replace(state, log_lr=state.log_lr - math.log(2))
-    rest = {name: torch.zeros_like(getattr(calm, name)) for name in ("image_velocity", "label_velocity", "lr_velocity")}
-    return replace(calm, iteration=state.iteration + 1, lr_img=state.lr_img / 2, **rest)
+    restart = previous or replace(state, log_lr=state.log_lr - math.log(2))
+    names = ("image_velocity", "label_velocity", "lr_velocity")
+    velocities = {name: torch.zeros_like(getattr(restart, name)) for name in names}
+    return replace(restart, iteration=state.iteration + 1, lr_img=state.lr_img / 2, **velocities)
 
 
 def save_checkpoint(path: Path, state: MatchState, previous: MatchState | None, best: MatchState, score: float) -> None:
+    """Writes a checkpoint. best: the state with the best held-out accuracy, `score`."""
     parts = {"state": state, "best": best} | ({"previous": previous} if previous else {})
     tensors = {f"{part}.{name}": value.clone() for part, s in parts.items() for name, value in s.tensors().items()}
     files.save_tensors(path, tensors, {"score": repr(score)})
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[MatchState, MatchState | None, MatchState, float]:
+    """Reads what `save_checkpoint` wrote: state, previous, best, score."""
     tensors, metadata = files.load_tensors(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -1,8 +1,9 @@
-"""How one inner step and its second derivatives are computed: by autograd, written out, or compiled.
+"""Backends that compute one inner step and its second derivatives: explicit formulas, autograd, or compiled.
 
-All are exact, to rounding, and are held to one float64 test. Written out is a ConvNet with instance norm (`written`);
-autograd takes every network; compiled means one fullgraph region for the step and one for its products, made from the
-written form or, for other networks, by nested torch.func.grad (reverse over reverse).
+All are exact up to rounding, and one float64 test covers all of them. The formulas of `convnet_second_order` cover the
+ConvNet with instance norm. Autograd works for every network. Compiled means one fullgraph region for the step and one
+for its products. Both regions come from the formulas or, for other networks, from nested torch.func.grad (reverse over
+reverse).
 """
 
 from __future__ import annotations
@@ -22,57 +23,49 @@ from tadperf.matching import convnet_second_order
 from tadperf.matching.convnet_second_order import Products
 from tadperf.nets.flat import FlatNet
 
-__all__ = [
-    "Products",
-    "StepBackend",
-    "autograd",
-    "choose_step_backend",
-    "compiled",
-    "eager",
-    "step_gradient",
-    "student_loss",
-]
-
-# What "auto" reckons with on a CPU, for networks that are not written out: seconds to compile both regions, the share
-# of an eager step's time that they save, operations a second of eager convolutions there and back. On two Zen 4 cores
-# the ConvNet with group norm took 56 s, saved 2 % and ran at 1.0e11; VGG-11 98 s, lost 11 % and ran at 1.25e11.
+# compile=auto on a CPU, for networks without formulas, assumes: seconds to compile both regions, the share of an eager
+# step's time that this saves, and operations per second of eager convolutions, forward and backward. On two Zen 4 cores
+# the ConvNet with group norm took 56 s, saved 2 % and ran at 1.0e11; VGG-11 took 98 s, lost 11 % and ran at 1.25e11.
 COMPILE_SECONDS = 75.0
-SAVED = 0.02
-RATE = 1e11
+COMPILE_SAVING = 0.02
+EAGER_FLOPS = 1e11
 
 log = logging.getLogger(__name__)
 
 
 class StepBackend(NamedTuple):
-    """gradient: (theta, x, y) to g [P]. products: (theta, lambda, x, y, exact) to `Products`. x is augmented."""
+    """Computes one inner step.
+
+    gradient: (theta, x, y) -> g [P]. products: (theta, lambda, x, y, exact) -> `Products`. x is already augmented.
+    """
 
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
     products: Callable[[Tensor, Tensor, Tensor, Tensor, bool], Products]
     name: str
-    cache: str | None = None  # the key of its compiled code, where there is some
+    cache: str | None = None  # the key of its compiled code; None if nothing is compiled
 
 
 def student_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy with hard labels (int64 [B]) or with the softmax of label logits (float [B, C])."""
+    """Returns the mean cross-entropy. labels: int64 [B], or logits [B, K], whose softmax is the target."""
     return F.cross_entropy(logits, labels.softmax(1) if labels.is_floating_point() else labels)
 
 
 def step_gradient(net: FlatNet, theta: Tensor, x: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
-    """g [P] by autograd; theta must require a gradient."""
+    """Returns g [P] by autograd. theta must require a gradient."""
     (g,) = torch.autograd.grad(student_loss(net(theta, x), y), theta, create_graph=create_graph)
     return g
 
 
-def _by_autograd(
+def _products_by_autograd(
     net: FlatNet, precision: torch.dtype, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, exact: bool
 ) -> Products:
     theta, x = theta.detach().requires_grad_(), x.detach().requires_grad_()
     y = y.detach().requires_grad_(y.is_floating_point())
     with _autocast(x, precision):
         h = lam @ step_gradient(net, theta, x, y, create_graph=True)
-    found = list(torch.autograd.grad(h, [x] + [y] * y.requires_grad + [theta] * exact))
-    of_theta = found.pop() if exact else None
-    return Products(h.detach(), found[0], found[1] if y.requires_grad else None, of_theta)
+    grads = list(torch.autograd.grad(h, [x] + [y] * y.requires_grad + [theta] * exact))
+    grad_theta = grads.pop() if exact else None
+    return Products(h.detach(), grads[0], grads[1] if y.requires_grad else None, grad_theta)
 
 
 def _autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
@@ -80,96 +73,101 @@ def _autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
 
 
 def autograd(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Any network, by PyTorch's autograd twice over."""
+    """Any network, by PyTorch's autograd applied twice."""
 
     def gradient(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with _autocast(x, precision):
             return step_gradient(net, theta.detach().requires_grad_(), x, y).detach()
 
-    return StepBackend(gradient, partial(_by_autograd, net, precision), "autograd")
+    return StepBackend(gradient, partial(_products_by_autograd, net, precision), "autograd")
 
 
 def eager(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """The fastest way that compiles nothing: written out where the network is covered."""
+    """The fastest backend that compiles nothing: formulas for networks that they cover, else autograd."""
     form = convnet_second_order.convnet_form(net.module, precision)
     if form is None:
         return autograd(net, precision)
     return StepBackend(
         torch.no_grad()(partial(convnet_second_order.step_gradient, form, net)),
         torch.no_grad()(partial(convnet_second_order.products, form, net)),
-        "written out",
+        "formulas",
     )
 
 
 def functional(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Any network by nested torch.func.grad: what compiles whole."""
+    """Any network, by nested torch.func.grad, which torch.compile takes as one region."""
 
     def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with _autocast(x, precision):
             return student_loss(net(theta, x), y)
 
-    step = torch.func.grad(loss)
+    gradient: Callable[..., Tensor] = torch.func.grad(loss)
 
     def products(theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, exact: bool) -> Products:
         soft = y.is_floating_point()
-        wanted = (1, *[2] * soft, *[0] * exact)
 
-        def along(*inputs: Tensor) -> Tensor:
-            return lam @ step(*inputs)  # pyright: ignore
+        def h_of(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            return lam @ gradient(theta, x, y)
 
-        of_inputs, h = torch.func.grad_and_value(along, wanted)(theta, x, y)
-        found: list[Tensor] = list(of_inputs)  # pyright: ignore[reportArgumentType]
-        of_theta = found.pop() if exact else None
-        return Products(h, found[0], found[1] if soft else None, of_theta)
+        arguments = (1, *[2] * soft, *[0] * exact)  # x, label logits, theta
+        by_argument, h = torch.func.grad_and_value(h_of, arguments)(theta, x, y)
+        grads: list[Tensor] = list(by_argument)  # pyright: ignore[reportArgumentType]
+        grad_theta = grads.pop() if exact else None
+        return Products(h, grads[0], grads[1] if soft else None, grad_theta)
 
-    return StepBackend(step, products, "functional")
+    return StepBackend(gradient, products, "functional")
 
 
 def compiled(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Step and products as one fullgraph region of torch.compile each, for static shapes; falls back with a warning."""
-    plain = eager(net, precision)
-    base = plain if plain.name == "written out" else functional(net, precision)
+    """Step and products as one fullgraph region of torch.compile each, for static shapes.
 
-    def region(function: Callable, other: Callable) -> Callable:
+    If compiling fails, warns and falls back to `eager`.
+    """
+    fallback = eager(net, precision)
+    base = fallback if fallback.name == "formulas" else functional(net, precision)
+
+    def region(function: Callable, eager_function: Callable) -> Callable:
         return with_fallback(
-            "torch.compile", lambda: torch.compile(function, fullgraph=True, dynamic=False), "eager", lambda: other
+            "torch.compile",
+            lambda: torch.compile(function, fullgraph=True, dynamic=False),
+            "eager",
+            lambda: eager_function,
         )
 
     key = f"matching {base.name} {net.num_parameters}"
     load_compile_cache(key)
-    return StepBackend(
-        region(base.gradient, plain.gradient), region(base.products, plain.products), f"compiled, {base.name}", key
-    )
+    gradient, products = region(base.gradient, fallback.gradient), region(base.products, fallback.products)
+    return StepBackend(gradient, products, f"compiled, {base.name}", key)
 
 
 def choose_step_backend(
     config: MatchConfig, net: FlatNet, shape: tuple[int, ...], device: torch.device, iterations: int
 ) -> StepBackend:
-    """The way of a run: as match.compile says; "auto" by the work that is left, never by a clock, and says so.
+    """Chooses the backend as match.compile says, and logs why. "auto" estimates the work; it never measures time.
 
-    shape: [B, C, H, W] of a step's batch. iterations: that are left.
+    shape: [B, C, H, W] of a step's batch. iterations: outer steps that the backend will run.
     """
     precision = getattr(torch, config.precision)
     if config.compile == "off":
         return eager(net, precision)
     if config.compile == "on":
         return compiled(net, precision)
-    plain = eager(net, precision)
+    backend = eager(net, precision)
     if device.type == "cuda":
-        way, why = compiled(net, precision), "on CUDA"
-    elif plain.name == "written out":
-        # Norm, ReLU and pool are native there; Inductor's form of these lines takes longer (bench/results/distil.md)
-        way, why = plain, "no compiled form of it is faster on a CPU"
+        backend, reason = compiled(net, precision), "it runs on CUDA"
+    elif backend.name == "formulas":
+        # Norm, ReLU and pool are native there. Inductor's form of these lines is slower (bench/results/distil.md).
+        reason = "on a CPU no compiled form of this network is faster"
     else:
-        saved = SAVED * iterations * config.steps * 10 * flops(net, shape) / RATE
-        reckoned = f"compiling takes about {COMPILE_SECONDS:.0f} s and would save about {saved:.3g} s"
-        way, why = (compiled(net, precision) if saved > COMPILE_SECONDS else plain), reckoned
-    log.info("matching runs %s: %s", way.name, why)
-    return way
+        saved = COMPILE_SAVING * iterations * config.steps * 10 * flops(net, shape) / EAGER_FLOPS
+        reason = f"compiling would take about {COMPILE_SECONDS:.0f} s and save about {saved:.3g} s"
+        backend = compiled(net, precision) if saved > COMPILE_SECONDS else backend
+    log.info("matching uses %s: %s", backend.name, reason)
+    return backend
 
 
 def flops(net: FlatNet, shape: tuple[int, ...]) -> float:
-    """Operations of one forward pass over a batch of this shape."""
+    """Returns the number of operations of one forward pass over a batch of this shape."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():

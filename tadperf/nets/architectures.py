@@ -1,4 +1,4 @@
-"""The networks of the field in their small-image forms, and a network seen as one flat vector of parameters."""
+"""The usual networks of dataset distillation, in their forms for small images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from tadperf.config import NetConfig
+from tadperf.errors import UserError
 
 Shape = tuple[int, int, int]  # channels, height, width
 
 
 def norm_layer(kind: str, channels: int, size: int) -> nn.Module:
-    """A normalisation layer; `size` is the side of its feature map.
+    """Returns a normalisation layer for feature maps of side `size`.
 
-    Instance norm of a 1 x 1 map would erase it (value minus its own mean): there all channels are normalised together.
+    Instance norm would turn a 1 x 1 map into zero (the value minus its mean), so there all channels are normalised
+    together.
     """
     if kind == "instance":
         return nn.GroupNorm(channels if size > 1 else 1, channels)
@@ -32,12 +34,12 @@ def norm_layer(kind: str, channels: int, size: int) -> nn.Module:
 def convnet(
     shape: Shape, num_classes: int, depth: int | None = None, width: int = 128, norm: str = "instance"
 ) -> nn.Module:
-    """The ConvNet of dataset condensation (Zhao et al., 2021): blocks of conv 3 x 3, norm, ReLU and average pool.
+    """Builds the ConvNet of dataset condensation (Zhao et al., 2021): blocks of 3 x 3 conv, norm, ReLU, average pool.
 
-    By default blocks are added until the feature map is 4 x 4: 3 for 32 x 32, 4 for 64 x 64; 28 x 28 is padded to 32.
+    depth: number of blocks; by default as many as bring the feature map to 4 x 4: 3 for 32 x 32, 4 for 64 x 64.
+    Images of 28 x 28 are padded to 32 x 32.
     """
-    channels, height, size = shape
-    assert height == size, "networks take square images"
+    channels, _, size = shape
     padding = 3 if size == 28 else 1
     size += 2 * (padding - 1)
     depth = depth or max(1, round(math.log2(size / 4)))
@@ -56,7 +58,7 @@ def convnet(
 
 
 class Residual(nn.Module):
-    """Basic block of ResNet (He et al., 2016)."""
+    """The basic block of ResNet (He et al., 2016)."""
 
     def __init__(self, channels: int, planes: int, stride: int, norm: str, size: int):
         super().__init__()
@@ -78,7 +80,7 @@ class Residual(nn.Module):
 
 
 def resnet18(shape: Shape, num_classes: int, norm: str = "instance") -> nn.Module:
-    """ResNet-18 without the stem's stride and pool (its 32 x 32 form); strides stop where the map is 4 x 4."""
+    """Builds ResNet-18 in its 32 x 32 form, without stride and pool in the stem; no stride below a 4 x 4 map."""
     channels, _, size = shape
     layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False), norm_layer(norm, 64, size), nn.ReLU()]
     channels = 64
@@ -91,7 +93,7 @@ def resnet18(shape: Shape, num_classes: int, norm: str = "instance") -> nn.Modul
 
 
 def alexnet(shape: Shape, num_classes: int) -> nn.Module:
-    """AlexNet in dataset condensation's form for 32 x 32 images: five convolutions, three pools, one linear layer."""
+    """Builds dataset condensation's AlexNet for 32 x 32 images: five convolutions, three pools, one linear layer."""
     channels, _, size = shape
     layers: list[nn.Module] = []
     for planes, kernel, pool in ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)):
@@ -104,35 +106,32 @@ def alexnet(shape: Shape, num_classes: int) -> nn.Module:
 
 
 def vgg11(shape: Shape, num_classes: int, norm: str = "instance") -> nn.Module:
-    """VGG-11 with normalisation and one linear layer; pools stop where the map is 1 x 1."""
+    """Builds VGG-11 with normalisation and one linear layer; there is no pool after a 1 x 1 map."""
     channels, _, size = shape
     layers: list[nn.Module] = []
-    for planes, pool in (
-        (64, True),
-        (128, True),
-        (256, False),
-        (256, True),
-        (512, False),
-        (512, True),
-        (512, False),
-        (512, True),
-    ):
+    pooled = {1, 2, 4, 6, 8}  # convolutions that a pool follows
+    for number, planes in enumerate((64, 128, 256, 256, 512, 512, 512, 512), start=1):
         layers += [nn.Conv2d(channels, planes, 3, padding=1), norm_layer(norm, planes, size), nn.ReLU()]
         channels = planes
-        if pool and size > 1:
+        if number in pooled and size > 1:
             layers.append(nn.MaxPool2d(2))
             size //= 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 def build(net: NetConfig, shape: Shape, num_classes: int, seed: int) -> nn.Module:
-    """A fresh network for images of `shape`; its weights depend on `seed` alone and no global state is touched."""
-    makers: dict[str, Callable[[], nn.Module]] = {
+    """Builds a network with fresh weights, which depend on `seed` alone; no generator's state is changed.
+
+    Raises UserError if the images are not square.
+    """
+    if shape[1] != shape[2]:
+        raise UserError("shape", f"{shape[1]} x {shape[2]}", "networks need square images; use --image-size N")
+    builders: dict[str, Callable[[], nn.Module]] = {
         "convnet": lambda: convnet(shape, num_classes, net.depth, net.width, net.norm),
         "resnet18": lambda: resnet18(shape, num_classes, net.norm),
         "alexnet": lambda: alexnet(shape, num_classes),
         "vgg11": lambda: vgg11(shape, num_classes, net.norm),
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return makers[net.name]()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the CUDA generators too
+        return builders[net.name]()

@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tadperf.errors import UserError
+
 
 class FlatNet:
-    """A network as a pure function of one flat parameter vector: `flat(theta, x) -> logits`.
+    """Turns a network into a pure function `net(theta, x) -> logits` of one parameter vector theta [P] (tadperf).
 
-    theta is [P]; trajectories, distances and updates then are single vector operations (tadperf).
+    Trajectories, distances and updates are then single vector operations.
+    Raises UserError for a network with buffers, such as the running statistics of batch norm.
     """
 
     def __init__(self, module: nn.Module):
-        assert not list(module.buffers()), "running statistics are not parameters: use a norm without them"
+        if list(module.buffers()):
+            remedy = "has running statistics or other buffers, which are not parameters; use a norm without them"
+            raise UserError("network", type(module).__name__, remedy)
         self.module = module
         self.names, parameters = zip(*module.named_parameters(), strict=True)
         self.shapes = [p.shape for p in parameters]
@@ -21,11 +26,11 @@ class FlatNet:
         self.num_parameters = sum(self.sizes)
 
     def flatten(self) -> Tensor:
-        """The module's own parameters as a new vector [P]."""
+        """Returns a copy of the module's parameters as one vector [P]."""
         return torch.cat([p.detach().flatten() for p in self.module.parameters()])
 
     def views(self, theta: Tensor) -> dict[str, Tensor]:
-        """Each parameter as a named view of `theta` [P]."""
+        """Returns each parameter by name, as a view of `theta` [P]."""
         parts = zip(self.names, theta.split(self.sizes), self.shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 

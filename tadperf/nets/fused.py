@@ -4,69 +4,128 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from tadperf.kernels import implementations, norm_relu_pool
 from tadperf.kernels.conv3x3 import conv3x3
 
-FEW_CHANNELS = 1  # of images whose first convolution is a matrix product on a CPU
+FEW_CHANNELS = 1  # at most this many input channels: a CPU computes the first convolution as a matrix product
 
 
 def fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`module` as a function of x that trains and predicts faster: the same up to rounding, differentiable once.
+    """Returns a faster function of x with the results of `module` up to rounding. It can be differentiated once only.
 
-    Instance norm, ReLU and average pool become one operator (tadperf.kernels), and a convolution before them is
-    Winograd's (`conv3x3`) and goes without its bias, which they take off again: its gradient is exactly 0 then, where
-    plain PyTorch has rounding noise.
-    One step of the digits ConvNet on 100 images takes 3.4 ms for 5.3, on 256 images 8.0 ms for 18.4 (one thread, AVX2).
-    Whatever is no plain sequence of layers, and a second derivative, needs `module` itself.
+    Instance norm, ReLU and average pool become one operator (tadperf.kernels). A 3 x 3 convolution before them uses
+    Winograd's algorithm (`conv3x3`). The norm cancels the bias of this convolution, so the bias is left out; its
+    gradient is then exactly 0, where plain PyTorch has rounding noise.
+    One step of the digits ConvNet on 100 images takes 3.4 ms instead of 5.3, on 256 images 8.0 ms instead of 18.4 (one
+    thread, AVX2).
+    Returns `module` itself for anything but a plain Sequential of PyTorch's and tadperf's layers without hooks. Only
+    layers with the settings of `tadperf.nets.architectures` are fused.
     """
-    device = next(module.parameters()).device.type
-    if not isinstance(module, nn.Sequential) or implementations()["norm_relu_pool"].get(device) in (None, "reference"):
+    if not _is_plain_sequential(module):
         return module
-    layers, parts, place = list(module), [], 0
-    while place < len(layers):
-        taken, part = _fused_block(layers[place : place + 4])
-        parts.append(part)
-        place += taken
+    layers, functions, position = list(cast(nn.Sequential, module)), [], 0
+    while position < len(layers):
+        count, function = _fused_block(layers[position : position + 4])
+        functions.append(function)
+        position += count
 
     def run(x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-        for part in parts:
-            x = part(x)
+        if x.ndim != 4:
+            return module(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for function in functions:
+            x = function(x)
         return x
 
     return run
 
 
+def _is_plain_sequential(module: nn.Module) -> bool:
+    """Returns whether calling a network means calling its layers one by one, also on channels_last images."""
+    if type(module) is not nn.Sequential or any(has_hooks(layer) for layer in (module, *module)):
+        return False
+    if any(type(layer).__module__.split(".")[0] not in ("torch", "tadperf") for layer in module.modules()):
+        return False  # an unknown layer may depend on the memory format, for example by Tensor.view
+    device = next(module.parameters()).device.type
+    return implementations()["norm_relu_pool"].get(device) not in (None, "reference")
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Returns whether a call of the layer does more than its class's `forward`."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(layer)
+
+
 def _fused_block(layers: list[nn.Module]) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """How many of the layers one function stands for, and that function."""
+    """Returns one function for the first layers, and the number of layers that it replaces."""
     match layers:
-        case [nn.Conv2d() as conv, nn.GroupNorm() as norm, nn.ReLU(), *rest] if norm.num_groups == norm.num_channels:
-            pool = bool(rest) and isinstance(rest[0], nn.AvgPool2d) and rest[0].kernel_size == 2
+        case [nn.Conv2d() as conv, nn.GroupNorm() as norm, nn.ReLU() as relu, *rest] if fits_block(conv, norm, relu):
+            pool = bool(rest) and is_half_pool(rest[0])
             return 3 + pool, partial(_conv_norm_relu_pool, conv, norm, pool)
     return 1, layers[0]
 
 
+def fits_block(conv: nn.Conv2d, norm: nn.GroupNorm, relu: nn.ReLU) -> bool:
+    """Returns whether the layers are a plain convolution, instance norm with weight and bias, and ReLU."""
+    return (
+        (type(conv), type(norm), type(relu)) == (nn.Conv2d, nn.GroupNorm, nn.ReLU)
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and norm.num_groups == norm.num_channels == conv.out_channels
+        and norm.weight is not None
+        and norm.bias is not None
+        and norm.eps > 0
+    )
+
+
+def is_half_pool(layer: nn.Module) -> bool:
+    """Returns whether the layer is a 2 x 2 average pool with stride 2 and no padding."""
+    return (
+        type(layer) is nn.AvgPool2d
+        and layer.kernel_size in (2, (2, 2))
+        and layer.stride in (2, (2, 2))
+        and layer.padding in (0, (0, 0))
+        and not layer.ceil_mode
+        and layer.divisor_override is None
+    )
+
+
 def _conv_norm_relu_pool(conv: nn.Conv2d, norm: nn.GroupNorm, pool: bool, x: Tensor) -> Tensor:
-    if x.is_cpu and not x.requires_grad and conv.in_channels <= FEW_CHANNELS and conv.kernel_size == (3, 3):
-        x = _few_channel_conv(x, conv.weight, conv.padding[0])  # pyright: ignore[reportArgumentType]
-    elif conv.kernel_size == (3, 3) and conv.padding == conv.stride == (1, 1):
+    padding = cast(tuple[int, int], conv.padding)
+    three_by_three = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and padding[0] == padding[1]
+    if three_by_three and x.is_cpu and not x.requires_grad and conv.in_channels <= FEW_CHANNELS:
+        x = _few_channel_conv(x, conv.weight, padding[0])
+    elif three_by_three and padding == (1, 1):
         x = conv3x3(x, conv.weight)
     else:
-        x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)  # pyright: ignore[reportArgumentType]
+        x = F.conv2d(x, conv.weight, None, conv.stride, padding)
     return norm_relu_pool(x, norm.weight, norm.bias, norm.eps, pool)
 
 
 def _few_channel_conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """A 3 x 3 convolution of stride 1 as one matrix product, its result in channels_last; weight [K, C, 3, 3].
+    """Computes a 3 x 3 convolution of stride 1 as one matrix product, in channels_last; weight [K, C, 3, 3].
 
-    On 100 grey images of 8 x 8 it takes 0.21 ms with the gradient of the weight, PyTorch's own convolution 0.75 ms. Of
-    these orders of the factors another costs up to six times as much: MKL's kernels differ so, and autograd chooses by
-    strides.
+    On 100 grey images of 8 x 8 it takes 0.21 ms with the gradient of the weight; PyTorch's convolution takes 0.75 ms.
+    Another order of the factors can take six times as long: MKL's kernels differ that much, and autograd chooses
+    between them by strides.
     """
     windows = F.pad(x, (padding,) * 4).unfold(2, 3, 1).unfold(3, 3, 1)  # [B, C, H, W, 3, 3]
     images, channels, height, width = windows.shape[:4]

@@ -1,4 +1,4 @@
-"""A classification problem: the values that every training stage needs, as one frozen value."""
+"""The values that every training stage needs, as one frozen value."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What a set of images is worth: fresh networks trained on it, tested on data they never saw."""
+"""Measures a set of images by students: fresh networks trained on it and tested on other data."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,11 @@ from tadperf.nets import training
 from tadperf.nets.architectures import build
 from tadperf.nets.training import Recipe, accuracy
 
-__all__ = ["Examples", "Recipe", "Student", "accuracy", "score_students", "summarise", "train_student"]
+__all__ = ["Examples", "Recipe", "Student", "StudentScorer", "accuracy", "score_students", "summarise", "train_student"]
 
 
 class Examples(NamedTuple):
-    """What a network learns from: normalised images [M, C, H, W], labels [M] or label logits [M, K], weights [M]."""
+    """Training data: normalised images [N, C, H, W], labels int64 [N] or label logits [N, K], weights [N] or None."""
 
     images: Images
     labels: Tensor
@@ -31,7 +32,7 @@ class Examples(NamedTuple):
 def train_student(
     examples: Examples, num_classes: int, net: NetConfig, recipe: Recipe, seed: int, device: torch.device
 ) -> nn.Module:
-    """A fresh network of `net` trained on the examples."""
+    """Builds a fresh network of `net`, trains it on the examples and returns it in eval mode."""
     images, labels, weights = examples
     channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
     module = build(net, (channels, height, width), num_classes, seeds.derive(seed, "student")).to(device)
@@ -39,48 +40,50 @@ def train_student(
 
 
 class Student(NamedTuple):
-    """One network to train and test: the row of the report it counts for, what it is and what it learns from."""
+    """One network to train and test.
+
+    row, repeat: the row of the report, and the number of the student in this row. make_examples: called in the process
+    that trains the student, so no data pass between processes.
+    """
 
     row: str
     repeat: int
     net: NetConfig
     recipe: Recipe
-    data: Callable[[], Examples]  # made where the student is trained: nothing crosses between processes
+    make_examples: Callable[[], Examples]
 
 
-def student_scorer(
-    test_images: Images, test_labels: Tensor, num_classes: int, seed: int, device: torch.device
-) -> Callable[[Student], float]:
-    """Trains and tests one student: its accuracy, share in [0, 1], which depends on the seed and the student alone."""
+@dataclass(frozen=True)
+class StudentScorer:
+    """Trains a student and returns its test accuracy, a share in [0, 1], which depends on seed and student alone."""
 
-    def score(student: Student) -> float:
-        where = seeds.derive(seed, student.row, student.repeat)
-        module = train_student(student.data(), num_classes, student.net, student.recipe, where, device)
-        return accuracy(module, test_images, test_labels)
+    test_images: Images
+    test_labels: Tensor
+    num_classes: int
+    seed: int
+    device: torch.device
 
-    return score
+    def __call__(self, student: Student) -> float:
+        seed = seeds.derive(self.seed, student.row, student.repeat)
+        examples = student.make_examples()
+        module = train_student(examples, self.num_classes, student.net, student.recipe, seed, self.device)
+        return accuracy(module, self.test_images, self.test_labels)
 
 
 def score_students(
-    students: Sequence[Student],
-    test_images: Images,
-    test_labels: Tensor,
-    num_classes: int,
-    seed: int,
-    device: torch.device,
-    done: Callable[[Student, float], None],
+    scorer: StudentScorer, students: Sequence[Student], report: Callable[[Student, float], None]
 ) -> None:
-    """Trains and tests every student and reports each accuracy (share in [0, 1]) by `done` as it comes.
+    """Trains and tests every student and calls `report(student, accuracy)` as each one finishes.
 
-    On a CPU as many at once as there are cores, one thread each.
+    On a CPU as many students run at a time as there are cores, one thread each.
     """
-    score = student_scorer(test_images, test_labels, num_classes, seed, device)
-    for position, result in run_parallel(score, students, None if device.type == "cpu" else 1):
-        done(students[position], result)
+    workers = None if scorer.device.type == "cpu" else 1
+    for position, result in run_parallel(scorer, students, workers):
+        report(students[position], result)
 
 
 def summarise(runs: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (0 for one run) and the runs themselves."""
+    """Returns the mean, the sample standard deviation (0 for one run) and the runs themselves."""
     return {
         "mean": statistics.fmean(runs),
         "std": statistics.stdev(runs) if len(runs) > 1 else 0.0,

@@ -1,7 +1,8 @@
-"""One training loop for experts, students and baselines."""
+"""The training loop of experts, students and baselines, and their accuracy."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -16,17 +17,21 @@ from tadperf import seeds
 from tadperf.compute.cuda_graphs import GraphedStep
 from tadperf.data import augment
 from tadperf.data.images import Images
+from tadperf.errors import UserError
 from tadperf.kernels import per_sample
 from tadperf.nets.fused import fused_forward
 
-CACHE_ACTIVATIONS = 1 << 22  # activations
-DRAW_CHUNK = 1 << 19  # values that are augmented, and images' values whose augmentations are drawn, in one call
+CACHE_ACTIVATIONS = 1 << 22  # activations of the widest layer that fit into the CPU's caches
+# Values that are augmented in one call, and values of the images whose augmentations are drawn in one call. Changing it
+# changes every result: it decides how many epochs share one call to `augment.draw`.
+DRAW_CHUNK = 1 << 19
 
 
 class Recipe(NamedTuple):
-    """How a network is trained: SGD, learning rate x 0.1 after half of the epochs where `decay` is set.
+    """How a network is trained with SGD.
 
-    Where rho > 0 it takes the gradient of `flat_gradient`, which costs a second pass.
+    decay: divides the learning rate by 10 after half of the epochs. rho, alpha: of `gsam_gradient`, which is used if
+    rho > 0 and costs a second pass.
     """
 
     epochs: int
@@ -49,9 +54,9 @@ def sgd_step(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One step of SGD in place, as torch.optim.SGD takes it; of all parameters at once.
+    """Updates all parameters in place by one step of SGD, with the same rule as torch.optim.SGD.
 
-    Not that class: the first optimiser of a process imports the compiler, 2 s in every worker of every pool.
+    It does not use that class: the first optimiser of a process imports the compiler, 2 s in every worker.
     """
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_add_(velocity, gradients)
@@ -61,14 +66,14 @@ def sgd_step(
 
 
 def batch_loss(module: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean cross-entropy of a batch x [B, C, H, W], each sample times its weight [B] where there are any."""
+    """Returns the mean cross-entropy of a batch x [B, C, H, W]; each sample is multiplied by its weight [B], if any."""
     if weights is None:
         return F.cross_entropy(module(x), target)
     return (weights * F.cross_entropy(module(x), target, reduction="none")).mean()
 
 
 def summed_gradient(losses: Iterable[Tensor], parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradient of a sum of losses, each differentiated before the next is made; zeros where it does not depend."""
+    """Sums the gradients of the losses one at a time, to use less memory. Unused parameters get zeros."""
     total: tuple[Tensor, ...] = ()
     for loss in losses:
         part = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -80,60 +85,67 @@ def summed_gradient(losses: Iterable[Tensor], parameters: tuple[Tensor, ...]) ->
 
 
 def cache_batch_size(module: nn.Module, pixels: int) -> int:
-    """Images whose widest map stays near the cores, on a CPU: so many at a time are trained on (tadperf).
+    """Returns how many images to train on at a time to keep the widest feature map in the CPU's caches (tadperf).
 
-    Two processes training the ConvNet of width 128 on 32 x 32 images in batches of 256 do 245 images a second at once
-    and 420 in parts of 32. Running statistics want the batch whole, and so does a GPU.
+    pixels: of one image. Two processes training the ConvNet of width 128 on 32 x 32 images in batches of 256 reach 245
+    images a second with whole batches and 420 in parts of 32. Running statistics need the whole batch; a GPU is faster
+    with it.
     """
-    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
-    if first is None or first.weight.is_cuda or next(module.buffers(), None) is not None:
+    convolution = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+    if convolution is None or convolution.weight.is_cuda or next(module.buffers(), None) is not None:
         return sys.maxsize
-    return max(1, CACHE_ACTIVATIONS // (first.out_channels * pixels))
+    return max(1, CACHE_ACTIVATIONS // (convolution.out_channels * pixels))
 
 
 def gsam_gradient(
-    slopes: Callable[[], tuple[Tensor, ...]], parameters: tuple[Tensor, ...], rho: float, alpha: float
+    gradient: Callable[[], tuple[Tensor, ...]], parameters: tuple[Tensor, ...], rho: float, alpha: float
 ) -> tuple[Tensor, ...]:
-    """The gradient that leads to flat minima: GSAM (Zhuang et al., 2022) on ASAM's ellipsoid (Kwon et al., 2021).
+    """Returns the gradient of GSAM (Zhuang et al., 2022) on ASAM's ellipsoid (Kwon et al., 2021), for flat minima.
 
-    slopes: the gradient where the parameters are. Climbs to p + rho p^2 g / |p g|, takes the gradient g' there, and
-    subtracts alpha times what of g is at right angles to g'. So do FTD's and DATM's public codes; for alpha = 0 it is
-    ASAM. The parameters are left as they were.
+    gradient: computes the gradient at the current parameters p. Moves to p + rho p^2 g / |p g|, takes the gradient g'
+    there, and subtracts alpha times the part of g that is orthogonal to g'. FTD's and DATM's public code do the same;
+    alpha = 0 is ASAM. The parameters are restored.
     """
-    here = slopes()
+    initial = gradient()
     with torch.no_grad():
         before = [p.clone() for p in parameters]
-        length = sum((p * g).square().sum() for p, g in zip(parameters, here, strict=True)).sqrt()  # pyright: ignore
-        for p, g in zip(parameters, here, strict=True):
+        squares = torch.zeros((), device=initial[0].device, dtype=initial[0].dtype)
+        for p, g in zip(parameters, initial, strict=True):
+            squares = squares + (p * g).square().sum()
+        length = squares.sqrt()
+        for p, g in zip(parameters, initial, strict=True):
             p.add_(p.square() * g * (rho / (length + 1e-12)))
-    above = slopes()
+    perturbed = gradient()
     with torch.no_grad():
         for p, b in zip(parameters, before, strict=True):
             p.copy_(b)
-        inner = sum((g * a).sum() for g, a in zip(here, above, strict=True))
-        share = inner / (sum(a.square().sum() for a in above) + 1e-12)
-        return tuple(a - alpha * (g - share * a) for g, a in zip(here, above, strict=True))
+        product = sum((g * h).sum() for g, h in zip(initial, perturbed, strict=True))
+        share = product / (sum(h.square().sum() for h in perturbed) + 1e-12)
+        return tuple(h - alpha * (g - share * h) for g, h in zip(initial, perturbed, strict=True))
 
 
 def _scale_to_mean_one(weights: Tensor, count: int) -> Tensor:
-    """Weights float32 [N] with mean one; raises ValueError where they are none."""
+    """Returns the weights float32 [N], scaled to mean one; raises UserError if they are not valid weights."""
     if weights.shape != (count,) or not weights.is_floating_point():
-        raise ValueError(f"weights: {weights.dtype} {list(weights.shape)}: expected floats [{count}], one per image")
+        form = f"{weights.dtype} {list(weights.shape)}"
+        raise UserError("weights", form, f"must be floating point of shape [{count}], one per image")
     if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
-        raise ValueError("weights: expected finite values from 0 up, not all of them 0")
+        limits = f"from {float(weights.min()):g} to {float(weights.max()):g}"
+        raise UserError("weights", limits, "must be finite and not negative, and not all may be 0")
     return weights.float() / weights.double().mean()
 
 
 def batches(
     images: Images, order: Tensor, drawn: augment.Draw, batch: int, values: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The places (int64 [B], on the device) and augmented images of each batch of one epoch, in the given order.
+    """Yields (indices, augmented images) of each batch of one epoch: int64 [B] and [B, C, H, W], on the device.
 
-    drawn: the augmentation of each image of `order`; values: of one image. Small ones are augmented many at a time.
+    order: indices of the images [N]. drawn: the augmentation of each image of `order`. values: number of values of one
+    image; small batches are augmented many at a time.
     """
-    piece = batch * max(1, DRAW_CHUNK // (batch * values))
-    for start in range(0, len(order), piece):
-        index = order[start : start + piece]
+    chunk = batch * max(1, DRAW_CHUNK // (batch * values))
+    for start in range(0, len(order), chunk):
+        index = order[start : start + chunk]
         x = augment.apply(images[index].to(device), drawn.rows(start, start + len(index)))
         yield from zip(index.to(device).split(batch), x.split(batch), strict=True)
 
@@ -141,9 +153,9 @@ def batches(
 def epochs(
     images: Images, recipe: Recipe, seed: int, device: torch.device
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """`batches` of every epoch. All draws come from (seed, epoch); those of short epochs are made many at a time.
+    """Yields `batches` for every epoch. All draws come from (seed, epoch); short epochs are drawn in groups.
 
-    Always whole groups of epochs, also at the end: so an epoch's bits do not depend on how many follow.
+    Groups are always complete, also at the end, so the bits of an epoch do not depend on how many epochs follow.
     """
     count, first = len(images), images[torch.zeros(1, dtype=torch.int64)]
     values = first.numel()
@@ -152,9 +164,9 @@ def epochs(
         generators = [seeds.generator(seed, "epoch", epoch) for epoch in range(start, start + group)]
         orders = [torch.randperm(count, generator=generator) for generator in generators]
         drawn = augment.draw(recipe.augment, count, first.shape[-1], *generators)
-        for place, order in enumerate(orders[: recipe.epochs - start]):
-            own = drawn.rows(place * count, (place + 1) * count)
-            yield batches(images, order, own, recipe.batch, values, device)
+        for position, order in enumerate(orders[: recipe.epochs - start]):
+            rows = drawn.rows(position * count, (position + 1) * count)
+            yield batches(images, order, rows, recipe.batch, values, device)
 
 
 def fit(
@@ -166,12 +178,13 @@ def fit(
     after_epoch: Callable[[int], None] | None = None,
     weights: Tensor | None = None,
 ) -> nn.Module:
-    """Trains `module` in place on images [N, C, H, W] with labels int64 [N] or label logits [N, C]; returns it.
+    """Trains `module` in place on images [N, C, H, W]; returns it in eval mode.
 
-    weights: float [N], how much each image counts. They are scaled to mean one over all N, not within a batch: an
-    image then counts the same whatever it is drawn with, and equal weights are no weights.
-    Every draw comes from (seed, epoch): the result does not depend on what ran before.
-    Raises ValueError on weights of another shape, negative, not finite or all zero.
+    labels: int64 [N], or label logits [N, K]. weights: float [N], the importance of each image. They are scaled to mean
+    one over all N, not within a batch: so the weight of an image does not depend on its batch, and equal weights
+    change nothing. after_epoch: called with the number of each finished epoch.
+    Every draw comes from (seed, epoch), so the result does not depend on what ran before.
+    Raises UserError if the weights have another shape, are negative, not finite or all zero.
     """
     device = next(module.parameters()).device
     target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
@@ -181,24 +194,24 @@ def fit(
     predict, parameters = fused_forward(module.train()), tuple(module.parameters())
     velocity = tuple(map(torch.zeros_like, parameters))
 
-    def slopes(x: Tensor, target: Tensor, share: Tensor | None) -> tuple[Tensor, ...]:
-        piece = cache_batch_size(module, x[0, 0].numel())
-        if len(x) <= piece:
+    def gradient(x: Tensor, target: Tensor, share: Tensor | None) -> tuple[Tensor, ...]:
+        size = cache_batch_size(module, x[0, 0].numel())
+        if len(x) <= size:
             return summed_gradient([batch_loss(predict, x, target, share)], parameters)
-        parts = x.split(piece), target.split(piece), repeat(None) if share is None else share.split(piece)
+        parts = x.split(size), target.split(size), repeat(None) if share is None else share.split(size)
         losses = (batch_loss(predict, *part) * (len(part[0]) / len(x)) for part in zip(*parts, strict=False))
         return summed_gradient(losses, parameters)
 
     def step(x: Tensor, target: Tensor, share: Tensor | None, lr: float) -> None:
-        here = partial(slopes, x, target, share)
-        taken = gsam_gradient(here, parameters, recipe.rho, recipe.alpha) if recipe.rho else here()
-        sgd_step(parameters, velocity, taken, lr, recipe.momentum, recipe.weight_decay)
+        compute = partial(gradient, x, target, share)
+        gradients = gsam_gradient(compute, parameters, recipe.rho, recipe.alpha) if recipe.rho else compute()
+        sgd_step(parameters, velocity, gradients, lr, recipe.momentum, recipe.weight_decay)
 
-    take = GraphedStep(step) if device.type == "cuda" else step
-    for epoch, parts in enumerate(epochs(images, recipe, seed, device)):
+    run_step = GraphedStep(step) if device.type == "cuda" else step
+    for epoch, epoch_batches in enumerate(epochs(images, recipe, seed, device)):
         lr = recipe.lr * (0.1 if recipe.decay and epoch > recipe.epochs // 2 else 1.0)
-        for index, x in parts:
-            take(x, target[index], None if share is None else share[index], lr)
+        for index, x in epoch_batches:
+            run_step(x, target[index], None if share is None else share[index], lr)
         if after_epoch:
             after_epoch(epoch)
     return module.eval()
@@ -206,12 +219,28 @@ def fit(
 
 @torch.no_grad()
 def accuracy(module: nn.Module, images: Images, labels: Tensor, batch: int = 1024) -> float:
-    """Share of images whose largest logit is the label's; a row that is not finite counts as wrong."""
-    device, right = next(module.parameters()).device, 0
-    predict = fused_forward(module.eval())
+    """Returns the share of images whose largest logit is that of the label; a row that is not finite counts as wrong.
+
+    The network computes in eval mode. Afterwards each of its layers is in train or eval mode as before.
+    """
+    device, correct = next(module.parameters()).device, 0
     batch = min(batch, cache_batch_size(module, images[torch.zeros(1, dtype=torch.int64)][0, 0].numel()))
-    for start in range(0, len(images), batch):
-        index = torch.arange(start, min(start + batch, len(images)))
-        target = labels[index].to(device)
-        right += int((per_sample(predict(images[index].to(device)), target).prediction == target).sum())
-    return right / len(images)
+    with _eval_mode(module):
+        predict = fused_forward(module)
+        for start in range(0, len(images), batch):
+            index = torch.arange(start, min(start + batch, len(images)))
+            target = labels[index].to(device)
+            correct += int((per_sample(predict(images[index].to(device)), target).prediction == target).sum())
+    return correct / len(images)
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a network into eval mode for the block, then gives each layer its own mode back."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training

@@ -1,4 +1,4 @@
-"""Distilling from Python."""
+"""`tadperf.distill`: a whole run from Python."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from tadperf.run.folder import Run, finished_result
 
 
 def distill(config: Config, out: Path | str, resume: bool = False, progress: Progress = silent) -> DistilledSet:
-    """Runs a whole job in the folder `out` and returns its distilled set; the figures are in out/result.json.
+    """Runs all stages in the folder `out` and returns the distilled set. The figures are in out/result.json.
 
-    `tadperf.config.merge.merge(preset, options={"match.ipc": 1})` makes a config from a preset. With
-    `resume` a run that was killed goes on, and one that is finished is only read. Raises UserError on whatever is
-    wrong with config or data.
+    `tadperf.config.merge.merge(preset, options={"match.ipc": 1})` makes a config from a preset. With `resume` a
+    killed run continues and a finished run is read. Raises UserError if anything in the config or the data is wrong.
     """
     if not (resume and finished_result(out, config)):
         task = prepare(config)

@@ -1,4 +1,4 @@
-"""The same job under other views of its labels, beside a finished run: what trust is worth."""
+"""Runs a finished task again under other trust modes, to show how much trust gains."""
 
 from __future__ import annotations
 
@@ -19,37 +19,44 @@ MODES = ("on", "off", "oracle")
 
 
 def compare_trust_modes(config: Config, out: Path, progress: Progress = silent) -> dict[str, dict[str, Any]]:
-    """Results by trust mode: of the finished run in `out`, and of its siblings in out/compare/<mode>.
+    """Returns the results by trust mode: of the finished run in `out`, and of its siblings in out/compare/<mode>.
 
-    Siblings are made where they are missing and resumed where they were killed. They share the opened and normalised
-    data, and the students trained on all images with the labels as given, which no mode changes. The oracle is left
-    out where the data hold no clean labels.
+    Runs missing siblings and resumes killed ones. They share the normalised data, and the scores of the students
+    trained on all images with the labels as given, which no mode changes. The oracle is left out if the data have no
+    clean labels. Raises ValueError if the run in `out` is not finished.
     """
     main = ranks.once(lambda: finished_result(out, config))
-    assert main is not None, "the run to compare with must be finished"
+    if main is None:
+        raise ValueError(f"out: {out}: the run is not finished; finish it with distill before comparing trust modes")
     results, task, data = {config.trust.mode: main}, None, None
     for mode in MODES:
         if mode in results:
             continue
-        asked = config.model_copy(update={"trust": config.trust.model_copy(update={"mode": mode})})
-        place = out / "compare" / mode
-        result = ranks.once(lambda place=place, asked=asked: finished_result(place, asked) if place.exists() else None)
+        mode_config = config.model_copy(update={"trust": config.trust.model_copy(update={"mode": mode})})
+        folder = out / "compare" / mode
+        result = _finished_sibling(folder, mode_config)
         if result is None:
             task = task or prepare(config)
             if mode == "oracle" and task.train.clean_labels is None:
                 continue
             data = data or normalise_data(task)
-            result = _sibling(replace(task, config=asked), data, place, main, progress)
+            result = _run_sibling(replace(task, config=mode_config), data, folder, main, progress)
         results[mode] = result
     return {mode: results[mode] for mode in MODES if mode in results}
 
 
-def _sibling(task: Task, data: NormalisedData, place: Path, main: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _finished_sibling(folder: Path, config: Config) -> dict[str, Any] | None:
+    return ranks.once(lambda: finished_result(folder, config) if folder.exists() else None)
+
+
+def _run_sibling(
+    task: Task, data: NormalisedData, folder: Path, main: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     mode = task.config.trust.mode
 
-    def named(stage: str, done: int, total: int, **values: object) -> None:
+    def report(stage: str, done: int, total: int, **values: object) -> None:
         progress(f"{stage}, trust {mode}", done, total, **values)
 
     known = {"full_data": main["baselines"]["full_data"]["runs"]} if "full_data" in main["baselines"] else {}
-    with Run.create(place, task.config, ranks.once(place.exists)) as run:
-        return distill_task(task, run, named, data, known)
+    with Run.create(folder, task.config, ranks.once(folder.exists)) as run:
+        return distill_task(task, run, report, data, known)

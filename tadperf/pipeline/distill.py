@@ -1,52 +1,37 @@
-"""The main road: data -> trust -> experts -> matching -> one distilled file -> what it is worth."""
+"""The command `tadperf distill`: data, trust, experts, matching, one distilled file, and its evaluation."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from tadperf import artifact, files
 from tadperf.artifact import DistilledSet
 from tadperf.compute import ranks
+from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.workers import BackgroundTasks
 from tadperf.matching.state import initial_state
-from tadperf.pipeline.matching import get_experts, match
+from tadperf.pipeline.context import RunContext, open_context
+from tadperf.pipeline.experts import get_experts
+from tadperf.pipeline.matching import match
 from tadperf.pipeline.package import INITIAL, package_set
 from tadperf.pipeline.result import REFINED, build_result
-from tadperf.pipeline.scoring import BackgroundScoring, ScoreStore, baselines, distilled_students, score_all_students
-from tadperf.pipeline.trusted import load_data, trusted_samples
+from tadperf.pipeline.scoring import (
+    BackgroundScoring,
+    ScoreStore,
+    baseline_students,
+    distilled_students,
+    score_all_students,
+)
 from tadperf.progress import Progress, silent
-from tadperf.refine.loop import refine
+from tadperf.refine.loop import RefinedImages, refine
+from tadperf.report.drawing import save_safely
 from tadperf.report.grid import save_grid
 from tadperf.run.folder import Run
-from tadperf.task.samples import NormalisedData, TrainingSamples, training_samples
+from tadperf.task.samples import NormalisedData
 from tadperf.task.task import Task
-
-
-def synthesise(
-    task: Task,
-    data: NormalisedData,
-    seen: TrainingSamples,
-    run: Run,
-    progress: Progress,
-    beside: Callable[[int], Callable[[], None]] | None = None,
-) -> DistilledSet:
-    """The synthetic set: by matching, by the diffusion model, or by matching from the diffusion model's images."""
-    config, made = task.config, None
-    if config.synthesis != "matching":
-        made = refine(task, data, seen, run, progress)
-        files.write_json(run.path / REFINED, made.report)
-    if made is not None and config.synthesis == "generative":
-        lr = made.lr or config.evaluate.real_lr
-        first, final = (initial_state(*pair, config.match) for pair in (made.first, (made.images, made.labels)))
-        package_set(task, data, first, lr).save(run.path / INITIAL)
-        return package_set(task, data, final, lr)
-    with run.stage("experts"):
-        trained = get_experts(task, seen, run, progress)
-    with run.stage("matching"):
-        return package_set(task, data, match(task, data, seen, trained, run, progress, made, beside))
 
 
 def distill_task(
@@ -55,40 +40,69 @@ def distill_task(
     progress: Progress = silent,
     data: NormalisedData | None = None,
     known: Mapping[str, Sequence[float]] = MappingProxyType({}),
-    tested: bool = True,
+    evaluate: bool = True,
 ) -> dict[str, Any]:
-    """The whole job in a run folder; returns what result.json holds. A resumed run skips what is done.
+    """Runs all stages in a run folder and returns the result. A resumed run skips what is done.
 
-    data: the arrays of `job`, where they are there already; known: accuracies of rows that need no new students.
-    tested: whether students tell what the set is worth.
+    data: the normalised data of the task, if the caller has them. known: accuracies of rows that need no students.
+    evaluate: whether students measure the set and its baselines.
     """
-    config = task.config
-    (run.path / "checkpoints").mkdir(exist_ok=True)
-    file = run.path / "distilled.safetensors"
-    data = data or load_data(task, run, progress)
-    samples, trust = trusted_samples(task, data, run, progress)
-    seen = training_samples(data, samples)
-    with BackgroundTasks() as pool:
-        early = BackgroundScoring(pool, ScoreStore(run, known))
+    with torch_settings(tf32=task.config.tf32):
+        (run.path / "checkpoints").mkdir(exist_ok=True)
+        context = open_context(task, run, progress, data)
+        with BackgroundTasks() as pool:
+            scoring = BackgroundScoring(context, pool, ScoreStore(run, known))
+            distilled = _distilled_set(context, scoring)
+            save_safely(save_grid, run.path / "grid.png", distilled)
+            scores = _evaluate(context, distilled, scoring) if evaluate else {}
+        result = build_result(context, distilled, scores)
+        run.finish(result)
+        return result
 
-        def beside(idle: int) -> Callable[[], None]:
-            others = baselines(task, data, samples, seen, artifact.load(run.path / INITIAL))
-            early.start(task, data, others, idle)
-            return early.collect
 
-        if not ranks.once(file.exists):
-            alone = task.device.type == "cpu" and ranks.world_size() == 1 and sys.platform.startswith("linux")
-            synthesise(task, data, seen, run, progress, beside if alone else None).save(file)
-            ranks.barrier()
-        distilled, initial = artifact.load(file), artifact.load(run.path / INITIAL)
-        save_grid(run.path / "grid.png", distilled)
-        scores: dict[str, list[float]] = {}
-        if tested:
-            with run.stage("evaluate"):
-                e = config.evaluate
-                everyone = distilled_students(distilled, e.networks, e.repeats, task.device)
-                everyone += baselines(task, data, samples, seen, initial)
-                scores = score_all_students(task, data, everyone, early, progress)
-    result = build_result(task, distilled, scores, run, trust)
-    run.finish(result)
-    return result
+def synthesise(context: RunContext, scoring: BackgroundScoring | None = None) -> DistilledSet:
+    """Makes the synthetic set by matching, by the diffusion model, or by matching from the diffusion model's images.
+
+    scoring: trains baseline students while matching runs.
+    """
+    task, run = context.task, context.run
+    refined = None
+    if task.config.synthesis != "matching":
+        refined = refine(task, context.data, context.samples, run, context.progress)
+        files.write_json(run.path / REFINED, refined.report)
+        if task.config.synthesis == "generative":
+            return _package_refined(context, refined)
+    with run.stage("experts"):
+        experts = get_experts(context)
+    with run.stage("matching"):
+        state = match(context, experts, refined.images if refined else None, scoring)
+        return package_set(task, context.data.normaliser, state)
+
+
+def _package_refined(context: RunContext, refined: RefinedImages) -> DistilledSet:
+    """Packs the refined images, and saves the images before refinement as the initial set."""
+    task, normaliser = context.task, context.data.normaliser
+    lr = refined.lr or task.config.evaluate.real_lr
+    first = initial_state(*refined.first, task.config.match)
+    package_set(task, normaliser, first, lr).save(context.run.path / INITIAL)
+    return package_set(task, normaliser, initial_state(refined.images, refined.labels, task.config.match), lr)
+
+
+def _distilled_set(context: RunContext, scoring: BackgroundScoring) -> DistilledSet:
+    """Loads the run's distilled set. Makes and saves it first if it does not exist."""
+    file = context.run.path / "distilled.safetensors"
+    if not ranks.once(file.exists):
+        # Background students are forked processes: on Linux only, and without CUDA or other ranks.
+        can_fork = context.task.device.type == "cpu" and ranks.world_size() == 1 and sys.platform.startswith("linux")
+        synthesise(context, scoring if can_fork else None).save(file)
+        ranks.barrier()
+    return artifact.load(file)
+
+
+def _evaluate(context: RunContext, distilled: DistilledSet, scoring: BackgroundScoring) -> dict[str, list[float]]:
+    """The stage "evaluate": returns the test accuracies of all students by row."""
+    config, initial = context.task.config.evaluate, artifact.load(context.run.path / INITIAL)
+    with context.run.stage("evaluate"):
+        students = distilled_students(distilled, config.networks, config.repeats, context.task.device)
+        students += baseline_students(context, initial)
+        return score_all_students(context, students, scoring)

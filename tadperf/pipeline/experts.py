@@ -1,32 +1,53 @@
-"""The command `tadperf experts`: trains experts that several runs can share."""
+"""The stage experts, and the command `tadperf experts`, which runs it alone so that several runs can share them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tadperf.experts import store
+from tadperf.compute.torch_settings import torch_settings
+from tadperf.experts.store import Experts
+from tadperf.experts.train import train_experts
+from tadperf.nets.problem import Problem
 from tadperf.nets.students import summarise
-from tadperf.pipeline.matching import get_experts
-from tadperf.pipeline.trusted import load_data, trusted_samples
+from tadperf.pipeline.context import RunContext, open_context
 from tadperf.progress import Progress, silent
 from tadperf.run.folder import Run
-from tadperf.task.samples import training_samples
-from tadperf.task.task import Task
+from tadperf.task.task import Task, expert_identity, shared_experts_folder
 
 
-def train_experts(task: Task, run: Run, progress: Progress = silent) -> dict[str, Any]:
-    """The experts alone, for runs to share."""
-    data = load_data(task, run, progress)
-    samples, _ = trusted_samples(task, data, run, progress)
-    seen = training_samples(data, samples)
-    with run.stage("experts"):
-        get_experts(task, seen, run, progress)
-    accuracies = store.scores(run.path / "experts", task.config.experts.count)
+def get_experts(context: RunContext) -> Experts:
+    """Opens the experts that experts.path names, or the run's own. Trains those of its own that are missing."""
+    task, samples = context.task, context.samples
+    config = task.config
+    if config.experts.path:
+        return Experts.open(shared_experts_folder(task), config.experts.count)
+    folder = context.run.path / "experts"
+    problem = Problem(
+        samples.images,
+        samples.labels,
+        task.train.class_names,
+        config.net,
+        config.data.augment,
+        config.seed,
+        task.device,
+        samples.weights,
+    )
+    train_experts(folder, problem, config.experts, task.epochs, expert_identity(task), context.progress)
+    return Experts.open(folder, config.experts.count)
+
+
+def train_shared_experts(task: Task, run: Run, progress: Progress = silent) -> dict[str, Any]:
+    """Trains experts that other runs use through experts.path, and nothing else. Returns the result."""
+    with torch_settings(tf32=task.config.tf32):
+        context = open_context(task, run, progress)
+        with run.stage("experts"):
+            get_experts(context)
+    count = task.config.experts.count
     result = {
-        "experts": task.config.experts.count,
+        "experts": count,
         "snapshots": task.epochs + 1,
         "path": str(run.path / "experts"),
-        "train_accuracy": summarise(accuracies)["mean"],
+        "train_accuracy": summarise(Experts.open(run.path / "experts", count).train_accuracies())["mean"],
         **run.stages()["experts"],
     }
     run.finish(result)

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-import torch
-
-from tadperf.compute.device import resolve_device, set_tf32
+from tadperf.compute.device import resolve_device
 from tadperf.config import Config
 from tadperf.data import augment
+from tadperf.data.dataset import Dataset
 from tadperf.data.noise import add_noise, parse_noise
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 from tadperf.refine.checks import check_refine_config
-from tadperf.task.samples import select_samples
+from tadperf.task.samples import check_holdout
 from tadperf.task.task import Task, shared_experts_folder
 
 
 def prepare(config: Config, progress: Progress = silent) -> Task:
-    """Opens the data and refuses whatever can be known to be wrong, before anything is written or computed."""
-    where = _refuse_config(config)
-    d = config.data
-    train, test = open_data(d.path, format=d.format, image_size=d.image_size, labels=d.labels, progress=progress)
+    """Checks a config and opens its data. Computes nothing and writes nothing into the run folder.
+
+    Raises UserError if anything in the config or the data is wrong.
+    """
+    check_config(config)
+    device = resolve_device(config.device)
+    data = config.data
+    train, test = open_data(
+        data.path,
+        format=data.format,
+        image_size=data.image_size,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        progress=progress,
+    )
     if test is None:
-        raise UserError("data", d.path, "has no test split; put one beside the training images, in test/ or so named")
-    if train.num_classes < 2:
-        raise UserError("data", d.path, "has one class only; there is nothing to tell apart")
-    _, height, width = train.shape
-    if height != width:
-        raise UserError("data", d.path, f"images are {height} x {width}, networks take squares; add --image-size")
-    train = add_noise(train, d.noise, config.seed)
+        raise UserError("data", data.path, "has no test split; put test images in a folder test/ beside train/")
+    _check_images(config, train)
+    train = add_noise(train, data.noise, config.seed)
     if config.trust.mode == "oracle" and train.clean_labels is None:
-        raise UserError("--trust", "oracle", f"needs the clean labels, which {train.name} does not hold; add --noise")
-    task = Task(config, train, test, where)
-    select_samples(task, torch.arange(len(train)), train.labels)
+        raise UserError("--trust", "oracle", f"needs clean labels, which {train.name} does not have; add --noise")
+    task = Task(config, train, test, device)
+    check_holdout(task)
     if config.experts.path:
         shared_experts_folder(task)
     return task
 
 
-def _refuse_config(config: Config) -> torch.device:
-    """Refuses what the config alone shows to be wrong; returns the device."""
+def check_config(config: Config) -> None:
+    """Raises UserError if the config is wrong for any data."""
     parse_noise(config.data.noise)
     augment.parse(config.data.augment)
     if config.net.norm == "batch":
@@ -53,5 +60,12 @@ def _refuse_config(config: Config) -> torch.device:
         raise UserError("experts.epochs", epochs, remedy)
     if config.synthesis != "matching":
         check_refine_config(config)
-    set_tf32(config.tf32)
-    return resolve_device(config.device)
+
+
+def _check_images(config: Config, train: Dataset) -> None:
+    if train.num_classes < 2:
+        raise UserError("data", config.data.path, "has only one class; classification needs at least two")
+    _, height, width = train.shape
+    if height != width:
+        remedy = f"images are {height} x {width} but the networks need square ones; add --image-size"
+        raise UserError("data", config.data.path, remedy)

@@ -1,4 +1,4 @@
-"""One job over a grid of config fields: a run folder for each combination, one table, CSV and plot for all."""
+"""Runs one task over a grid of config fields: a run folder for each combination, and one table and plot for all."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from tadperf.pipeline.prepare import prepare
 from tadperf.progress import Progress, silent
 from tadperf.refine import start
 from tadperf.report.curves import save_curves
+from tadperf.report.drawing import save_safely
 from tadperf.run.folder import Run, finished_result, stored_config
-from tadperf.task.task import shared_experts_folder
+from tadperf.task.task import Task, shared_experts_folder
 
-NOTE = "sweep.json"  # what a sweep's folder is a sweep of
+CELLS_FILE = "sweep.json"  # the cells of the sweep in a folder
 EXAMPLE = "such as match.ipc=1,10"
 SWEEP_BASELINES = ("initial", "random_real", "full_data")
 
 
 class Cell(NamedTuple):
-    """One combination of a sweep."""
+    """One combination of values in a sweep."""
 
-    values: dict[str, Any]  # of the fields that are swept, as the config has them
+    values: dict[str, Any]  # by swept field, as the config holds them
     folder: str
     config: Config
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[str]]:
-    """ "refine.beta=0,.5" each -> field to values as text; commas within brackets or quotes part nothing.
+    """Reads texts such as "refine.beta=0,.5" and returns the values, as text, by field.
 
-    Raises UserError on anything else, and on a field that is named twice.
+    Commas inside brackets or quotes do not separate values. Raises UserError on any other form, and if a field comes
+    twice.
     """
     axes: dict[str, list[str]] = {}
     for text in texts:
@@ -48,13 +50,13 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[str]]:
         if not (field and equals):
             raise UserError("FIELD=LIST", text, f"must be section.key=value,value,..., {EXAMPLE}")
         if field in axes:
-            raise UserError(field, values, "is named twice; put all its values into one list")
+            raise UserError(field, values, "is given twice; put all values into one list")
         parts = _split(values)
         if not all(parts):
-            raise UserError(field, values or '""', f"must be a list of values without a gap, {EXAMPLE}")
+            raise UserError(field, values or '""', f"must be a list of values without empty ones, {EXAMPLE}")
         axes[field] = parts
     if not axes:
-        raise UserError("FIELD=LIST", '""', f"name a field and the values it is to take, {EXAMPLE}")
+        raise UserError("FIELD=LIST", '""', f"add a field and its values, {EXAMPLE}")
     return axes
 
 
@@ -75,112 +77,117 @@ def _split(text: str) -> list[str]:
 
 
 def sweep_cells(axes: Mapping[str, Sequence[str]], config_of: Callable[[list[str]], Config]) -> list[Cell]:
-    """Every combination of the values, the last field's changing fastest.
+    """Returns every combination of the values. The last field changes fastest.
 
-    config_of: the config for "section.key=value" texts. Raises UserError where a value comes twice.
+    config_of: returns the config for texts such as "section.key=value". Raises UserError if a value comes twice.
     """
-    made: list[Cell] = []
-    for values in itertools.product(*axes.values()):
-        config = config_of([f"{field}={value}" for field, value in zip(axes, values, strict=True)])
-        known = flatten_sections(config.model_dump(mode="json"))
-        chosen = {field: known[field] for field in axes}
-        if any(cell.values == chosen for cell in made):
-            raise UserError(", ".join(axes), ", ".join(values), "comes twice; name every value once")
-        name = ",".join(f"{field}={_slug(value)}" for field, value in chosen.items())
-        same = sum(cell.folder.partition("~")[0] == name for cell in made)
-        made.append(Cell(chosen, f"{name}~{same + 1}" if same else name, config))
-    return made
+    cells: list[Cell] = []
+    for texts in itertools.product(*axes.values()):
+        config = config_of([f"{field}={text}" for field, text in zip(axes, texts, strict=True)])
+        fields = flatten_sections(config.model_dump(mode="json"))
+        values = {field: fields[field] for field in axes}
+        if any(cell.values == values for cell in cells):
+            raise UserError(", ".join(axes), ", ".join(texts), "is given twice; give every value once")
+        name = ",".join(f"{field}={_file_name(value)}" for field, value in values.items())
+        same_name = sum(cell.folder.partition("~")[0] == name for cell in cells)
+        cells.append(Cell(values, f"{name}~{same_name + 1}" if same_name else name, config))
+    return cells
 
 
-def _slug(value: Any) -> str:
-    """A value as a part of a file's name."""
+def _file_name(value: Any) -> str:
+    """Returns a value as a part of a file name."""
     text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:60]
 
 
 def stored_cells(out: Path) -> list[Cell]:
-    """The cells of the sweep in `out`. Raises UserError where there is none."""
+    """Returns the cells of the sweep in `out`. Raises UserError if there is no sweep."""
     if not out.is_dir():
         raise UserError("--resume", out, "there is no such folder; leave out --resume to start it")
-    if not (out / NOTE).exists():
-        raise UserError("--resume", out, f"is not the folder of a sweep: there is no {NOTE} in it; check --out")
-    noted = json.loads((out / NOTE).read_bytes())
-    return [Cell(c["values"], c["folder"], Config.model_validate(c["config"])) for c in noted["cells"]]
+    if not (out / CELLS_FILE).exists():
+        raise UserError("--resume", out, f"is not the folder of a sweep: there is no {CELLS_FILE} in it; check --out")
+    stored = json.loads((out / CELLS_FILE).read_bytes())
+    return [Cell(cell["values"], cell["folder"], Config.model_validate(cell["config"])) for cell in stored["cells"]]
 
 
-def check_cells(chosen: Sequence[Cell], out: Path) -> None:
-    """Raises UserError on what can be known to be wrong with any cell before hours of others."""
-    for cell in chosen:
+def check_cells(cells: Sequence[Cell], out: Path) -> None:
+    """Checks the config and the data of every cell that is not finished. Raises UserError if one is wrong."""
+    for cell in cells:
         if _finished(out / cell.folder, cell.config) is None:
             prepare(cell.config)
 
 
-def run_sweep(chosen: Sequence[Cell], out: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Runs every cell in its folder of `out`; a finished run is read, a killed one goes on (tadperf).
+def run_sweep(cells: Sequence[Cell], out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Runs every cell in its own folder of `out`. Reads finished runs and resumes killed ones (tadperf).
 
-    A run takes the experts of an earlier one where it would train the very same, and so the rounds of trust, the
-    detector and the diffusion model. Leaves sweep.csv and sweep.png in `out`; returns the fields, rows, one for each
-    cell and network, and paths. Raises UserError on a wrong value.
+    A run takes the experts of an earlier cell if it would train the same ones. So it does with the rounds of trust,
+    the detector and the diffusion model. Writes sweep.csv and sweep.png into `out`. Returns the fields, the rows (one
+    for each cell and network) and the paths. Raises UserError on a wrong value.
     """
     out.mkdir(parents=True, exist_ok=True)
-    noted = [cell._asdict() | {"config": cell.config.model_dump(mode="json")} for cell in chosen]
-    files.write_json(out / NOTE, {"cells": noted})
+    stored = [cell._asdict() | {"config": cell.config.model_dump(mode="json")} for cell in cells]
+    files.write_json(out / CELLS_FILE, {"cells": stored})
+    folders = [out / cell.folder for cell in cells]
     rows: list[dict[str, Any]] = []
-    for cell in chosen:
-        result = _run(cell, [out / other.folder for other in chosen], out, progress)
-        rows += _rows(cell, result)
+    for cell in cells:
+        rows += _rows(cell, _run_cell(cell, folders, out, progress))
+    fields = list(cells[0].values)
     paths = {"sweep": out, "csv": out / "sweep.csv", "plot": out / "sweep.png"}
-    files.write_bytes(paths["csv"], _table(rows).encode())
-    save_curves(paths["plot"], list(chosen[0].values), rows)
-    return {"fields": list(chosen[0].values), "rows": rows, "paths": {name: str(path) for name, path in paths.items()}}
+    files.write_bytes(paths["csv"], _csv(rows).encode())
+    save_safely(save_curves, paths["plot"], fields, rows)
+    return {"fields": fields, "rows": rows, "paths": {name: str(path) for name, path in paths.items()}}
 
 
-def _finished(place: Path, config: Config) -> dict[str, Any] | None:
-    return finished_result(place, _as_started(place, config)) if place.exists() else None
+def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
+    return finished_result(folder, _stored_form(folder, config)) if folder.exists() else None
 
 
-def _as_started(place: Path, config: Config) -> Config:
-    """`config` with the place of the experts that a run already there has taken."""
-    before = stored_config(place)
-    return _with_experts(config, before.experts.path if before and not config.experts.path else config.experts.path)
+def _stored_form(folder: Path, config: Config) -> Config:
+    """Returns `config` with the experts.path that the run in `folder` already has."""
+    stored = stored_config(folder)
+    return _with_experts(config, stored.experts.path if stored and not config.experts.path else config.experts.path)
 
 
 def _with_experts(config: Config, path: str | None) -> Config:
     return config.model_copy(update={"experts": config.experts.model_copy(update={"path": path})})
 
 
-def _run(cell: Cell, others: Sequence[Path], out: Path, progress: Progress) -> dict[str, Any]:
-    pass
-
-    place = out / cell.folder
-    if (result := _finished(place, cell.config)) is not None:
+def _run_cell(cell: Cell, folders: Sequence[Path], out: Path, progress: Progress) -> dict[str, Any]:
+    """Returns the result of a cell. folders: of all cells of the sweep."""
+    folder = out / cell.folder
+    if (result := _finished(folder, cell.config)) is not None:
         return result
 
-    def named(stage: str, done: int, total: int, **values: object) -> None:
+    def report(stage: str, done: int, total: int, **values: object) -> None:
         progress(f"{cell.folder}: {stage}", done, total, **values)
 
     task = prepare(cell.config)
-    if place.exists() and stored_config(place) is not None:
-        task = replace(task, config=_as_started(place, cell.config))
+    if folder.exists() and stored_config(folder) is not None:
+        task = replace(task, config=_stored_form(folder, cell.config))
     elif not cell.config.experts.path:
-        for other in others:
-            if (other / "DONE").exists() and (other / "experts").is_dir():
-                same = replace(task, config=_with_experts(task.config, str(other.resolve())))
-                try:
-                    shared_experts_folder(same)
-                except UserError:
-                    continue
-                task = same
-                break
-    with Run.create(place, task.config, place.exists()) as run:
-        for other in others:
+        task = _share_experts(task, folders)
+    with Run.create(folder, task.config, folder.exists()) as run:
+        for other in folders:
             start.inherit(other, task, run)
-        return distill_task(task, run, named)
+        return distill_task(task, run, report)
+
+
+def _share_experts(task: Task, folders: Sequence[Path]) -> Task:
+    """Returns the task with the experts of the first finished run that fit it, or the task itself."""
+    for folder in folders:
+        if (folder / "DONE").exists() and (folder / "experts").is_dir():
+            sharing = replace(task, config=_with_experts(task.config, str(folder.resolve())))
+            try:
+                shared_experts_folder(sharing)
+            except UserError:
+                continue
+            return sharing
+    return task
 
 
 def _rows(cell: Cell, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Accuracies in [0, 1], mean and deviation; baselines where the run has them; seconds."""
-    known = {name: result["baselines"][name]["mean"] for name in SWEEP_BASELINES if name in result["baselines"]}
+    """Returns a row for each network: accuracies in [0, 1] as mean and deviation, baselines if known, seconds."""
+    baselines = {name: result["baselines"][name]["mean"] for name in SWEEP_BASELINES if name in result["baselines"]}
     return [
         {
             **cell.values,
@@ -188,7 +195,7 @@ def _rows(cell: Cell, result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "accuracy": scores["mean"],
             "std": scores["std"],
             "runs": len(scores["runs"]),
-            **known,
+            **baselines,
             "seconds": result["seconds"],
             "folder": cell.folder,
         }
@@ -196,13 +203,13 @@ def _rows(cell: Cell, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV; a list, and what is not there, as JSON has it."""
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows as CSV. Lists and None are written as JSON."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        cells = (row.get(name, "") for name in columns)
-        writer.writerow([c if isinstance(c, (str, int, float)) else json.dumps(c) for c in cells])
+        values = (row.get(name, "") for name in columns)
+        writer.writerow([v if isinstance(v, (str, int, float)) else json.dumps(v) for v in values])
     return text.getvalue()

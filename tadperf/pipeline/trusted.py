@@ -1,15 +1,15 @@
-"""The stages data and trust: which samples are learned from, and with which labels."""
+"""The stages data and trust: selects the samples that a run learns from, and their labels."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tadperf.pipeline.result import trust_report
+from tadperf.nets.problem import Problem
 from tadperf.progress import Progress
 from tadperf.refine.start import starting_trust
+from tadperf.report.drawing import save_safely
 from tadperf.report.trust_growth import save_trust_growth
 from tadperf.run.folder import Run
 from tadperf.task.samples import NormalisedData, SampleSelection, normalise_data, select_samples
@@ -19,58 +19,52 @@ from tadperf.trust.metrics import round_metrics
 from tadperf.trust.state import RECALLED, TRUSTED, TrustState
 
 
-def trusted_samples(
-    task: Task, data: NormalisedData, run: Run, progress: Progress
-) -> tuple[SampleSelection, dict[str, Any]]:
-    """What is learned from: by the dual loop, by the true labels, or all as given; and what the report says of it."""
-    train, mode = task.train, task.config.trust.mode
-    everyone, rounds = torch.arange(len(train)), []
-    if mode == "off":
-        samples = select_samples(task, everyone, train.labels)
-    elif mode == "oracle":
-        assert train.clean_labels is not None
-        samples = select_samples(task, everyone, train.clean_labels)
-    else:
-        rounds = find_trusted(task, data, run, progress)
-        index, labels, weights = rounds[-1].view()
-        certain = rounds[-1].verdict[index]
-        samples = select_samples(task, index, labels, weights, (certain == TRUSTED) | (certain == RECALLED))
-    return samples, trust_report(task, samples, rounds)
-
-
-def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress) -> list[TrustState]:
-    """The stage "trust": the dual loop, round by round; a resumed run reads the rounds that are finished."""
-    config, train = task.config, task.train
-    with run.stage("trust"):
-        if config.refine.start and config.synthesis != "matching":
-            state = starting_trust(Path(config.refine.start), train)
-            rounds = [state]
-        else:
-            state, rounds = dual_loop(
-                data.train,
-                train.labels,
-                train.class_names,
-                config.net,
-                config.trust,
-                config.data.augment,
-                config.seed,
-                task.device,
-                run.path / "trust",
-                progress,
-            )
-        state.save(run.path / "trust.safetensors")
-        state.export(run.path / "labels.csv")
-        save_trust_growth(run.path / "trust.png", rounds)
-        run.rewind("trust", 0)
-        for record in round_metrics(rounds, train.clean_labels):
-            run.log("trust", record.pop("round"), **record)
-    return rounds
-
-
 def load_data(task: Task, run: Run, progress: Progress) -> NormalisedData:
-    """The stage "data"."""
+    """The stage "data": normalises the images."""
     with run.stage("data"):
         progress("data", 0, 1)
         data = normalise_data(task)
         progress("data", 1, 1)
     return data
+
+
+def trusted_samples(
+    task: Task, data: NormalisedData, run: Run, progress: Progress
+) -> tuple[SampleSelection, list[TrustState]]:
+    """Selects the samples as trust.mode says, and returns the rounds of the dual loop.
+
+    on: the samples that the dual loop trusts. off: all samples under their given labels. oracle: all samples under
+    their clean labels. The modes off and oracle have no rounds.
+    """
+    train, mode = task.train, task.config.trust.mode
+    if mode == "on":
+        rounds = find_trusted(task, data, run, progress)
+        index, labels, weights = rounds[-1].view()
+        verdict = rounds[-1].verdict[index]
+        confirmed = (verdict == TRUSTED) | (verdict == RECALLED)
+        return select_samples(task, index, labels, weights, confirmed), rounds
+    labels = train.clean_labels if mode == "oracle" else train.labels
+    assert labels is not None
+    return select_samples(task, torch.arange(len(train)), labels), []
+
+
+def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress) -> list[TrustState]:
+    """The stage "trust": runs the dual loop and returns its rounds. A resumed run reads the finished rounds.
+
+    With refine.start it returns the trust state of that run instead.
+    """
+    config, train = task.config, task.train
+    with run.stage("trust"):
+        if config.refine.start and config.synthesis != "matching":
+            rounds = [starting_trust(Path(config.refine.start), train)]
+        else:
+            names, augment = train.class_names, config.data.augment
+            problem = Problem(data.train, train.labels, names, config.net, augment, config.seed, task.device)
+            rounds = dual_loop(problem, config.trust, run.path / "trust", progress).rounds
+        rounds[-1].save(run.path / "trust.safetensors")
+        rounds[-1].export(run.path / "labels.csv")
+        save_safely(save_trust_growth, run.path / "trust.png", rounds)
+        run.rewind("trust", 0)
+        for record in round_metrics(rounds, train.clean_labels):
+            run.log("trust", record.pop("round"), **record)
+    return rounds

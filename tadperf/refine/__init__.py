@@ -1,5 +1,5 @@
-"""Images made by a diffusion model from prototypes, judged by a detector and made again where it objects.
+"""Images made by a diffusion model from prototypes, checked by a detector, and generated again if they fail the check.
 
-After label-consistent distillation with detector-guided refinement (arXiv 2507.13074), of which the abstract states the
-anomaly rule, the pool of the k most confident candidates and the choice of the least similar; the rest is tadperf's.
+Follows label-consistent distillation with detector-guided refinement (arXiv 2507.13074). Its abstract states the rule
+for anomalies, the pool of the k most confident candidates and the choice of the least similar one. The rest is ours.
 """

@@ -6,22 +6,22 @@ from pathlib import Path
 
 from tadperf.config import Config
 from tadperf.errors import UserError
-from tadperf.refine import start
 from tadperf.refine.models import sampling
-from tadperf.refine.models.base import kind
+from tadperf.refine.models.base import model_kind
+from tadperf.refine.start import config_of
 
 
 def check_refine_config(config: Config) -> None:
-    """Refuses what can be known to be wrong before anything is computed."""
-    r = config.refine
-    if r.top_k > r.candidates:
-        raise UserError("refine.top_k", r.top_k, f"must not be above refine.candidates = {r.candidates}")
-    if "{name}" not in r.prompt:
-        raise UserError("refine.prompt", r.prompt, "must hold {name}, where the class's name goes")
-    if r.reach < r.strength:
-        raise UserError("refine.reach", r.reach, f"must not be below refine.strength = {r.strength}")
-    sampling.taken(r.steps, r.strength)
-    if r.source != "train":
-        kind(r.source)
-    if r.start:
-        start.config_of(Path(r.start))
+    """Raises UserError for every mistake that the config alone shows."""
+    refine = config.refine
+    if refine.top_k > refine.candidates:
+        raise UserError("refine.top_k", refine.top_k, f"must not be above refine.candidates = {refine.candidates}")
+    if "{name}" not in refine.prompt:
+        raise UserError("refine.prompt", refine.prompt, "must contain {name}, which stands for the class name")
+    if refine.reach < refine.strength:
+        raise UserError("refine.reach", refine.reach, f"must not be below refine.strength = {refine.strength}")
+    sampling.num_steps(refine.steps, refine.strength)
+    if refine.source != "train":
+        model_kind(refine.source)
+    if refine.start:
+        config_of(Path(refine.start))

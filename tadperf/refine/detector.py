@@ -1,4 +1,4 @@
-"""The detector: a classifier of the trusted samples that says which generated images do not show their class."""
+"""The detector: a classifier trained on the trusted samples. It finds images that do not show their class."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from tadperf.errors import UserError
 from tadperf.kernels import per_sample
 from tadperf.nets import training
 from tadperf.nets.architectures import build
+from tadperf.nets.problem import Problem
 from tadperf.nets.training import Recipe
 
-BATCH = 1024  # images judged at a time
-ERRORS = 3.0  # standard errors that the accuracy has to lie above chance
+BATCH = 1024  # images classified at a time
+ERRORS = 3.0  # the accuracy must exceed chance by this many standard errors; not tuned
 
 
 class DetectorOutput(NamedTuple):
-    """What the detector says of M images: logits float32 [M, C] and penultimate features float32 [M, D]."""
+    """The detector's output for M images: logits float32 [M, C] and penultimate features float32 [M, D]."""
 
     logits: Tensor
     features: Tensor
 
 
 def compile_detector(detector: nn.Module, config: RefineConfig, batches: int) -> nn.Sequential:
-    """The detector in two parts, of which the first, to the features, runs by refine.backend; the weights are shared.
+    """Returns the detector in two parts that share its weights; the part up to the features runs on refine.backend.
 
-    batches: how many batches of images it is likely to judge.
+    batches: the expected number of batches of images.
     """
     assert isinstance(detector, nn.Sequential)
     features = compile_for_inference(
@@ -44,65 +45,58 @@ def compile_detector(detector: nn.Module, config: RefineConfig, batches: int) ->
 
 @torch.no_grad()
 def classify_images(detector: nn.Module, images: Images, batch: int = BATCH) -> DetectorOutput:
-    """Logits and features of normalised images [M, channels, H, W]; the features are what the last layer reads."""
+    """Returns logits and features of normalised images [M, channels, H, W]; features are the last layer's input."""
     assert isinstance(detector, nn.Sequential)
     device = next(detector.parameters()).device
     features = [
         detector[:-1](images[torch.arange(start, min(start + batch, len(images)))].to(device))
         for start in range(0, len(images), batch)
     ]
-    whole = torch.cat(features)
-    return DetectorOutput(detector[-1](whole), whole)
+    joined = torch.cat(features)
+    return DetectorOutput(detector[-1](joined), joined)
 
 
-def train_detector(
-    config: DetectorConfig,
-    images: Images,
-    labels: Tensor,
-    weights: Tensor | None,
-    num_classes: int,
-    augment: str,
-    seed: int,
-    device: torch.device,
-) -> nn.Module:
-    """A fresh detector trained on normalised images [N, channels, H, W] with labels int64 [N] and weights float [N]."""
-    module = build_detector(config, images, num_classes, seeds.derive(seed, "detector")).to(device)
-    recipe = Recipe(config.epochs, config.batch, config.lr, config.momentum, config.weight_decay, augment)
-    return training.fit(module, images, labels, recipe, seeds.derive(seed, "detector"), weights=weights)
+def train_detector(config: DetectorConfig, problem: Problem) -> nn.Module:
+    """Trains a new detector on the images, labels int64 [N] and weights of `problem`, whose `net` is not used."""
+    seed = seeds.derive(problem.seed, "detector")
+    module = build_detector(config, problem.images, problem.num_classes, seed).to(problem.device)
+    recipe = Recipe(config.epochs, config.batch, config.lr, config.momentum, config.weight_decay, problem.augment)
+    return training.fit(module, problem.images, problem.labels, recipe, seed, weights=problem.weights)
 
 
 def build_detector(config: DetectorConfig, images: Images, num_classes: int, seed: int) -> nn.Module:
-    """The detector's network for these images, untrained."""
+    """Returns the detector's untrained network for these images."""
     channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
     return build(config, (channels, height, width), num_classes, seed)
 
 
 def load_detector(path: Path | str, module: nn.Module, num_classes: int) -> nn.Module:
-    """`module` with the weights of a safetensors file; raises UserError where they are another network's."""
+    """Returns `module` with the weights of a safetensors file. Raises UserError if they belong to another network."""
     tensors, _ = files.load_tensors(path)
-    wanted = module.state_dict()
-    last = next(name for name in reversed(wanted) if name.endswith("bias"))
-    if last in tensors and wanted[last].shape != tensors[last].shape:
-        classes = f"tells {tensors[last].numel()} classes apart, the data have {num_classes}"
-        raise UserError("detector.path", path, f"{classes}; give one trained on these classes")
-    for name, value in wanted.items():
+    expected = module.state_dict()
+    last = next(name for name in reversed(expected) if name.endswith("bias"))
+    if last in tensors and expected[last].shape != tensors[last].shape:
+        classes = f"it was trained on {tensors[last].numel()} classes, the data have {num_classes}"
+        raise UserError("detector.path", path, f"{classes}; use a detector of these classes")
+    for name, value in expected.items():
         if name not in tensors:
-            held = ", ".join(sorted(tensors)[:4])
-            raise UserError("detector.path", path, f"has no {name!r}, only {held}...; set detector.name, depth, width")
+            names = ", ".join(sorted(tensors)[:4]) or "nothing"
+            remedy = f"tensor {name!r} is missing (the file holds {names}, ...); set detector.name, depth and width"
+            raise UserError("detector.path", path, remedy)
         if tensors[name].shape != value.shape:
-            sizes = f"{name} is {list(tensors[name].shape)}, not {list(value.shape)}"
-            raise UserError("detector.path", path, f"{sizes}; set detector.name, depth and width to its network")
-    if extra := sorted(tensors.keys() - wanted.keys()):
-        raise UserError("detector.path", path, f"holds {extra[0]!r}, which the network has not; set detector.depth")
+            sizes = f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
+            raise UserError("detector.path", path, f"{sizes}; set detector.name, depth and width to match the file")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise UserError("detector.path", path, f"the network has no tensor {extra[0]!r}; set detector.depth")
     module.load_state_dict(tensors)
     return module.eval()
 
 
 def check_detector(detector: nn.Module, images: Images, labels: Tensor, class_names: tuple[str, ...]) -> float:
-    """Accuracy on held-out normalised images with labels int64 [N]; a detector that cannot be believed is refused.
+    """Returns the accuracy on held-out normalised images with labels int64 [N], and refuses a useless detector.
 
-    Raises UserError where its accuracy is not three standard errors above chance, and where a permutation of its
-    classes explains its answers: several classes of which each is mostly taken for another one, each for its own.
+    Raises UserError if the accuracy is less than three standard errors above chance, or if the detector's classes are
+    in another order: several classes are each mostly predicted as another class, and these form a permutation.
     """
     logits = classify_images(detector, images).logits
     count, classes = logits.shape
@@ -110,10 +104,12 @@ def check_detector(detector: nn.Module, images: Images, labels: Tensor, class_na
     prediction = per_sample(logits, labels).prediction.long()
     confusion = torch.bincount(labels * classes + prediction, minlength=classes**2).view(classes, classes).cpu()
     accuracy = float(confusion.trace()) / count
-    order = permutation(confusion)
+    order = class_permutation(confusion)
     if moved := [c for c in range(classes) if order[c] != c]:
-        swapped = ", ".join(f"{class_names[c]!r} for its {class_names[order[c]]!r}" for c in moved[:4])
-        remedy = f"takes {swapped}: its classes are in another order (accuracy {accuracy:.3f}); reorder its last layer"
+        swapped = ", ".join(f"{class_names[c]!r} as {class_names[order[c]]!r}" for c in moved[:4])
+        remedy = (
+            f"predicts {swapped} (accuracy {accuracy:.3f}): its classes are in another order; reorder its last layer"
+        )
         raise UserError("detector", f"{len(moved)} of {classes} classes", remedy)
     chance = 1 / classes
     least = chance + ERRORS * math.sqrt(chance * (1 - chance) / count)
@@ -123,22 +119,22 @@ def check_detector(detector: nn.Module, images: Images, labels: Tensor, class_na
     return accuracy
 
 
-def permutation(confusion: Tensor) -> list[int]:
-    """Which of the detector's classes answers for each class; the identity unless cycles of clear majorities say more.
+def class_permutation(confusion: Tensor) -> list[int]:
+    """Returns which of the detector's classes stands for each class; the identity without clear evidence (tadperf).
 
-    confusion: int64 [C, C], rows the labels. A class is moved where another answer has more than half of its samples,
-    no other class has that answer too, and following the answers leads back to it.
+    confusion: int64 [C, C], one row per label. A class is moved if more than half of its samples are predicted as one
+    other class, and if following these predictions from class to class leads back to it.
     """
     total = confusion.sum(1)
-    share, answer = confusion.max(1)
-    clear = {c: int(answer[c]) for c in range(len(total)) if 2 * int(share[c]) > int(total[c])}
+    count, prediction = confusion.max(1)
+    majority = {c: int(prediction[c]) for c in range(len(total)) if 2 * int(count[c]) > int(total[c])}
     order = list(range(len(total)))
-    for start in clear:
-        cycle, at = [start], clear[start]
-        while at in clear and at not in cycle:
-            cycle.append(at)
-            at = clear[at]
-        if at == start and len(cycle) > 1:
+    for start in majority:
+        cycle, current = [start], majority[start]
+        while current in majority and current not in cycle:
+            cycle.append(current)
+            current = majority[current]
+        if current == start and len(cycle) > 1:
             for c in cycle:
-                order[c] = clear[c]
+                order[c] = majority[c]
     return order

@@ -1,4 +1,4 @@
-"""Prototypes: what a diffusion model starts the images of a class from."""
+"""Prototypes: the points from which a diffusion model generates the images of a class."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tadperf import seeds
 from tadperf.config import RefineConfig
-from tadperf.data.pick import distinct
+from tadperf.data.pick import assign_distinct
 from tadperf.errors import UserError
 
 NEIGHBOURS = 20  # of the local outlier factor (scikit-learn's default)
 
 
-def prototypes(
+def class_prototypes(
     pixels: Callable[[Tensor], Tensor],
     encode: Callable[[Tensor], Tensor],
     labels: Tensor,
@@ -24,34 +24,38 @@ def prototypes(
     config: RefineConfig,
     seed: int,
 ) -> Tensor:
-    """`ipc` k-means prototypes of every class in the diffusion model's space, float32 [C * ipc, ...], class by class.
+    """Returns `ipc` k-means prototypes of each class in the diffusion model's space: float32 [C * ipc, ...].
 
-    pixels: uint8 images by index int64 [B]; encode: images to the model's space; labels: int64 [N], -1 for samples that
-    are not trusted. "latents" clusters encoded images and takes the centres; "pixels" clusters pixels and takes the
-    samples nearest to the centres, encoded (tadperf). One class at a time is held. Raises UserError where a class has
-    fewer trusted samples than `ipc`.
+    pixels: returns uint8 images by index int64 [B]. encode: maps images to the model's space. labels: int64 [N], -1 for
+    samples that are not trusted. With refine.prototypes = "latents", the prototypes are the centres of clusters of the
+    encoded images. With "pixels", they are the encoded samples nearest to the centres of clusters of pixels (tadperf).
+    Holds one class at a time. Raises UserError if a class has fewer than `ipc` trusted samples.
     """
-    made = []
+    prototypes = []
     for label, name in enumerate(class_names):
-        own = (labels == label).nonzero()[:, 0]
-        if len(own) < ipc:
-            held = f"class {name!r} has {len(own) or 'no'} trusted sample{'s' * (len(own) != 1)}"
-            raise UserError("--ipc", ipc, f"{held}; take fewer images per class, or loosen what is trusted")
-        images, state = pixels(own), seeds.derive(seed, "prototypes", label) % 2**32
+        members = (labels == label).nonzero()[:, 0]
+        if len(members) < ipc:
+            size = f"class {name!r} has {len(members) or 'no'} trusted sample{'s' * (len(members) != 1)}"
+            raise UserError("--ipc", ipc, f"{size}; use fewer images per class, or trust more samples")
+        images, state = pixels(members), seeds.derive(seed, "prototypes", label) % 2**32
         latents = config.prototypes == "latents"
         points = encode(images) if latents else images.float()
-        inside = inliers(points.flatten(1).cpu(), config.outliers, ipc)
-        points, images = points[inside.to(points.device)], images[inside.to(images.device)]
+        kept = inliers(points.flatten(1).cpu(), config.outliers, ipc)
+        points, images = points[kept.to(points.device)], images[kept.to(images.device)]
         centres = k_means(points.flatten(1).cpu(), ipc, state)
         if latents:
-            made.append(centres.view(ipc, *points.shape[1:]))
+            prototypes.append(centres.view(ipc, *points.shape[1:]))
         else:
-            made.append(encode(images[distinct(torch.cdist(centres, points.flatten(1).cpu())).to(images.device)]).cpu())
-    return torch.cat(made)
+            nearest = assign_distinct(torch.cdist(centres, points.flatten(1).cpu()))
+            prototypes.append(encode(images[nearest.to(images.device)]).cpu())
+    return torch.cat(prototypes)
 
 
 def k_means(points: Tensor, count: int, state: int) -> Tensor:
-    """Centres float32 [count, D] of points [N, D]. One thread: scikit-learn's sums over threads have no fixed order."""
+    """Returns the k-means centres of points [N, D], float32 [count, D].
+
+    Uses one thread: scikit-learn sums over threads in no fixed order.
+    """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
@@ -62,9 +66,9 @@ def k_means(points: Tensor, count: int, state: int) -> Tensor:
 
 
 def inliers(points: Tensor, share: float, least: int) -> Tensor:
-    """bool [N]: points [N, D] without the `share` of highest local outlier factor (Breunig et al., 2000).
+    """Returns which of the points [N, D] to keep, bool [N].
 
-    At least `least` points stay.
+    Drops the `share` of points with the highest local outlier factor (Breunig et al., 2000), but keeps `least`.
     """
     keep = torch.ones(len(points), dtype=torch.bool)
     drop = min(int(share * len(points)), len(points) - least)

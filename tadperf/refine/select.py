@@ -1,4 +1,4 @@
-"""Which generated images are anomalous, and which candidates take their places."""
+"""Finds anomalous images, and chooses the candidates that replace them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tadperf.kernels import diverse_pick, per_sample
 from tadperf.refine.detector import DetectorOutput
 
 
-def anomalous(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """bool [M]: whether the detector takes the image for another class, or has less confidence than beta (2507.13074).
+def is_anomalous(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """Returns which images are anomalous, bool [M]: predicted as another class, or confidence below beta (2507.13074).
 
-    logits: float [M, C]; labels: int64 [M], the class each image is meant to show. Logits with NaN are anomalous.
+    logits: float [M, C]; labels: int64 [M], the class that each image should show. NaN logits are anomalous.
     """
-    said = per_sample(logits, labels)
-    return ~((said.prediction == labels) & (said.confidence >= beta))
+    output = per_sample(logits, labels)
+    return ~((output.prediction == labels) & (output.confidence >= beta))
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """q_c float64 [...]: the probability of the wanted class; logits [..., C], labels int64 [...].
+    """Returns q_c, the probability of each label, float64 [...]; logits [..., C], labels int64 [...].
 
-    In float64, since in float32 the candidates of a sure detector all stand at 1 and have no order.
+    Uses float64: in float32, all candidates of a confident detector round to 1 and cannot be ranked.
     """
     return logits.double().softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
@@ -30,25 +30,28 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 def choose(
     candidates: DetectorOutput, labels: Tensor, qualified: Tensor, qualified_labels: Tensor, config: RefineConfig
 ) -> Tensor:
-    """The winner's place among the candidates of each anomaly, int64 [A]; -1 where none is finite (2507.13074).
+    """Returns the index of the best candidate for each of A anomalies, int64 [A]; -1 if none is finite (2507.13074).
 
     candidates: logits [A, N, C] and features [A, N, D]; labels int64 [A]. qualified: features [Q, D] of the images that
-    are not anomalous, of classes qualified_labels [Q]. Only candidates of the right label compete, where there is one.
+    are not anomalous, with classes qualified_labels [Q]. If some are predicted as their label, only they compete.
     """
-    wanted = labels[:, None].expand(candidates.logits.shape[:2])
-    right = candidates.logits.argmax(-1) == wanted
-    scores = confidence(candidates.logits, wanted)
-    scores = scores.masked_fill(~right & right.any(1, keepdim=True), -torch.inf)
+    expected = labels[:, None].expand(candidates.logits.shape[:2])
+    correct = candidates.logits.argmax(-1) == expected
+    scores = confidence(candidates.logits, expected)
+    scores = scores.masked_fill(~correct & correct.any(1, keepdim=True), -torch.inf)
     return diverse_pick(
         candidates.features, scores, qualified, labels, qualified_labels, top_k=config.top_k, weight=config.weight
     ).index
 
 
 def diversity(features: Tensor, labels: Tensor) -> float:
-    """Mean distance of two images of a class in features [M, D], over the classes with two or more; NaN without any."""
+    """Returns the mean distance between two images of one class in features [M, D], averaged over the classes.
+
+    Classes with one image do not count. NaN if no class has two images.
+    """
     means = []
     for label in labels.unique():
-        own = features[labels == label].double()
-        if len(own) > 1:
-            means.append(torch.cdist(own, own).sum() / (len(own) * (len(own) - 1)))
+        points = features[labels == label].double()
+        if len(points) > 1:
+            means.append(torch.cdist(points, points).sum() / (len(points) * (len(points) - 1)))
     return float(torch.stack(means).mean()) if means else float("nan")

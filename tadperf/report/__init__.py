@@ -1,1 +1,1 @@
-"""Pictures and tables of what a run made."""
+"""Pictures of the results of a run."""

@@ -1,74 +1,87 @@
-"""The distilled images as one picture: a row for each class, a column for each image of it."""
+"""The distilled images as one picture: a row for each class, a column for each image of the class."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.files import write_bytes
+from tadperf.report.drawing import (
+    BACKGROUND,
+    FAINT,
+    INK,
+    MARGIN,
+    MAX_NAME,
+    MEGAPIXELS,
+    cell_size,
+    paste,
+    save_png,
+    to_drawable,
+)
+from tadperf.report.text import draw_text, drawable_names, text_width, widest
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
-    from torch import Tensor
 
     from tadperf.artifact import DistilledSet
 
-CELL = 48  # pixels that a small image is enlarged to, at least: an 8 x 8 digit is then well visible
-WIDTH = 2400  # of the images of one row; wider ones are not enlarged
-MEGAPIXELS = 12  # of the whole picture; beyond, only the first images of each class are shown
-GAP = 2  # between images
-MARGIN = 12
-BACKGROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+CELL = 48  # pixels to which a small image is enlarged: an 8 x 8 digit is then easy to see
+MAX_CELL = 256  # pixels to which a large image is reduced
+MAX_ROWS = 1000  # classes that are drawn
+WIDTH = 2400  # pixels of the images of one row; images of wider rows are not enlarged
+GAP = 2  # pixels between images
+HEADLINE = 16  # pixels of the headline's font
 
 
 def save_grid(path: Path | str, distilled: DistilledSet) -> None:
-    """Writes `grid` as a PNG file, atomically."""
-    buffer = io.BytesIO()
-    draw_grid(distilled).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    """Writes the picture of `draw_grid` as a PNG file, atomically."""
+    save_png(path, draw_grid(distilled))
 
 
 def draw_grid(distilled: DistilledSet) -> Image:
-    """A picture of the set: a headline, then one row per class with its name; nearest-neighbour enlarged (tadperf)."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Draws a headline, then one row for each class with its name and its images (tadperf).
 
+    Sets that would take more than about 12 megapixels are drawn in part; the headline says so.
+    """
+    from PIL import Image, ImageDraw
+
+    classes = min(distilled.num_classes, MAX_ROWS)
     pixels, labels = to_drawable(distilled.pixels()), distilled.hard_labels.numpy()
-    rows = [pixels[labels == label] for label in range(distilled.num_classes)]
-    _, height, width = distilled.shape
+    rows = [pixels[labels == label] for label in range(classes)]
     longest = max(1, *(len(row) for row in rows))
-    scale = max(1, min(-(-CELL // max(height, width)), WIDTH // (longest * width)))
-    step_x, step_y = width * scale + GAP, height * scale + GAP
-    shown = max(1, min(longest, int(MEGAPIXELS * 1e6 / (step_x * step_y * len(rows)))))
+    height, width = _cell(distilled, longest, classes)
+    step_x, step_y = width + GAP, height + GAP
+    columns = max(1, min(longest, int(MEGAPIXELS * 1e6 / (step_x * step_y * classes))))
 
-    font = ImageFont.load_default(max(10, min(16, step_y - 2)))
-    headline = _headline(distilled, shown, longest)
-    label_width = int(max(font.getlength(name) for name in distilled.class_names)) + MARGIN
-    top = 2 * MARGIN + 16
-    full_width = 2 * MARGIN + max(label_width + shown * step_x, int(ImageFont.load_default(16).getlength(headline)))
-    picture = Image.new("RGB", (full_width, top + len(rows) * step_y + MARGIN), BACKGROUND)
+    names = drawable_names(distilled.class_names[:classes])
+    size = max(10, min(16, step_y - 2))
+    headline = _headline(distilled, columns, longest, classes, names.note)
+    name_width = widest(names.texts, size, MAX_NAME) + MARGIN
+    top = 2 * MARGIN + HEADLINE
+    full_width = 2 * MARGIN + max(name_width + columns * step_x, int(text_width(headline, HEADLINE)))
+    picture = Image.new("RGB", (full_width, top + classes * step_y + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN), headline, FAINT, ImageFont.load_default(16))
-    for label, (name, row) in enumerate(zip(distilled.class_names, rows, strict=True)):
+    draw_text(draw, (MARGIN, MARGIN), headline, HEADLINE, FAINT)
+    for label, (name, row) in enumerate(zip(names.texts, rows, strict=True)):
         y = top + label * step_y
-        draw.text((MARGIN + label_width - MARGIN, y + (step_y - GAP) // 2), name, INK, font, anchor="rm")
-        for column, image in enumerate(row[:shown]):
-            large = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            picture.paste(large, (MARGIN + label_width + column * step_x, y))
+        draw_text(draw, (name_width, y + height // 2), name, size, INK, "rm", MAX_NAME)
+        for column, image in enumerate(row[:columns]):
+            paste(picture, image, (MARGIN + name_width + column * step_x, y), (height, width))
     return picture
 
 
-def _headline(distilled: DistilledSet, shown: int, longest: int) -> str:
-    every = f"{longest} image{'s' if longest > 1 else ''} each"
-    count = every if shown == longest else f"{shown} of {longest} images each"
+def _cell(distilled: DistilledSet, longest: int, classes: int) -> tuple[int, int]:
+    """Height and width of one image: enlarged if the row has room, reduced if one column is too large."""
+    _, height, width = distilled.shape
+    room = min(CELL, max(height, width) * max(1, WIDTH // (longest * width)))
+    largest = min(MAX_CELL, int((MEGAPIXELS * 1e6 / classes) ** 0.5))
+    return cell_size(height, width, room, largest)
+
+
+def _headline(distilled: DistilledSet, columns: int, longest: int, classes: int, note: str) -> str:
+    images = f"{longest} image{'s' if longest > 1 else ''} each"
+    images = images if columns == longest else f"{columns} of {longest} images each"
+    total = distilled.num_classes
+    shown = f"{total} class{'es' if total > 1 else ''}" if classes == total else f"{classes} of {total} classes"
     name, method = distilled.data.get("name", ""), distilled.config.get("match", {}).get("method", "")
-    parts = [name, f"{distilled.num_classes} classes, {count}", method, f"seed {distilled.seed}"]
-    return "   ".join(part for part in parts if part)
-
-
-def to_drawable(pixels: Tensor) -> np.ndarray:
-    """uint8 [M, H, W, 3], or [M, H, W] where there are not three channels: then their mean."""
-    if pixels.shape[1] == 3:
-        return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-    return pixels.float().mean(1).round().byte().numpy()
+    parts = [shown, images, method, f"seed {distilled.seed}", note]
+    return f"{name or 'distilled set'}: " + ", ".join(part for part in parts if part)

@@ -1,21 +1,35 @@
-"""Images before and after refinement, each with the detector's verdict, as one picture."""
+"""Images before and after refinement, with the detector's prediction for each, as one picture."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.files import write_bytes
-from tadperf.report.grid import BACKGROUND, CELL, FAINT, INK, MARGIN, MEGAPIXELS, to_drawable
+from tadperf.report.drawing import (
+    BACKGROUND,
+    FAINT,
+    INK,
+    MARGIN,
+    MAX_NAME,
+    MEGAPIXELS,
+    cell_size,
+    paste,
+    save_png,
+    to_drawable,
+)
+from tadperf.report.text import draw_text, drawable_names, widest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
     from torch import Tensor
 
-WRONG, UNSURE = (190, 30, 30), (190, 120, 0)  # taken for another class; right, but with less confidence than beta
-CAPTION, GAP, HEAD = 14, 6, 22  # pixels: below an image, between images, above a panel
-MOST = 24  # images of a class that are shown
+WRONG, UNSURE = (190, 30, 30), (190, 120, 0)  # predicted as another class; right class, confidence below beta
+CELL, MAX_CELL = 48, 160  # pixels to which a small image is enlarged and a large one reduced
+CAPTION, GAP, HEAD = 14, 6, 58  # pixels: below an image, between images, above the panels
+MAX_SHOWN = 24  # images of a class
+MAX_ROWS = 500  # classes
+FONT = 11
 
 
 def save_refined(
@@ -26,10 +40,8 @@ def save_refined(
     class_names: tuple[str, ...],
     beta: float,
 ) -> None:
-    """Writes `refined` as a PNG file, atomically."""
-    buffer = io.BytesIO()
-    draw_refined(images, labels, logits, class_names, beta).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    """Writes the picture of `draw_refined` as a PNG file, atomically."""
+    save_png(path, draw_refined(images, labels, logits, class_names, beta))
 
 
 def draw_refined(
@@ -39,38 +51,53 @@ def draw_refined(
     class_names: tuple[str, ...],
     beta: float,
 ) -> Image:
-    """Two panels, before and after: a row per class; below each image what it is taken for and with what confidence.
+    """Draws two panels, before and after, with a row for each class; below each image the confidence, and
+    the predicted class if it is another one.
 
-    images: uint8 [M, C, H, W] each; labels: int64 [M], the classes they are meant to show; logits: float [M, K] each.
+    images: uint8 [M, C, H, W] each. labels: int64 [M], the classes the images should show. logits: float [M, K] each.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    rows = [(labels == label).nonzero()[:, 0] for label in range(len(class_names))]
-    _, height, width = images[0].shape[1:]
-    scale = max(1, -(-CELL // max(height, width)))
-    step_x, step_y = max(width * scale, CELL) + GAP, height * scale + CAPTION + GAP
-    longest = max(len(row) for row in rows)
-    shown = max(1, min(longest, MOST, int(MEGAPIXELS * 1e6 / (2 * step_x * step_y * len(rows)))))
-    font = ImageFont.load_default(11)
-    left = int(max(font.getlength(name) for name in class_names)) + 2 * MARGIN
-    panel = shown * step_x + 2 * MARGIN
-    picture = Image.new("RGB", (left + 2 * panel, HEAD + 2 * MARGIN + len(rows) * step_y), BACKGROUND)
+    classes = min(len(class_names), MAX_ROWS)
+    rows = [(labels == label).nonzero()[:, 0] for label in range(classes)]
+    height, width = cell_size(*images[0].shape[2:], CELL, min(MAX_CELL, int((MEGAPIXELS * 5e5 / classes) ** 0.5)))
+    step_x, step_y = max(width, CELL) + GAP, height + CAPTION + GAP
+    longest = max(1, *(len(row) for row in rows))
+    columns = max(1, min(longest, MAX_SHOWN, int(MEGAPIXELS * 1e6 / (2 * step_x * step_y * classes))))
+    names = drawable_names(class_names)
+    left = widest(names.texts[:classes], FONT, MAX_NAME) + 2 * MARGIN
+    panel = max(columns * step_x + 2 * MARGIN, 280)
+    picture = Image.new("RGB", (left + 2 * panel, HEAD + 2 * MARGIN + classes * step_y), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    for side, (title, made, said) in enumerate(zip(("before", "after"), images, logits, strict=True)):
-        confidence, taken_for = said.double().cpu().softmax(1).max(1)
-        pixels, x0 = to_drawable(made.cpu()), left + side * panel
-        flagged = (taken_for != labels) | ~(confidence >= beta)
-        headline = f"{title}: {int(flagged.sum())} of {len(labels)} anomalous, beta {beta:g}"
-        draw.text((x0, MARGIN), headline, FAINT, ImageFont.load_default(14))
+    top = MARGIN + HEAD
+    for label, name in enumerate(names.texts[:classes]):
+        draw_text(draw, (left - MARGIN, top + label * step_y + height // 2), name, FONT, INK, "rm", MAX_NAME)
+    colours = set()
+    for side, title in enumerate(("before", "after")):
+        confidence, predicted = logits[side].double().cpu().softmax(1).max(1)
+        pixels, x0 = to_drawable(images[side]), left + side * panel
+        marked = (predicted != labels) | ~(confidence >= beta)
+        headline = f"{title}: {int(marked.sum())} of {len(labels)} images anomalous"
+        draw_text(draw, (x0, MARGIN), headline, 14, INK, width=panel - MARGIN)
         for label, row in enumerate(rows):
-            y = MARGIN + HEAD + label * step_y
-            if side == 0:
-                draw.text((left - MARGIN, y + height * scale // 2), class_names[label], INK, font, anchor="rm")
-            for column, place in enumerate(row[:shown].tolist()):
-                x, other = x0 + column * step_x, int(taken_for[place])
-                large = Image.fromarray(pixels[place]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-                picture.paste(large, (x, y))
-                ink = WRONG if other != label else UNSURE if flagged[place] else FAINT
-                text = f"{class_names[other][:6]}  {float(confidence[place]):.2f}"
-                draw.text((x, y + height * scale + 1), text, ink, font)
+            for column, place in enumerate(row[:columns].tolist()):
+                x, y, other = x0 + column * step_x, top + label * step_y, int(predicted[place])
+                paste(picture, pixels[place], (x, y), (height, width))
+                colour = WRONG if other != label else UNSURE if marked[place] else FAINT
+                colours.add(colour)
+                caption = f"{float(confidence[place]):.2f}" + (f" {names.texts[other]}" if other != label else "")
+                draw_text(draw, (x, y + height + 1), caption, FONT, colour, width=step_x - GAP)
+    _draw_legend(draw, (left, MARGIN + 20), colours, beta, names.note, 2 * panel - MARGIN)
     return picture
+
+
+def _draw_legend(
+    draw: ImageDraw, position: tuple[int, int], colours: set[tuple[int, int, int]], beta: float, note: str, width: int
+) -> None:
+    """Explains the captions and the colours that appear in the picture."""
+    x, y = position
+    meanings = {FAINT: "number: confidence", WRONG: "red: another class", UNSURE: f"orange: confidence below {beta:g}"}
+    for colour, text in meanings.items():
+        if colour == FAINT or colour in colours:
+            x += int(draw_text(draw, (x, y), text, FONT, colour, width=max(0, position[0] + width - x))) + 16
+    draw_text(draw, (position[0], y + 16), note, FONT, FAINT, width=width)

@@ -1,13 +1,12 @@
-"""The most suspicious labels as one picture: each image with the label it was given and the one suggested."""
+"""The most suspicious labels as one picture: each image with its given label and the suggested label."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.files import write_bytes
-from tadperf.report.grid import BACKGROUND, FAINT, INK, MARGIN, to_drawable
+from tadperf.report.drawing import BACKGROUND, FAINT, INK, MARGIN, cell_size, paste, save_png, to_drawable
+from tadperf.report.text import draw_text, drawable_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,51 +14,43 @@ if TYPE_CHECKING:
     from tadperf.data.dataset import Dataset
     from tadperf.trust.state import TrustState
 
-SHOWN, COLUMNS = 40, 8
-CELL = 112  # pixels of the longer side, at least
+MAX_SHOWN, COLUMNS = 40, 8
+CELL = 112  # pixels of an image's longer side, about
 CAPTION = 34  # pixels below an image: two lines of text
+FONT, HEADLINE, HEAD = 13, 16, 44  # pixels: captions, headline, and both lines above the images
 
 
 def save_suspects(path: Path | str, dataset: Dataset, state: TrustState) -> None:
-    """Writes `suspects` as a PNG file, atomically."""
-    buffer = io.BytesIO()
-    draw_suspects(dataset, state).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    """Writes the picture of `draw_suspects` as a PNG file, atomically."""
+    save_png(path, draw_suspects(dataset, state))
 
 
 def draw_suspects(dataset: Dataset, state: TrustState) -> Image:
-    """The 40 labels held wrong with the highest score, worst first: the given label, struck, over the suggested one."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Draws the 40 suspected label errors with the highest score: given label struck out, suggested label below."""
+    from PIL import Image, ImageDraw
 
     order = state.worst()
-    worst = order[state.issues[order]][:SHOWN]
-    pixels = to_drawable(dataset.images[worst])
-    _, height, width = dataset.shape
-    scale = max(1, CELL // max(height, width))
-    cell_x, cell_y = max(width * scale, CELL) + MARGIN, height * scale + CAPTION + MARGIN
+    worst = order[state.issues[order]][:MAX_SHOWN]
+    images = to_drawable(dataset.images[worst])
+    height, width = cell_size(*dataset.shape[1:], CELL, CELL)
+    cell_x, cell_y = max(width, CELL) + MARGIN, height + CAPTION + MARGIN
     rows = max(1, -(-len(worst) // COLUMNS))
-    font, top = ImageFont.load_default(13), 2 * MARGIN + 16
-    picture = Image.new("RGB", (MARGIN + COLUMNS * cell_x, top + rows * cell_y), BACKGROUND)
+    picture = Image.new("RGB", (MARGIN + COLUMNS * cell_x, MARGIN + HEAD + rows * cell_y), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    headline = f"{dataset.name}   {int(state.issues.sum())} of {len(state)} labels held wrong   the {len(worst)} worst"
-    draw.text((MARGIN, MARGIN), headline, FAINT, ImageFont.load_default(16))
-    for place, (sample, image) in enumerate(zip(worst.tolist(), pixels, strict=True)):
-        x, y = MARGIN + place % COLUMNS * cell_x, top + place // COLUMNS * cell_y
-        large = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        picture.paste(large, (x, y))
-        given, better = (state.class_names[int(labels[sample])] for labels in (state.given, state.suggested))
-        y += height * scale + 2
-        text = shorten_text(given, cell_x - MARGIN, font)
-        draw.text((x, y), text, FAINT, font)
-        draw.line((x, y + 9, x + font.getlength(text), y + 9), FAINT)
-        draw.text((x, y + 15), shorten_text(f"{better}?", cell_x - MARGIN, font), INK, font)
+    names = drawable_names(state.class_names)
+    issues, most = int(state.issues.sum()), f", the {len(worst)} most suspicious" if len(worst) else ""
+    headline = f"{dataset.name}: {issues} of {len(state)} labels are suspected errors{most}"
+    draw_text(draw, (MARGIN, MARGIN), headline, HEADLINE, INK, width=picture.width - 2 * MARGIN)
+    legend = "struck out: given label;  with a question mark: suggested label"
+    legend = f"{legend};  {names.note}" if names.note else legend
+    if len(worst):
+        draw_text(draw, (MARGIN, MARGIN + 20), legend, FONT, FAINT, width=picture.width - 2 * MARGIN)
+    for place, (sample, image) in enumerate(zip(worst.tolist(), images, strict=True)):
+        x, y = MARGIN + place % COLUMNS * cell_x, MARGIN + HEAD + place // COLUMNS * cell_y
+        paste(picture, image, (x, y), (height, width))
+        given, suggested = (names.texts[int(labels[sample])] for labels in (state.given, state.suggested))
+        y += height + 2
+        length = draw_text(draw, (x, y), given, FONT, FAINT, width=cell_x - MARGIN)
+        draw.line((x, y + 9, x + length, y + 9), FAINT)
+        draw_text(draw, (x, y + 15), f"{suggested}?", FONT, INK, width=cell_x - MARGIN)
     return picture
-
-
-def shorten_text(text: str, width: float, font) -> str:
-    """The text, or as much of its beginning as fits into `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

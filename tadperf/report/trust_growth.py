@@ -1,17 +1,17 @@
-"""How the trusted space grew: one bar for each class and round, cut by verdict, as one picture."""
+"""The verdicts of all rounds as one picture: a bar for each class and round, divided by verdict."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tadperf.files import write_bytes
-from tadperf.report.grid import BACKGROUND, FAINT, INK, MARGIN
+from tadperf.report.drawing import BACKGROUND, FAINT, INK, MARGIN, MAX_NAME, save_png
+from tadperf.report.text import draw_text, drawable_names, widest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
 
     from tadperf.trust.state import TrustState
 
@@ -21,64 +21,84 @@ COLOURS = {
     "relabelled": (240, 173, 64),
     "untrusted": (214, 214, 214),
 }
-BAR, GAP, LENGTH = 12, 3, 640
-CLASSES = 40  # drawn at most; the rest is one more row
+BAR, LENGTH = 12, 640  # pixels: height of a bar, width of the longest bar
+GAP = 9  # pixels between classes
+HEAD = 64  # pixels: three lines above the bars
+MAX_CLASSES = 40  # classes with their own row; the others share one more row
+MAX_ROUNDS = 50  # rounds that are drawn, the last ones
 
 
 def save_trust_growth(path: Path | str, rounds: Sequence[TrustState]) -> None:
-    """Writes `growth` as a PNG file, atomically."""
-    buffer = io.BytesIO()
-    draw_trust_growth(rounds).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    """Writes the picture of `draw_trust_growth` as a PNG file, atomically."""
+    save_png(path, draw_trust_growth(rounds))
 
 
 def draw_trust_growth(rounds: Sequence[TrustState]) -> Image:
-    """Samples by given class (rows), round (bars of a row, the first on top) and verdict (colours) (tadperf)."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Draws the samples by given class (rows), round (bars, the first on top) and verdict (colours) (tadperf).
 
-    font = ImageFont.load_default(14)
-    rows = _rows(rounds)
-    label_width = int(max(font.getlength(name) for name in rows)) + MARGIN
-    most = max(sum(verdicts.values()) for bars in rows.values() for verdicts in bars)
-    step = len(rounds) * (BAR + 1) + GAP + 6
-    top = 2 * MARGIN + 20
-    picture = Image.new("RGB", (3 * MARGIN + label_width + LENGTH + 60, top + len(rows) * step + MARGIN), BACKGROUND)
+    Raises ValueError without a round.
+    """
+    from PIL import Image, ImageDraw
+
+    if not rounds:
+        raise ValueError("rounds: none: must be one state or more")
+    rounds = rounds[-MAX_ROUNDS:]
+    rows, note = class_counts(rounds)
+    name_width = widest((name for name, _ in rows), 14, MAX_NAME) + MARGIN
+    longest = max(1, *(sum(counts.values()) for _, bars in rows for counts in bars))
+    step = len(rounds) * (BAR + 1) + GAP
+    width = max(3 * MARGIN + name_width + LENGTH + 60, 720)
+    picture = Image.new("RGB", (width, MARGIN + HEAD + len(rows) * step + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    x = MARGIN
-    for verdict, colour in COLOURS.items():
-        draw.rectangle((x, MARGIN + 2, x + BAR, MARGIN + 2 + BAR), colour)
-        draw.text((x + BAR + 5, MARGIN), verdict, INK, font)
-        x += BAR + 20 + int(font.getlength(verdict))
-    for row, (name, bars) in enumerate(rows.items()):
-        y = top + row * step
-        draw.text((MARGIN + label_width - MARGIN, y + (step - GAP) // 2 - 2), name, INK, font, anchor="rm")
-        for verdicts in bars:
-            x, done = MARGIN + label_width, 0
-            for verdict, colour in COLOURS.items():
-                start, done = done, done + verdicts[verdict]
-                if done > start:
-                    draw.rectangle((x + start * LENGTH // most, y, x + done * LENGTH // most - 1, y + BAR - 1), colour)
-            inside = done - verdicts["untrusted"]
-            draw.text(
-                (x + done * LENGTH // most + 6, y - 1),
-                f"{inside / max(done, 1):.0%}",
-                FAINT,
-                ImageFont.load_default(11),
-            )
+    order = f", {len(rounds)} rounds from top to bottom" if len(rounds) > 1 else ""
+    title = f"Samples of each given class by verdict{order}"
+    draw_text(draw, (MARGIN, MARGIN), title, 16, INK, width=width - 2 * MARGIN)
+    _draw_legend(draw, rows, note, width)
+    for row, (name, bars) in enumerate(rows):
+        y = MARGIN + HEAD + row * step
+        draw_text(draw, (name_width, y + (step - GAP) // 2), name, 14, INK, "rm", MAX_NAME)
+        for counts in bars:
+            _draw_bar(draw, (MARGIN + name_width, y), counts, longest)
             y += BAR + 1
     return picture
 
 
-def _rows(rounds: Sequence[TrustState]) -> dict[str, list[dict[str, int]]]:
-    """By class, and by round in it, the number of samples of each verdict."""
+def _draw_legend(draw: ImageDraw, rows: list[tuple[str, list[dict[str, int]]]], note: str, width: int) -> None:
+    """Draws the colours that appear in a bar, and explains the percentages."""
+    x, y = MARGIN, MARGIN + 24
+    for verdict, colour in COLOURS.items():
+        if any(counts[verdict] for _, bars in rows for counts in bars):
+            draw.rectangle((x, y, x + BAR, y + BAR), colour)
+            x += BAR + 20 + int(draw_text(draw, (x + BAR + 5, y - 2), verdict, 14, INK))
+    text = "percentages: share of the class that is learned from (all but untrusted)"
+    draw_text(draw, (MARGIN, y + 18), f"{text};  {note}" if note else text, 12, FAINT, width=width - 2 * MARGIN)
+
+
+def _draw_bar(draw: ImageDraw, position: tuple[int, int], counts: dict[str, int], longest: int) -> None:
+    """Draws one bar and the share of the samples that are learned from."""
+    x, y = position
+    total = sum(counts.values())
+    start = 0
+    for verdict, colour in COLOURS.items():
+        end = start + counts[verdict]
+        left, right = x + start * LENGTH // longest, x + end * LENGTH // longest - 1
+        if right >= left:  # a few samples of a large class can be less than a pixel
+            draw.rectangle((left, y, right, y + BAR - 1), colour)
+        start = end
+    text = f"{(total - counts['untrusted']) / total:.0%}" if total else "no sample"
+    draw_text(draw, (x + total * LENGTH // longest + 6, y - 1), text, 11, FAINT)
+
+
+def class_counts(rounds: Sequence[TrustState]) -> tuple[list[tuple[str, list[dict[str, int]]]], str]:
+    """For each row its name, and for each round the number of samples by verdict; also a note about the names."""
     counts = [state.counts() for state in rounds]
-    names = rounds[0].class_names
-    rows = {
-        name: [{verdict: by_class[c] for verdict, by_class in count.items()} for count in counts]
-        for c, name in enumerate(names[:CLASSES])
-    }
-    if len(names) > CLASSES:
-        rows[f"{len(names) - CLASSES} more"] = [
-            {verdict: sum(by_class[CLASSES:]) for verdict, by_class in count.items()} for count in counts
-        ]
-    return rows
+    total = len(rounds[0].class_names)
+    names = drawable_names(rounds[0].class_names[:MAX_CLASSES])
+    rows = [
+        (name, [{verdict: by_class[c] for verdict, by_class in count.items()} for count in counts])
+        for c, name in enumerate(names.texts)
+    ]
+    if total > MAX_CLASSES:
+        others = [{verdict: sum(by_class[MAX_CLASSES:]) for verdict, by_class in count.items()} for count in counts]
+        rows.append((f"{total - MAX_CLASSES} more", others))
+    return rows, names.note

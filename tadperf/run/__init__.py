@@ -1,0 +1,1 @@
+"""The folder of a run: its files, its lock, its stages and the machine it ran on."""

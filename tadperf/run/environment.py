@@ -6,17 +6,14 @@ import os
 import platform
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tadperf.compute.device import describe_device, resolve_device
 from tadperf.compute.versions import versions
 
-if TYPE_CHECKING:
-    pass
-
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Where and with what a run runs: versions, platform, CPU, threads, device, arguments, date."""
+    """Returns versions, platform, CPU, threads, device, arguments and date. device: a name for `resolve_device`."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""The run folder: what a run was asked, where it ran, how it went and what came out; safe against a kill at any moment.
+"""The run folder: config, environment, metrics, stages and results of a run. A kill at any moment leaves it usable.
 
 runs/<name>/: config.json, env.json, metrics.jsonl, stages.json, experts/, checkpoints, distilled.safetensors, grid.png,
 result.json, DONE.
@@ -12,33 +12,29 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tadperf.compute import ranks
 from tadperf.config import Config
-from tadperf.config.schema import flatten_sections
+from tadperf.config.schema import config_from_json, config_to_json, flatten_sections
 from tadperf.errors import UserError
 from tadperf.files import has_write_access, to_json_value, write_bytes, write_json
 from tadperf.run.environment import describe_environment
 from tadperf.run.stage_meter import StageMeter
 
-if TYPE_CHECKING:
-    pass
-
-FREE_FIELDS = {"experts.workers"}  # may differ in a resumed run: they change no result
+FREE_FIELDS = {"experts.workers"}  # may differ in a resumed run, because they change no result
 SAVE_STAGES_EVERY = 10.0  # seconds; a kill loses at most this much of a stage's measured time
 
 
 def check_run_folder(path: Path | str, resume: bool) -> None:
-    """Raises UserError where a run cannot be created (or, with `resume`, continued) at `path`; changes nothing."""
+    """Raises UserError if a run cannot be created at `path`, or with `resume` continued there. Changes nothing."""
     path = Path(path)
     if resume:
         if not path.is_dir():
             raise UserError("--resume", path, "there is no such run folder; leave out --resume to start it")
         if not (path / "config.json").exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-            raise UserError("--resume", path, "is not a run folder: there is no config.json in it; check --out")
+            raise UserError("--resume", path, "is not a run folder: it has no config.json; check --out")
     elif path.exists() or path.is_symlink():
         raise UserError("--out", path, "exists already; continue that run with --resume, or choose another folder")
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
@@ -47,96 +43,104 @@ def check_run_folder(path: Path | str, resume: bool) -> None:
 
 
 def stored_config(path: Path | str) -> Config | None:
-    """The config that the run at `path` was started with; None where it was killed before it could write it."""
-    from pydantic import ValidationError
+    """Returns the config that the run at `path` was started with; None if it was killed before it wrote the config.
 
+    Raises UserError if config.json is damaged.
+    """
     file = Path(path) / "config.json"
-    if not file.exists():
-        return None
-    try:
-        return Config.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError("--resume", file, f"{what}; it was written by another tadperf, or by hand") from None
+    return config_from_json(file.read_bytes(), "--resume", file) if file.exists() else None
 
 
 def finished_result(path: Path | str, config: Config) -> dict[str, Any] | None:
-    """The result of the run at `path`, or None where it is not done; raises UserError if it ran another config."""
+    """Returns the result of the run at `path`; None if the run is not finished. Only reads.
+
+    Raises UserError if the run has another config, or if its result is damaged.
+    """
     path = Path(path)
     stored = stored_config(path)
     if stored is None or not (path / "DONE").exists():
         return None
-    _refuse_change(path, stored, config)
-    return json.loads((path / "result.json").read_bytes())
+    _check_unchanged(path, stored, config)
+    return _read_json(path / "result.json", "delete the file DONE beside it, then use --resume to write it again")
 
 
-@dataclass
 class Run:
-    """One run folder, locked for this process. Made by `Run.create`."""
+    """One run folder, locked for this process. Use `Run.create`, as a context manager.
 
-    path: Path
-    config: Config
-    _lock: int
-    _metrics: TextIO = field(init=False)
-    _stages: dict[str, dict[str, float]] = field(init=False)
-    _stage: StageMeter | None = field(init=False, default=None)
+    A process without write access, which is every rank but rank 0, has no lock and writes nothing. Its stages are
+    measured but not saved.
+    """
 
-    def __post_init__(self) -> None:
-        self._metrics = _open_metrics(self.path / "metrics.jsonl")
-        stages = self.path / "stages.json"
-        self._stages = json.loads(stages.read_bytes()) if stages.exists() else {}
+    def __init__(self, path: Path, config: Config, lock: int | None) -> None:
+        """lock: the descriptor of the locked file; None in a process that writes nothing."""
+        self.path, self.config, self._lock = path, config, lock
+        self._metrics: TextIO | None = None
+        self._stages: dict[str, dict[str, float]] = {}
+        self._stage: StageMeter | None = None
+        if lock is not None:
+            stages = path / "stages.json"
+            if stages.exists():
+                self._stages = _read_json(stages, "delete it; the measured times of earlier stages are lost")
+            self._metrics = _open_metrics(path / "metrics.jsonl")
 
     @classmethod
     def create(cls, path: Path | str, config: Config, resume: bool = False) -> Run:
-        """Makes the folder of a new run, or with `resume` opens that of a killed one.
+        """Creates the folder of a new run and locks it; with `resume`, opens the folder of an unfinished run.
 
-        Of several ranks, rank 0 opens it and the others only look on. Raises UserError where a new run's folder exists,
-        cannot be written or is in use by another process, and where a resumed run was started with another config.
+        Raises UserError if a new run's folder exists, cannot be written or is in use by another process; if a resumed
+        run was started with another config; and if one of its files is damaged.
         """
         path = Path(path)
         if not has_write_access():
             ranks.barrier()
-            return RunReader(path, config, -1)
+            return cls(path, config, None)
         check_run_folder(path, resume)
         stored = stored_config(path) if resume else None
         if stored is not None:
-            _refuse_change(path, stored, config)
-        env = describe_environment(config.device)
+            _check_unchanged(path, stored, config)
+        environment = describe_environment(config.device)
+        lock = None
         try:
             path.mkdir(parents=True, exist_ok=resume)
             lock = _lock(path)
             for leftover in path.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-            if stored is None:  # first of all, so that a run killed at once can be resumed
-                write_json(path / "config.json", config.model_dump(mode="json"))
-            _write_environment(path / "env.json", env)
+            if stored is None:  # the first file, so that a run that is killed at once can be resumed
+                write_json(path / "config.json", config_to_json(config))
+            _write_environment(path / "env.json", environment)
             run = cls(path, config, lock)
             ranks.barrier()
             return run
-        except OSError as error:
+        except BaseException as error:
+            _unlock(lock)
+            if not isinstance(error, OSError):
+                raise
             raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another with --out") from None
 
     def log(self, stage: str, step: int, **values: Any) -> None:
-        """Appends one record to metrics.jsonl; it is on its way to the disk when this returns."""
-        self._metrics.write(json.dumps(to_json_value({"stage": stage, "step": step, **values}), allow_nan=False) + "\n")
+        """Appends one record to metrics.jsonl and hands it to the operating system before it returns."""
+        if self._metrics is not None:
+            record = to_json_value({"stage": stage, "step": step, **values})
+            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
         if self._stage is not None and time.monotonic() - self._stage.saved > SAVE_STAGES_EVERY:
             self._save_stage(self._stage)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops the records of `stage` later than `step`: a resumed stage will write them again."""
+        """Deletes the records of `stage` after `step`, because a resumed stage writes them again."""
+        if self._metrics is None:
+            return
         file = self.path / "metrics.jsonl"
         self._metrics.close()
-        records = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in records if (record := json.loads(line))["stage"] != stage or record["step"] <= step]
-        write_bytes(file, "".join(kept).encode())
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_bytes(file, "".join(line for line in lines if not _is_after(line, stage, step, file)).encode())
         self._metrics = _open_metrics(file)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage: wall seconds, adding up over resumes, and the peak memory of its largest process.
+        """Measures the stage inside the block and saves its values in stages.json.
 
-        On CUDA also the peak of the memory that PyTorch allocated there. Kept in stages.json.
+        They are wall seconds, summed over resumed processes; the peak memory of the stage's largest process; and on
+        CUDA the peak memory that PyTorch allocated there.
         """
         assert self._stage is None, "stages do not nest"
         self._stage = stage = StageMeter(name, dict(self._stages.get(name, {})))
@@ -151,13 +155,19 @@ class Run:
         write_json(self.path / "stages.json", self._stages)
 
     def stages(self) -> dict[str, dict[str, float]]:
-        """Seconds, peak_memory_mb and, where CUDA was used, peak_cuda_mb of every stage so far (MB = 2**20 bytes)."""
+        """Returns, per stage so far: seconds, peak_memory_mb and, if CUDA was used, peak_cuda_mb (MB = 2**20 bytes)."""
         return {name: dict(values) for name, values in self._stages.items()}
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Writes result.json, and DONE after it."""
+        """Writes result.json, and then the empty file DONE."""
         write_json(self.path / "result.json", result)
         write_bytes(self.path / "DONE", b"")
+
+    def close(self) -> None:
+        """Closes metrics.jsonl and unlocks the folder."""
+        if self._metrics is not None:
+            self._metrics.close()
+        _unlock(self._lock)
 
     def __enter__(self) -> Run:
         return self
@@ -165,70 +175,81 @@ class Run:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Closes the metrics and lets other processes have the folder."""
-        self._metrics.close()
-        if self._lock in _held_locks:
-            _held_locks.remove(self._lock)
-            os.close(self._lock)
-
-
-class RunReader(Run):
-    """The run folder as ranks other than 0 have it: they read what is there and write nothing."""
-
-    def __post_init__(self) -> None:
-        self._metrics = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        self._stages = {}
-
-    def rewind(self, stage: str, step: int) -> None:
-        pass
-
 
 def _open_metrics(path: Path) -> TextIO:
-    """Opens metrics.jsonl to append, without the torn last line that a kill can leave."""
+    """Opens metrics.jsonl for appending. First removes an incomplete last line, which a kill can leave behind."""
     data = path.read_bytes() if path.exists() else b""
     if data and not data.endswith(b"\n"):
         write_bytes(path, data[: data.rfind(b"\n") + 1])
     return open(path, "a", buffering=1, encoding="utf-8")
 
 
-def _refuse_change(path: Path, stored: Config, config: Config) -> None:
+def _is_after(line: str, stage: str, step: int, file: Path) -> bool:
+    """Returns whether a line of metrics.jsonl belongs to `stage` and is later than `step`."""
+    try:
+        record = json.loads(line)
+        return record["stage"] == stage and record["step"] > step
+    except (ValueError, KeyError, TypeError):
+        remedy = f"has a damaged line: {line.strip()[:40]!r}; delete this line, then use --resume"
+        raise UserError("--resume", file, remedy) from None
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a JSON object; raises UserError with `remedy` if the file is damaged."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise UserError("--resume", path, f"is missing; {remedy}") from None
+    except (ValueError, TypeError, RecursionError):
+        raise UserError("--resume", path, f"is damaged; {remedy}") from None
+
+
+def _check_unchanged(path: Path, stored: Config, config: Config) -> None:
+    """Raises UserError if `config` differs from the config that the run was started with."""
     before, now = (flatten_sections(c.model_dump(mode="json")) for c in (stored, config))
     for name, value in now.items():
         if value != before[name] and name not in FREE_FIELDS:
-            remedy = f"the run in {path} was started with {before[name]}; leave it so, or start another with --out"
+            remedy = f"the run in {path} was started with {before[name]}; use that, or start a new run with --out"
             raise UserError(name, value, remedy)
 
 
-def _write_environment(path: Path, env: dict[str, Any]) -> None:
-    """The first process of a run describes itself; each later one is added under "resumed"."""
+def _write_environment(path: Path, environment: dict[str, Any]) -> None:
+    """Writes env.json: the first process describes itself; later processes are added under "resumed"."""
     if path.exists():
-        first = json.loads(path.read_bytes())
-        env = {**first, "resumed": [*first.get("resumed", []), env]}
-    write_json(path, env)
+        first = _read_json(path, "delete it; the description of the first process is lost")
+        environment = {**first, "resumed": [*first.get("resumed", []), environment]}
+    write_json(path, environment)
 
 
+# Descriptors of the locks that this process holds. A forked worker inherits them, and an inherited lock would keep the
+# folder locked after the parent was killed. So every child of a fork closes them first (`os.register_at_fork` below).
 _held_locks: set[int] = set()
 
 
 def _lock(path: Path) -> int:
-    """Takes the folder for this process; the system gives it back when the process ends, however it ends."""
+    """Locks the folder for this process; the system unlocks it when the process ends for any reason."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError("--out", path, "another process is running there; wait for it, or choose another") from None
+        remedy = "another process is running there; wait until it ends, or choose another folder"
+        raise UserError("--out", path, remedy) from None
     except OSError:  # some network file systems have no locks
         pass
     _held_locks.add(descriptor)
     return descriptor
 
 
-def _drop_locks() -> None:
-    """A forked worker must not keep the folder locked when its parent is killed."""
+def _unlock(lock: int | None) -> None:
+    if lock in _held_locks:
+        _held_locks.remove(lock)
+        os.close(lock)
+
+
+def _close_inherited_locks() -> None:
     while _held_locks:
         os.close(_held_locks.pop())
 
 
-os.register_at_fork(after_in_child=_drop_locks)
+os.register_at_fork(after_in_child=_close_inherited_locks)

@@ -1,4 +1,4 @@
-"""Wall time and peak memory of one stage of a run."""
+"""Measures wall time and peak memory of one stage of a run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from pathlib import Path
 
 
 class StageMeter:
-    """A running measurement of one stage: seconds and peak memory, on top of what earlier processes measured."""
+    """Measures one stage, starting from the values that earlier processes measured for it."""
 
-    def __init__(self, name: str, before: dict[str, float]):
+    def __init__(self, name: str, before: dict[str, float]) -> None:
+        """before: the values of `measured` from earlier processes of the run; empty for a new stage."""
         self.name, self.before = name, before
         self.start = self.saved = time.monotonic()
         self.children = children_peak()
         reset_peak()
 
     def measured(self) -> dict[str, float]:
+        """Returns seconds, peak_memory_mb and, if CUDA was used, peak_cuda_mb so far (MB = 2**20 bytes)."""
         self.saved = time.monotonic()
         children = children_peak()
-        values = {
-            "peak_memory_mb": max(own_peak(), children if children > self.children else 0) / 2**20,
+        peaks = {
+            "peak_memory_mb": max(process_peak(), children if children > self.children else 0) / 2**20,
             **cuda_peak(),
         }
-        values = {key: round(max(value, self.before.get(key, 0)), 1) for key, value in values.items()}
-        return {"seconds": round(self.before.get("seconds", 0) + self.saved - self.start, 3), **values}
+        peaks = {key: round(max(value, self.before.get(key, 0)), 1) for key, value in peaks.items()}
+        return {"seconds": round(self.before.get("seconds", 0) + self.saved - self.start, 3), **peaks}
 
 
 def reset_peak() -> None:
-    """Starts the peaks anew where the system can: Linux sets VmHWM back to the present size, CUDA its own counter."""
+    """Restarts the peak counters: VmHWM of this process (Linux only) and CUDA's counter."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     torch = sys.modules.get("torch")
@@ -37,8 +39,8 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def own_peak() -> int:
-    """Peak resident bytes of this process since `reset_peak` (of its whole life where there is no /proc)."""
+def process_peak() -> int:
+    """Returns the peak resident bytes of this process since `reset_peak`; without /proc, since the process started."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -49,7 +51,7 @@ def own_peak() -> int:
 
 
 def children_peak() -> int:
-    """Peak resident bytes of the largest child process that has ended, over this process's whole life."""
+    """Returns the peak resident bytes of the largest child process that has ended since this process started."""
     import resource
 
     return _bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -60,7 +62,7 @@ def _bytes(maxrss: int) -> int:
 
 
 def cuda_peak() -> dict[str, float]:
-    """Peak memory in MB that PyTorch allocated on a CUDA device since `reset_peak`; empty where CUDA is not in use."""
+    """Returns peak_cuda_mb, the MB that PyTorch allocated on a device since `reset_peak`; {} without CUDA."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return {}

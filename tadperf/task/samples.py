@@ -1,4 +1,4 @@
-"""The samples that a task learns from, normalised and on the device."""
+"""The samples that a run learns from, normalised and on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tadperf.data.images import Chosen, Images, normalise_images
+from tadperf.data.images import Images, ImageSubset, normalise_images
 from tadperf.data.normalise import Normaliser, fit_normaliser
 from tadperf.data.pick import hold_out
 from tadperf.errors import UserError
@@ -17,82 +17,97 @@ from tadperf.task.task import Task
 
 @dataclass(frozen=True)
 class NormalisedData:
-    """The data as networks see them, on the device."""
+    """All images as networks see them, on the device."""
 
     normaliser: Normaliser
-    train: Images  # all training images
-    labels: Tensor  # of all training images, as given
+    train: Images
+    labels: Tensor  # of the training images, as given
     test: Images
     test_labels: Tensor
 
 
 def normalise_data(task: Task) -> NormalisedData:
-    """Normalises the images; statistics come from the training split alone."""
+    """Normalises the images. The statistics come from the training split alone."""
     normaliser = fit_normaliser(task.train.images, task.config.data.normalise)
-    view = partial(normalise_images, normaliser, device=task.device)
+    normalise = partial(normalise_images, normaliser, device=task.device)
     return NormalisedData(
-        normaliser, view(task.train.images), task.train.labels, view(task.test.images), task.test.labels
+        normaliser, normalise(task.train.images), task.train.labels, normalise(task.test.images), task.test.labels
     )
 
 
 @dataclass(frozen=True)
 class SampleSelection:
-    """Which training samples are learned from, under which labels, and which are held out to choose the checkpoint."""
+    """The V training samples that a run learns from, and their division into training and held-out samples.
 
-    index: Tensor  # int64 [V] into the training split
+    confirmed: the given label was found right (verdict trusted or recalled). Only these samples may be held out, and
+    only these may become synthetic images.
+    """
+
+    index: Tensor  # int64 [V], rows of the training split
     labels: Tensor  # int64 [V]
-    weights: Tensor | None  # float32 [V], reliability; None is 1 for all
-    certain: Tensor  # bool [V]: those that may be held out and that images may start from
-    kept: Tensor  # int64, places among the V: what experts and images may use
-    held_out: Tensor  # int64, places among the V
+    weights: Tensor | None  # reliability, float32 [V]; None means 1 for all
+    confirmed: Tensor  # bool [V]
+    training: Tensor  # int64, positions in 0..V-1 of the samples for experts and images
+    held_out: Tensor  # int64, positions of the samples that choose the checkpoint
 
 
 def select_samples(
-    task: Task, index: Tensor, labels: Tensor, weights: Tensor | None = None, certain: Tensor | None = None
+    task: Task, index: Tensor, labels: Tensor, weights: Tensor | None = None, confirmed: Tensor | None = None
 ) -> SampleSelection:
-    """Holds a share of the samples out, drawn within each class from the `certain` ones (bool [V], all by default).
+    """Holds out a share of the samples, drawn within each class from the confirmed ones (bool [V]; None means all).
 
-    Raises UserError where nothing can be held out, or where a class has fewer samples left than IPC.
+    Raises UserError if nothing can be held out, or if a class has fewer confirmed samples left than match.ipc.
     """
     config = task.config
-    certain = torch.ones(len(index), dtype=torch.bool) if certain is None else certain
-    chosen = certain.nonzero()[:, 0]
-    held_out = chosen[hold_out(labels[chosen], config.data.holdout, config.seed)[1]]
+    confirmed = torch.ones(len(index), dtype=torch.bool) if confirmed is None else confirmed
+    candidates = confirmed.nonzero()[:, 0]
+    held_out = candidates[hold_out(labels[candidates], config.data.holdout, config.seed)[1]]
     if not len(held_out):
-        remedy = f"leaves none of {len(chosen)} samples to choose by; raise it"
+        remedy = f"too small: no samples are held out of {len(candidates)}; increase it"
         raise UserError("data.holdout", config.data.holdout, remedy)
     mask = torch.ones(len(index), dtype=torch.bool)
     mask[held_out] = False
-    kept = mask.nonzero()[:, 0]
-    sizes = torch.bincount(labels[kept[certain[kept]]], minlength=task.train.num_classes)
-    least = int(sizes.min())
-    if config.match.ipc > least:
+    training = mask.nonzero()[:, 0]
+    sizes = torch.bincount(labels[training[confirmed[training]]], minlength=task.train.num_classes)
+    smallest = int(sizes.min())
+    if config.match.ipc > smallest:
         name = task.train.class_names[int(sizes.argmin())]
-        raise UserError("--ipc", config.match.ipc, f"class {name!r} has only {least} samples to start from; take fewer")
-    return SampleSelection(index, labels, weights, certain, kept, held_out)
+        remedy = f"class {name!r} has only {smallest} samples to start from; take fewer"
+        raise UserError("--ipc", config.match.ipc, remedy)
+    return SampleSelection(index, labels, weights, confirmed, training, held_out)
+
+
+def check_holdout(task: Task) -> None:
+    """Raises UserError if even all samples under their given labels are too few for data.holdout and match.ipc."""
+    select_samples(task, torch.arange(len(task.train)), task.train.labels)
 
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """The samples of a `Samples` as networks see them, on the device."""
+    """The samples of a `SampleSelection` as networks see them, on the device."""
 
     images: Images
     labels: Tensor
     weights: Tensor | None
-    certain: Tensor
+    confirmed: Tensor
     held_out: Images
     held_out_labels: Tensor
 
+    @property
+    def confirmed_labels(self) -> Tensor:
+        """The labels of the confirmed samples; -1 for the others."""
+        return self.labels.where(self.confirmed, -1)
 
-def training_samples(data: NormalisedData, samples: SampleSelection) -> TrainingSamples:
-    """Normalised images, labels and weights of the kept and of the held-out samples."""
-    kept, held_out = samples.kept, samples.held_out
-    weights = None if samples.weights is None else samples.weights[kept]
+
+def training_samples(data: NormalisedData, selection: SampleSelection) -> TrainingSamples:
+    """Returns the images, labels and weights of the training samples, and the held-out images and labels."""
+    training, held_out = selection.training, selection.held_out
+    weights = None if selection.weights is None else selection.weights[training]
     return TrainingSamples(
-        Chosen(data.train, samples.index[kept]),
-        samples.labels[kept],
+        ImageSubset(data.train, selection.index[training]),
+        selection.labels[training],
         weights,
-        samples.certain[kept],
-        Chosen(data.train, samples.index[held_out]),
-        samples.labels[held_out],
+        selection.confirmed[training],
+        ImageSubset(data.train, selection.index[held_out]),
+        selection.labels[held_out],
     )

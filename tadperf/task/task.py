@@ -1,4 +1,4 @@
-"""A config with its data opened and checked, and the samples that are learned from: values, no stage yet."""
+"""The values that describe a run: its config, its data and its device."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tadperf.nets.flat import FlatNet
 
 @dataclass(frozen=True)
 class Task:
-    """A config with its data opened and every cheap mistake already refused."""
+    """A config with its data, opened and checked. Made by `tadperf.pipeline.prepare.prepare`."""
 
     config: Config
-    train: Dataset  # as given, with the noise that was asked for
+    train: Dataset  # labels as given, with the noise that the config adds
     test: Dataset
     device: torch.device
 
     @property
     def epochs(self) -> int:
-        """Expert epochs that are trained and stored: as many as matching can use, unless more were asked for."""
+        """Epochs that an expert is trained and stored: experts.epochs, or as many as matching can use."""
         match = self.config.match
         return self.config.experts.epochs or match.max_start + match.expert_epochs
 
 
 def expert_identity(task: Task) -> dict[str, Any]:
-    """What makes an expert reusable: everything its trajectory depends on."""
+    """Returns everything that an expert's trajectory depends on. Runs with equal identities can share experts."""
     config = task.config
     recipe = config.experts.model_dump(mode="json", exclude={"count", "epochs", "path", "workers"})
     labels = {"trust": config.trust.model_dump(mode="json"), "holdout": config.data.holdout}
@@ -45,12 +45,17 @@ def expert_identity(task: Task) -> dict[str, Any]:
         "augment": config.data.augment,
         "net": config.net.model_dump(mode="json"),
         "seed": config.seed,
+        # None on a CPU: experts stored before this entry existed were trained there and still fit.
+        "cuda": {"tf32": config.tf32} if task.device.type == "cuda" else None,
         **recipe,
     }
 
 
 def shared_experts_folder(task: Task) -> Path:
-    """The folder of another run's experts; raises UserError where they are incomplete or were trained otherwise."""
+    """Returns the folder of another run's experts, named by experts.path.
+
+    Raises UserError if experts are missing there, or if this run would train other ones.
+    """
     config, train = task.config.experts, task.train
     size = FlatNet(build(task.config.net, train.shape, train.num_classes, 0)).num_parameters
-    return store.find(Path(config.path or ""), config.count, (task.epochs + 1, size), expert_identity(task))
+    return store.find_experts(Path(config.path or ""), config.count, (task.epochs + 1, size), expert_identity(task))

@@ -1,12 +1,15 @@
-"""The dual loop: the outer division by losses and the inner recalibration by anchors, in turn (TAD, arXiv 2502.05027).
+"""The dual loop: an outer partition by losses and an inner recalibration by anchors (TAD, arXiv 2502.05027).
 
-Every round looks at all samples anew and starts from the given labels, so that an earlier mistake can be undone; what a
-round inherits is the view that its proxies learn from.
+Every round starts from the given labels again, so a later round can undo an earlier mistake. A round inherits one thing
+only: the trusted view, on which its proxies train.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +18,8 @@ from torch import Tensor
 
 from tadperf import seeds
 from tadperf.compute import ranks
-from tadperf.config import NetConfig, TrustConfig
-from tadperf.data.images import Images
+from tadperf.config import TrustConfig
+from tadperf.nets.problem import Problem
 from tadperf.progress import Progress, silent
 from tadperf.trust.neighbours import estimate_from_neighbours
 from tadperf.trust.partition import partition
@@ -24,133 +27,130 @@ from tadperf.trust.proxies import ProxyOutputs, train_proxies
 from tadperf.trust.recalibrate import recalibrate
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, TrustState, as_given
 
-LEAST = 1e-3  # probability
-MOST = 15.0  # nats; a score in float32 holds no more
-CHANGED = 0.005  # share of samples that move in or out below which the loop is at rest
+MIN_PROBABILITY = 1e-3  # smaller probabilities count as this one; not tuned
+MAX_LOSS = 15.0  # nats; a float32 score, 1 - exp(-loss), cannot tell larger losses apart
+MIN_CHANGE = 0.005  # the loop stops when a round changes a smaller share of the samples; not tuned
 
 
 class DualLoopResult(NamedTuple):
-    """The final state, and that after every round."""
+    """The final state, and the state after every round."""
 
     state: TrustState
     rounds: list[TrustState]
 
 
 def dual_loop(
-    images: Images,
-    labels: Tensor,
-    class_names: tuple[str, ...],
-    net: NetConfig,
-    config: TrustConfig,
-    augment: str,
-    seed: int,
-    device: torch.device,
-    folder: Path | None = None,
-    progress: Progress = silent,
+    problem: Problem, config: TrustConfig, folder: Path | None = None, progress: Progress = silent
 ) -> DualLoopResult:
-    """Divides samples into trusted, recalled, relabelled and untrusted (TAD; what the paper leaves open is ours).
+    """Gives every sample a verdict: trusted, recalled, relabelled or untrusted.
 
-    images: normalised, [N, C, H, W] by index. labels: int64 [N], as given; no clean label is ever needed or taken.
-    folder: where each finished round is kept, so that a killed run goes on after it. One seed gives one result. With
-    mode "off" nothing is learned and every label is trusted. Raises ValueError for mode "oracle": that is
-    `as_given(labels, class_names, clean)`.
+    Source: TAD, arXiv 2502.05027; only its abstract is public, what it leaves open is ours.
+
+    problem: its labels are the given labels, int64 [N]. The loop never needs clean labels.
+    folder: stores each finished round there; a killed run continues after the last one. One seed gives one result.
+    With mode "off", nothing is trained and every label is trusted. Raises ValueError for mode "oracle"; use
+    `as_given(labels, class_names, clean)` instead.
     """
     if config.mode == "oracle":
-        raise ValueError("config.mode: oracle: expected on or off; the loop takes no clean labels")
+        raise ValueError("config.mode: oracle: must be on or off: the loop takes no clean labels; use as_given instead")
+    state = as_given(problem.labels, problem.class_names)
     if config.mode == "off":
-        state = as_given(labels, class_names)
         return DualLoopResult(state, [state])
     rounds: list[TrustState] = []
-    state = as_given(labels, class_names)
     for number in range(1, config.rounds + 1):
         file = None if folder is None else folder / f"round-{number}.safetensors"
-        new = ranks.once(lambda file=file: TrustState.load(file) if file is not None and file.exists() else None)
-        if new is None:
-            new = one_round(
-                images, state, number, net, config, augment, seeds.derive(seed, "trust", number), device, progress
-            )
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                new.save(file)
+        round_problem = replace(problem, seed=seeds.derive(problem.seed, "trust", number))
+        new = _stored_round(file, partial(one_round, round_problem, state, number, config, progress))
         rounds.append(new)
-        moved = float((new.working != state.working).logical_or(new.trusted != state.trusted).float().mean())
+        changed = float((new.working != state.working).logical_or(new.trusted != state.trusted).float().mean())
         state = new
-        progress("trust", number, config.rounds, trusted=float(new.trusted.float().mean()), moved=moved)
-        if moved < CHANGED:
-            progress("trust", config.rounds, config.rounds)
+        progress("trust", number, config.rounds, trusted=float(new.trusted.float().mean()), moved=changed)
+        if changed < MIN_CHANGE:
             break
+    if len(rounds) < config.rounds:
+        progress("trust", config.rounds, config.rounds)
     return DualLoopResult(state, rounds)
 
 
-def one_round(
-    images: Images,
-    state: TrustState,
+def _stored_round(file: Path | None, run_round: Callable[[], TrustState]) -> TrustState:
+    """Reads a round that an earlier process has finished; otherwise runs it and writes the file."""
+    if file is None:
+        return run_round()
+    stored = ranks.once(lambda: TrustState.load(file) if file.exists() else None)
+    if stored is not None:
+        return stored
+    new = run_round()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new.save(file)
+    return new
+
+
+def one_round(problem: Problem, state: TrustState, number: int, config: TrustConfig, progress: Progress) -> TrustState:
+    """Trains the proxies on the trusted view, then runs the outer partition and the inner recalibration."""
+    outputs = train_proxies(problem, state.view(), config, progress)
+    return ranks.once(lambda: assign_verdicts(outputs, state, number, config, problem.seed, progress))
+
+
+def assign_verdicts(
+    outputs: ProxyOutputs,
+    before: TrustState,
     number: int,
-    net: NetConfig,
     config: TrustConfig,
-    augment: str,
     seed: int,
-    device: torch.device,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> TrustState:
-    """Proxies on the view, the outer division, the inner recalibration."""
-    view, classes = state.view(), len(state.class_names)
-    seen = train_proxies(images, state.given, view, classes, net, config, augment, seed, device, progress)
-    return ranks.once(lambda: assign_verdicts(seen, state, number, config, seed))
+    """One round's verdicts: a pure function of the proxies' losses, probabilities and features.
 
-
-def assign_verdicts(seen: ProxyOutputs, before: TrustState, number: int, config: TrustConfig, seed: int) -> TrustState:
-    """One round's verdicts from what its proxies saw: a pure function of losses, probabilities and features.
-
-    The loss of a sample is the mean of the proxies' and the neighbours'. With `config.memory` the score is that of the
-    mean loss of all rounds, `before` being the last one: on 3000 CIFAR-10 images with CIFAR-10N's worse labels its
-    average precision is 0.64 after two rounds, without it 0.60. Dividing by that mean as well is worse: on digits with
-    symmetric:0.8 the view is right for 83 % of 41 % of the samples, in place of 91 % of 61 % (2 seeds).
+    before: the state after the previous round. number: of this round, from 1. seed: of the neighbours' draws.
+    The loss of a sample is the mean of the proxies' and the neighbours' loss. With `config.memory` the score is that of
+    the mean loss of all rounds: on 3000 CIFAR-10 images with CIFAR-10N's worse labels its average precision is 0.64
+    after two rounds, without it 0.60. The partition uses this round's losses only: with the mean loss, on digits with
+    symmetric:0.8, 83 % of the labels in the view are right at 41 % coverage, instead of 91 % at 61 % (2 seeds).
     """
     given, classes = before.given, len(before.class_names)
-    belief, losses, graph = seen.probabilities, seen.losses.clamp(max=-math.log(LEAST)), None
+    class_scores, losses = outputs.probabilities, outputs.losses.clamp(max=-math.log(MIN_PROBABILITY))
+    neighbours = None
     if config.graph:
-        graph = estimate_from_neighbours(seen.features, given, classes, seed, config.transition).posterior
-        losses = (losses + loss_of(graph, given)) / 2
-        belief = belief.clamp(min=LEAST) * graph.clamp(min=LEAST)
-    split = partition(losses, given, classes, class_wise=config.class_wise, dynamic_threshold=config.dynamic_threshold)
-    inner = recalibrate(seen.features, given, split.trusted, split.posterior, classes)
+        estimate = estimate_from_neighbours(outputs.features, given, classes, seed, config.transition, progress)
+        neighbours = estimate.posterior
+        losses = (losses + label_loss(neighbours, given)) / 2
+        class_scores = class_scores.clamp(min=MIN_PROBABILITY) * neighbours.clamp(min=MIN_PROBABILITY)
+    outer = partition(losses, given, classes, class_wise=config.class_wise, dynamic_threshold=config.dynamic_threshold)
+    inner = recalibrate(outputs.features, given, outer.trusted, outer.posterior, classes)
     candidate, strength = inner.candidate, inner.strength
-    if graph is not None:
-        candidate = torch.where(candidate == graph.argmax(1), candidate, -1)
-        strength = strength * graph.gather(1, candidate.clamp(min=0).unsqueeze(1)).squeeze(1)
-    outside = ~split.trusted & (candidate >= 0)
+    if neighbours is not None:
+        candidate = torch.where(candidate == neighbours.argmax(1), candidate, -1)
+        strength = strength * neighbours.gather(1, candidate.clamp(min=0).unsqueeze(1)).squeeze(1)
+    outside = ~outer.trusted & (candidate >= 0)
     recalled = outside & (candidate == given) & config.recall
     relabelled = outside & (candidate != given) & config.relabel
-    verdict = torch.full(given.shape, UNTRUSTED, dtype=torch.uint8)
-    verdict[split.trusted], verdict[recalled], verdict[relabelled] = TRUSTED, RECALLED, RELABELLED
+    verdict = torch.full(given.shape, UNTRUSTED, dtype=torch.uint8, device=given.device)
+    verdict[outer.trusted], verdict[recalled], verdict[relabelled] = TRUSTED, RECALLED, RELABELLED
     working = torch.where(relabelled, candidate, given)
-    weight = torch.where(split.trusted, inner.reliability, torch.where(recalled | relabelled, strength, 0.0))
-    share = 1 / number if config.memory else 1.0
-    score = score_of(torch.lerp(loss_behind(before.score), losses, share))
-    same = (verdict == before.verdict) & (working == before.working) & (number > 1)
+    weight = torch.where(outer.trusted, inner.reliability, torch.where(recalled | relabelled, strength, 0.0))
+    unchanged = (verdict == before.verdict) & (working == before.working) & (number > 1)
     return TrustState(
-        given,
-        working,
-        verdict,
-        weight.clamp(0, 1).float(),
-        torch.where(same, before.decided, number).to(torch.int16),
-        score,
-        torch.where(verdict == UNTRUSTED, belief.argmax(1), working),
-        before.class_names,
+        given=given,
+        working=working,
+        verdict=verdict,
+        reliability=weight.clamp(0, 1).float(),
+        decided=torch.where(unchanged, before.decided, number).to(torch.int16),
+        score=loss_to_score(torch.lerp(score_to_loss(before.score), losses, 1 / number if config.memory else 1.0)),
+        suggested=torch.where(verdict == UNTRUSTED, class_scores.argmax(1), working),
+        class_names=before.class_names,
     )
 
 
-def loss_of(posterior: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each label, at most log 1000: no view of a sample is worth more, and no tail is a mode."""
-    return -posterior.gather(1, labels.unsqueeze(1)).squeeze(1).clamp(min=LEAST).log()
+def label_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each label [N], clipped at log 1000 so that outliers form no mixture component of their own."""
+    return -probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).clamp(min=MIN_PROBABILITY).log()
 
 
-def score_of(losses: Tensor) -> Tensor:
-    """Losses as a score in [0, 1): one minus the probability of which they are the cross-entropy."""
-    return -torch.expm1(-losses.clamp(max=MOST)).float()
+def loss_to_score(losses: Tensor) -> Tensor:
+    """Maps losses in nats to a score in [0, 1): 1 - exp(-loss)."""
+    return -torch.expm1(-losses.clamp(max=MAX_LOSS)).float()
 
 
-def loss_behind(score: Tensor) -> Tensor:
-    """The inverse of `score_of`."""
+def score_to_loss(score: Tensor) -> Tensor:
+    """The inverse of `loss_to_score`."""
     return -torch.log1p(-score)

@@ -1,4 +1,4 @@
-"""How well trust did, where the truth is known. Apart from the method, which never sees a clean label."""
+"""Measures trust against clean labels. Kept apart from the method, which never sees a clean label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, TrustState
 
 
 def round_metrics(rounds: Sequence[TrustState], clean: Tensor | None = None) -> list[dict[str, Any]]:
-    """One record a round: its verdicts by given class, the view's share, and the figures of `measure`."""
+    """One record per round: verdicts by given class, coverage and, given clean labels, `compare_with_clean`."""
     return [
         {
             "round": number,
@@ -24,19 +24,20 @@ def round_metrics(rounds: Sequence[TrustState], clean: Tensor | None = None) -> 
 
 
 def compare_with_clean(state: TrustState, clean: Tensor) -> dict[str, float]:
-    """Shares in [0, 1] against clean labels int64 [N]; NaN where there is nothing to take a share of.
+    """Compares the verdicts with clean labels int64 [N]; shares in [0, 1], NaN for a share of no samples.
 
-    view_accuracy: of working labels in the view. coverage: of samples in it. precision, recall: of the trusted samples
-    that are right, and of the right ones that are trusted. recalled_accuracy, relabel_accuracy: of those verdicts.
-    issue_precision, issue_recall: of the labels held wrong. suggested_accuracy: of the suggestions for all samples.
+    view_accuracy: right working labels in the view. coverage: samples in the view.
+    precision: right labels among the trusted samples. recall: trusted samples among the right labels.
+    recalled_accuracy, relabel_accuracy: right working labels with that verdict.
+    issue_precision, issue_recall: the same for suspected label errors. suggested_accuracy: right suggestions.
     """
-    right, inside = state.given == clean, state.trusted
-    outer = state.verdict == TRUSTED
+    right, in_view = state.given == clean, state.trusted
+    trusted = state.verdict == TRUSTED
     return {
-        "view_accuracy": _share((state.working == clean)[inside]),
-        "coverage": _share(inside),
-        "precision": _share(right[outer]),
-        "recall": _share(outer[right]),
+        "view_accuracy": _share((state.working == clean)[in_view]),
+        "coverage": _share(in_view),
+        "precision": _share(right[trusted]),
+        "recall": _share(trusted[right]),
         "recalled_accuracy": _share(right[state.verdict == RECALLED]),
         "relabel_accuracy": _share((state.working == clean)[state.verdict == RELABELLED]),
         "issue_precision": _share(~right[state.issues]),

@@ -1,15 +1,16 @@
-"""Labels spread over the neighbours in feature space, and what they say of the true classes.
+"""Estimates the true classes from the labels of neighbours in feature space.
 
-S is the symmetrically normalised graph of each sample's nearest neighbours. For a reach a in (0, 1), the labels that
-sample i sees are row i of sum_t a^t S^t Y (label spreading; Zhou et al., 2004), normalised to a distribution g_i over
-the given labels. Given labels are true ones sent through a transition matrix T [true, given], so the true class is read
-by likelihood, not by the largest g (tadperf):
+S is the symmetrically normalised graph of each sample's nearest neighbours. For a reach a in (0, 1), sample i sees the
+labels in row i of sum_t a^t S^t Y (label spreading; Zhou et al., 2004). Normalised, this row is a distribution g_i over
+the given labels. We model a given label as a true class that passed through a transition matrix T [true, given], and
+estimate the true class by likelihood, not by the largest g (tadperf):
 
     P(k | i) ~ T_k,y_i exp(n sum_j g_ij log T_kj)
 
-A neighbourhood that holds 45 % label c, 55 % label c + 1 and none of c + 2 is of class c where class c + 1 would have
-leaked into c + 2. T, the reach a, and n, how many independent labels a neighbourhood is worth, are estimated from the
-given labels alone: g_i leaves out the labels of the sample's own fold, and the a and n that predict y_i best are taken.
+Example: a neighbourhood with 45 % label c, 55 % label c + 1 and no label c + 2 has class c, because class c + 1 would
+also have produced labels c + 2. T, the reach a and n are estimated from the given labels alone. n says how many
+independent labels a neighbourhood counts as. g_i leaves out the labels of the sample's own fold, and we choose the a
+and n that predict y_i best.
 """
 
 from __future__ import annotations
@@ -23,89 +24,107 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf import seeds
+from tadperf.progress import Progress, silent
 
+# None of these constants was tuned.
 NEIGHBOURS = 10
 REACHES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-WORTHS = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
-STEPS = 100  # of the spreading
+LABEL_COUNTS = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # candidates for n
+SPREAD_STEPS = 100
+MIN_POWER = 1e-4  # the steps t of a reach a end where a^t falls below this
 FOLDS = 5
-PASSES = 5  # of T and the classes in turn
-PRIOR = 50.0  # labels by which each row of T is drawn to a symmetric matrix
-SYMMETRIC = 1e9  # the same, for a T that is symmetric
-ROWS = 2**20  # samples times classes on which reach and worth are chosen
-LARGE = 2**25  # samples times classes times folds; 128 MB, and as much for every reach
-FLOOR = 0.01  # of T's mass is uniform: no label is impossible
-BLOCK = 2**24  # elements of a block of similarities, 64 MB
+PASSES = 5  # how often T and the classes are estimated in turn
+PRIOR = 50.0  # pseudo-labels that pull each row of T towards a symmetric matrix
+SYMMETRIC_PRIOR = 1e9  # large enough to make T symmetric
+FLOOR = 0.01  # share of each row of T that is uniform, so that no label is impossible
+MIN_MASS = 1e-12  # guards divisions by zero
+SELECTION_SIZE = 2**20  # samples x classes from which reach and n are chosen
+FOLD_SIZE = 2**25  # limit of samples x classes x folds for the fold method: 128 MB, and the same for every reach
+BLOCK = 2**24  # similarities in a block: 64 MB
+REPORTED_SIZE = 2**16  # samples x classes from which on progress is reported: smaller estimates take seconds at most
 
 
 class NeighbourEstimate(NamedTuple):
-    """posterior [N, C] of the true class, transition [C, C] (true, given), and the reach and worth that were chosen."""
+    """posterior [N, C] of the true class, transition [C, C] (true, given), the chosen reach and n (label_count)."""
 
     posterior: Tensor
     transition: Tensor
     reach: float
-    worth: float
+    label_count: float
 
 
 def estimate_from_neighbours(
-    features: Tensor, labels: Tensor, num_classes: int, seed: int, transition: bool = True
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    seed: int,
+    transition: bool = True,
+    progress: Progress = silent,
 ) -> NeighbourEstimate:
-    """The true classes as the neighbours' labels tell them (see this module's first lines).
+    """Estimates the true classes from the neighbours' labels (tadperf; see the top of this module).
 
-    features: float [N, D], compared by cosine. labels: int64 [N], the given ones. seed: of folds and draws.
-    transition: without it T stays symmetric, and the most frequent label wins.
+    features: float [N, D], compared by cosine. labels: int64 [N], as given. seed: of the folds and of the samples from
+    which reach and n are chosen. transition: False keeps T symmetric, so that the most frequent label wins.
+    progress: on larger sets, called as stage "trust:neighbours" after each pair of reach and n.
     """
+    progress = progress if len(labels) * num_classes >= REPORTED_SIZE else silent
+    prior = PRIOR if transition else SYMMETRIC_PRIOR
     share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
     rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows")).to(labels.device)
-    rows = rows[: max(ROWS // num_classes, 1)]  # that choose; all of them but where the classes are many
-    best, best_score = None, -torch.inf
-    for reach, seen in others_labels(affinity(features), labels, num_classes, seed):
-        seen = seen / seen.sum(1, keepdim=True).clamp(min=1e-12) + 1e-6 * share
+    rows = rows[: max(SELECTION_SIZE // num_classes, 1)]
+    best, best_score, done = None, -torch.inf, 0
+    progress("trust:neighbours", 0, len(REACHES) * len(LABEL_COUNTS))
+    for reach, seen in neighbour_labels(affinity(features), labels, num_classes, seed):
+        seen = seen / seen.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
         g = seen / seen.sum(1, keepdim=True)
-        own, start = labels[rows], confident(g[rows] / share)
-        for worth in WORTHS:
-            t, classes = alternate(g[rows], own, start, worth, transition)
-            score = float((classes @ t).gather(1, own.unsqueeze(1)).log().mean())
+        row_labels, start = labels[rows], confident_classes(g[rows] / share)
+        for label_count in LABEL_COUNTS:
+            t, classes = fit_transition(g[rows], row_labels, start, label_count, prior)
+            score = float((classes @ t).gather(1, row_labels.unsqueeze(1)).log().mean())
             if score > best_score:
-                best, best_score = (g, t, reach, worth), score
+                best, best_score = (g, t, reach, label_count), score
+            done += 1
+            progress("trust:neighbours", done, len(REACHES) * len(LABEL_COUNTS))
     assert best is not None
-    g, t, reach, worth = best
+    g, t, reach, label_count = best
     if len(rows) < len(labels):
-        t = estimate_transition((worth * (g @ t.log().T)).softmax(1), labels, PRIOR if transition else SYMMETRIC)
+        t = estimate_transition((label_count * (g @ t.log().T)).softmax(1), labels, prior)
     log_t = t.log()
-    return NeighbourEstimate((worth * (g @ log_t.T)).add_(log_t.T[labels]).softmax(1), t, reach, worth)
+    posterior = (label_count * (g @ log_t.T)).add_(log_t.T[labels]).softmax(1)
+    progress("trust:neighbours", len(REACHES) * len(LABEL_COUNTS), len(REACHES) * len(LABEL_COUNTS))
+    return NeighbourEstimate(posterior, t, reach, label_count)
 
 
-def others_labels(graph: Tensor, labels: Tensor, num_classes: int, seed: int) -> Iterator[tuple[float, Tensor]]:
-    """For every reach, how much of each label a sample sees in others, [N, C].
+def neighbour_labels(graph: Tensor, labels: Tensor, num_classes: int, seed: int) -> Iterator[tuple[float, Tensor]]:
+    """Yields each reach with the labels that every sample sees in the other samples, [N, C].
 
-    The labels of its own fold are hidden from a sample. Where FOLDS copies of [N, C] are too large, two hops have to
-    do, from which the sample's own label is taken away exactly.
+    The labels of a sample's own fold are hidden from it. If FOLDS copies of [N, C] are too large, yields one reach
+    only, with two steps of spreading; the part that comes from the sample's own label is then subtracted exactly.
     """
     count = len(labels)
     given = F.one_hot(labels, num_classes).float()
-    if count * num_classes * FOLDS > LARGE:
-        once = graph @ given
-        back = torch.zeros(count, device=labels.device)
+    if count * num_classes * FOLDS > FOLD_SIZE:
+        one_step = graph @ given
+        returned = torch.zeros(count, device=labels.device)
         row = torch.repeat_interleave(torch.arange(count, device=labels.device), graph.crow_indices().diff())
-        back.index_add_(0, row, graph.values().square())
-        yield REACHES[0], once + REACHES[0] * (graph @ once - back.unsqueeze(1) * given)
+        returned.index_add_(0, row, graph.values().square())
+        yield REACHES[0], one_step + REACHES[0] * (graph @ one_step - returned.unsqueeze(1) * given)
         return
     fold = torch.randperm(count, generator=seeds.generator(seed, "folds")).to(labels.device) % FOLDS
-    shown = torch.cat([given * (fold != f).unsqueeze(1) for f in range(FOLDS)], 1)
-    for reach, seen in zip(REACHES, spread(graph, shown, REACHES), strict=True):
+    visible = torch.cat([given * (fold != f).unsqueeze(1) for f in range(FOLDS)], 1)
+    for reach, seen in zip(REACHES, spread_labels(graph, visible, REACHES), strict=True):
         yield reach, seen.view(count, FOLDS, num_classes)[torch.arange(count, device=fold.device), fold]
 
 
 def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and index [N, k] of each sample's nearest other samples, exact, in blocks."""
+    """Cosine similarity and index, both [N, k], of each sample's nearest other samples. Exact; computed in blocks."""
     z = F.normalize(features, dim=1)
     step = max(1, BLOCK // len(z))
     values, index = [], []
     for start in range(0, len(z), step):
         similarity = z[start : start + step] @ z.T
         rows = torch.arange(len(similarity), device=z.device)
-        similarity[rows, rows + start] = -2.0
+        similarity[rows, rows + start] = -2.0  # below every cosine: a sample is not its own neighbour
         top = similarity.topk(k, 1)
         values.append(top.values)
         index.append(top.indices)
@@ -113,57 +132,57 @@ def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def affinity(features: Tensor) -> Tensor:
-    """S, sparse [N, N]: D^-1/2 (W + W^T) D^-1/2 over the nearest neighbours, their weight similarity^3."""
+    """S, sparse [N, N]: D^-1/2 (W + W^T) D^-1/2 over the nearest neighbours, with weights similarity^3 (not tuned)."""
     count = len(features)
     similarity, index = nearest_neighbours(features, min(NEIGHBOURS, count - 1))
     weight = similarity.clamp(min=0).pow(3).flatten()
     row = torch.arange(count, device=index.device).repeat_interleave(index.shape[1])
-    both = torch.stack([torch.cat([row, index.flatten()]), torch.cat([index.flatten(), row])])
-    graph = torch.sparse_coo_tensor(both, weight.repeat(2), (count, count), check_invariants=False).coalesce()
+    edges = torch.stack([torch.cat([row, index.flatten()]), torch.cat([index.flatten(), row])])
+    graph = torch.sparse_coo_tensor(edges, weight.repeat(2), (count, count), check_invariants=False).coalesce()
     (row, column), weight = graph.indices(), graph.values()
-    degree = torch.zeros(count, device=weight.device).index_add_(0, row, weight).clamp(min=1e-12)
+    degree = torch.zeros(count, device=weight.device).index_add_(0, row, weight).clamp(min=MIN_MASS)
     weight = weight / (degree[row] * degree[column]).sqrt()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch calls its CSR format beta
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that its CSR format is in beta
         return torch.sparse_coo_tensor(graph.indices(), weight, graph.shape, check_invariants=False).to_sparse_csr()
 
 
-def spread(graph: Tensor, values: Tensor, reaches: tuple[float, ...]) -> list[Tensor]:
-    """sum_t a^t S^t Y for every reach a, over one sequence of products; values [N, K]."""
+def spread_labels(graph: Tensor, values: Tensor, reaches: tuple[float, ...]) -> list[Tensor]:
+    """sum_t a^t S^t Y for every reach a, from one sequence of products; values Y [N, K]."""
     sums = [values.clone() for _ in reaches]
-    for step in range(1, STEPS + 1):
+    for step in range(1, SPREAD_STEPS + 1):
         values = graph @ values
-        for a, total in zip(reaches, sums, strict=True):
-            if a**step > 1e-4:
-                total.add_(values, alpha=a**step)
+        for reach, total in zip(reaches, sums, strict=True):
+            if reach**step > MIN_POWER:
+                total.add_(values, alpha=reach**step)
     return sums
 
 
-def confident(scores: Tensor) -> Tensor:
-    """Each row's largest score as a one-hot row, weighted by its lead over the second, both as shares of the row."""
+def confident_classes(scores: Tensor) -> Tensor:
+    """One-hot rows [N, C] of the largest score, weighted by its lead over the second, both as shares of the row."""
     top = (scores / scores.sum(1, keepdim=True)).topk(2, 1)
     lead = top.values[:, 0] - top.values[:, 1]
     return F.one_hot(top.indices[:, 0], scores.shape[1]) * lead.unsqueeze(1)
 
 
-def alternate(g: Tensor, labels: Tensor, start: Tensor, worth: float, transition: bool) -> tuple[Tensor, Tensor]:
-    """T and the classes [N, C] that the others' labels g tell, in turn from the classes `start`."""
+def fit_transition(g: Tensor, labels: Tensor, start: Tensor, label_count: float, prior: float) -> tuple[Tensor, Tensor]:
+    """Estimates T [C, C] and the classes [N, C] in turn, from neighbour labels g and the first classes `start`."""
     classes, t = start, torch.empty(0)
     for _ in range(PASSES):
-        t = estimate_transition(classes, labels, PRIOR if transition else SYMMETRIC)
-        classes = (worth * (g @ t.log().T)).softmax(1)
+        t = estimate_transition(classes, labels, prior)
+        classes = (label_count * (g @ t.log().T)).softmax(1)
     return t, classes
 
 
 def estimate_transition(classes: Tensor, labels: Tensor, prior: float) -> Tensor:
-    """T [C, C], the share of each given label in each true class; classes [N, C] as distributions, labels int64 [N].
+    """T [C, C]: the share of each given label in each true class. classes: distributions [N, C]; labels: int64 [N].
 
-    Drawn to a symmetric matrix by `prior` labels a row, and its diagonal raised to the row's largest entry: that the
-    given label is the most likely one is what makes classes identifiable at all.
+    `prior` pseudo-labels per row pull T towards a symmetric matrix. The diagonal is raised to the largest entry of its
+    row: the classes can be identified only if the given label is the most likely one.
     """
     num = classes.shape[1]
     counts = torch.zeros(num, num, device=classes.device).index_add_(0, labels, classes).T
-    right = float((counts.trace() / counts.sum().clamp(min=1e-12)).clamp(1 / num, 1))
+    right = float((counts.trace() / counts.sum().clamp(min=MIN_MASS)).clamp(1 / num, 1))
     base = torch.full_like(counts, (1 - right) / (num - 1)).fill_diagonal_(right)
     t = counts + prior * base
     t = t / t.sum(1, keepdim=True)

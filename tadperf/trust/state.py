@@ -1,10 +1,11 @@
-"""What trust decides about every sample, and its forms on disk."""
+"""The verdict of trust about every sample, and its files."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tadperf import files
+from tadperf.data.dataset import describe_tensor
 from tadperf.errors import UserError
 
 SCHEMA = 1
@@ -30,7 +32,7 @@ DTYPES = {
 
 
 class TrustedView(NamedTuple):
-    """The samples to learn from: index int64 [M] (ascending), their working labels int64 [M], weights float32 [M]."""
+    """The M samples to learn from: index int64 [M] (ascending), working labels int64 [M], weights float32 [M]."""
 
     index: Tensor
     labels: Tensor
@@ -39,13 +41,13 @@ class TrustedView(NamedTuple):
 
 @dataclass(frozen=True)
 class TrustState:
-    """Where every sample stands after the dual loop; one entry per sample, in the order of the data.
+    """The state of all N samples after a round of the dual loop, in the order of the data.
 
-    given: int64 [N], the labels as they came. working: int64 [N], the label to learn (the given one but where
-    relabelled). verdict: uint8 [N], index into VERDICTS. reliability: float32 [N] in [0, 1], the probability that the
-    working label is right; the weight in the view. decided: int16 [N], the round that gave the verdict. score: float32
-    [N] in [0, 1], how suspicious the given label is (sort descending for the worst first). suggested: int64 [N], the
-    class held most probable.
+    given: int64 [N], the labels as given. working: int64 [N], the labels to learn; only relabelled samples differ from
+    `given`. verdict: uint8 [N], index into VERDICTS. reliability: float32 [N] in [0, 1], the probability that the
+    working label is right, used as the weight. decided: int16 [N], the round of the verdict. score: float32 [N] in
+    [0, 1], how suspicious the given label is. suggested: int64 [N], the most probable class.
+    Raises ValueError if a tensor has another type or shape, or a value is out of range.
     """
 
     given: Tensor
@@ -60,32 +62,40 @@ class TrustState:
     def __post_init__(self) -> None:
         for name, dtype in DTYPES.items():
             tensor = getattr(self, name)
-            assert (tensor.dtype, tensor.shape) == (dtype, self.given.shape), (name, tensor.dtype, tensor.shape)
+            if (tensor.dtype, tensor.shape) != (dtype, self.given.shape) or tensor.ndim != 1:
+                expected = f"{str(dtype).removeprefix('torch.')} [{self.given.numel()}]"
+                raise ValueError(f"{name}: {describe_tensor(tensor)}: must be {expected}")
+        limits = {"given": len(self.class_names), "verdict": len(VERDICTS)}
+        limits |= {"working": limits["given"], "suggested": limits["given"]}
+        for name, limit in limits.items():
+            _check_values(name, getattr(self, name), lambda x, limit=limit: (x >= 0) & (x < limit), f"0..{limit - 1}")
+        _check_values("reliability", self.reliability, lambda x: (x >= 0) & (x <= 1), "[0, 1]")
+        _check_values("score", self.score, torch.isfinite, "[0, 1]")
 
     def __len__(self) -> int:
         return len(self.given)
 
     @property
     def trusted(self) -> Tensor:
-        """Whether a sample is in the view, bool [N]: trusted, recalled or relabelled."""
+        """Samples in the trusted view, bool [N]: trusted, recalled or relabelled."""
         return self.verdict != UNTRUSTED
 
     @property
     def issues(self) -> Tensor:
-        """Whether the given label is held wrong, bool [N]: not in the view under that label."""
+        """Suspected label errors, bool [N]: samples that are untrusted or relabelled."""
         return (self.verdict == UNTRUSTED) | (self.verdict == RELABELLED)
 
     def view(self) -> TrustedView:
-        """The trusted space: what experts, students and detectors learn from."""
+        """The samples that experts, students and detectors learn from."""
         index = self.trusted.nonzero().squeeze(1)
         return TrustedView(index, self.working[index], self.reliability[index])
 
     def worst(self) -> Tensor:
-        """Indices of all samples, the most suspicious first, int64 [N]; equals in the order of the data."""
+        """Indices of all samples int64 [N], the most suspicious first; equal scores keep the order of the data."""
         return self.score.argsort(descending=True, stable=True)
 
     def counts(self) -> dict[str, list[int]]:
-        """Samples of each verdict by given class."""
+        """Number of samples for each verdict and given class."""
         classes = len(self.class_names)
         return {
             name: self.given[self.verdict == code].bincount(minlength=classes).tolist()
@@ -93,7 +103,7 @@ class TrustState:
         }
 
     def pairs(self) -> list[tuple[str, str, int]]:
-        """(suggested, given, samples) where an issue is held to be of another class, most frequent first."""
+        """(suggested class, given class, samples) of the suspected label errors, the most frequent pair first."""
         wrong = self.issues & (self.suggested != self.given)
         classes = len(self.class_names)
         pair, count = (self.suggested * classes + self.given)[wrong].unique(return_counts=True)
@@ -112,22 +122,25 @@ class TrustState:
 
     @classmethod
     def load(cls, path: Path | str) -> TrustState:
-        """Reads what `save` wrote; raises UserError on anything else."""
+        """Reads a file that `save` wrote. Raises UserError if it is absent, damaged or another kind of file."""
         tensors, metadata = files.load_tensors(path)
         if metadata.get("tadperf_trust") != str(SCHEMA):
-            raise UserError("trust", path, f"is no trust file of schema {SCHEMA}; make one with: tadperf audit")
-        given = tensors.get("given")
-        for name, dtype in DTYPES.items():
-            tensor = tensors.get(name)
-            if given is None or tensor is None or tensor.dtype != dtype or tensor.shape != given.shape:
-                raise UserError("trust", path, f"its {name!r} is missing or of a wrong type or length; write it again")
-        return cls(**{name: tensors[name] for name in DTYPES}, class_names=tuple(json.loads(metadata["class_names"])))
+            raise UserError("trust", path, f"not a trust file of schema {SCHEMA}; make one with: tadperf audit")
+        try:
+            names = json.loads(metadata["class_names"])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("class_names: must be a list of names")
+            return cls(**{name: tensors[name] for name in DTYPES}, class_names=tuple(names))
+        except KeyError as error:
+            raise UserError("trust", path, f"is damaged: {error} is missing; write it again") from None
+        except ValueError as error:
+            raise UserError("trust", path, f"is damaged: {error}; write it again") from None
 
     def export(self, path: Path | str) -> None:
-        """Writes a table, worst first, as .csv or .parquet by the name's ending; raises UserError on another.
+        """Writes a table, the most suspicious sample first, as .csv or .parquet. Raises UserError for another ending.
 
-        Columns: index, verdict, score, given_label, suggested_label, label (the working one; empty where untrusted),
-        reliability, round. Labels are class names. `--labels` and `replace_labels` read the CSV back where no label is
+        Columns: index, verdict, score, given_label, suggested_label, label (the working label, empty if untrusted),
+        reliability, round. Labels are class names. `--labels` and `replace_labels` can read the CSV if no label is
         empty.
         """
         path = Path(path)
@@ -137,38 +150,47 @@ class TrustState:
         files.write_bytes(path, writers[path.suffix.lower()](self.table()))
 
     def table(self) -> dict[str, list[Any]]:
-        """The columns of `export`, worst first."""
+        """The columns of `export`, the most suspicious sample first."""
         order = self.worst()
 
-        def named(labels: Tensor) -> list[str]:
+        def class_names(labels: Tensor) -> list[str]:
             return [self.class_names[label] for label in labels[order].tolist()]
 
-        kept = self.trusted[order].tolist()
+        trusted = self.trusted[order].tolist()
         return {
             "index": order.tolist(),
             "verdict": [VERDICTS[code] for code in self.verdict[order].tolist()],
             "score": self.score[order].tolist(),
-            "given_label": named(self.given),
-            "suggested_label": named(self.suggested),
-            "label": [name if inside else None for name, inside in zip(named(self.working), kept, strict=True)],
+            "given_label": class_names(self.given),
+            "suggested_label": class_names(self.suggested),
+            "label": [name if ok else None for name, ok in zip(class_names(self.working), trusted, strict=True)],
             "reliability": self.reliability[order].tolist(),
             "round": self.decided[order].tolist(),
         }
 
 
 def as_given(labels: Tensor, class_names: tuple[str, ...], suggested: Tensor | None = None) -> TrustState:
-    """Every given label trusted (`mode="off"`); with `suggested` those that differ from it are left out ("oracle")."""
-    wrong = torch.zeros(len(labels), dtype=torch.bool) if suggested is None else labels != suggested
+    """Trusts every given label (mode "off"). With `suggested`, labels that differ from it are untrusted ("oracle")."""
+    suggested = labels if suggested is None else suggested
+    wrong = labels != suggested
     return TrustState(
-        labels,
-        labels,
-        (wrong * UNTRUSTED).to(torch.uint8),
-        (~wrong).float(),
-        torch.zeros(len(labels), dtype=torch.int16),
-        wrong.float(),
-        labels if suggested is None else suggested,
-        class_names,
+        given=labels,
+        working=labels,
+        verdict=(wrong * UNTRUSTED).to(torch.uint8),
+        reliability=(~wrong).float(),
+        decided=torch.zeros(len(labels), dtype=torch.int16, device=labels.device),
+        score=wrong.float(),
+        suggested=suggested,
+        class_names=class_names,
     )
+
+
+def _check_values(name: str, values: Tensor, valid: Callable[[Tensor], Tensor], expected: str) -> None:
+    """Raises ValueError for the first value that is not valid."""
+    wrong = ~valid(values)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"{name}: {values[first].item()} at sample {first}: must be in {expected}")
 
 
 def _csv(table: dict[str, list[Any]]) -> bytes:

@@ -157,11 +157,11 @@ def test_report_and_picture(tmp_path, one_thread):
     plot.plot(tmp_path / "p.png", rows)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     plot.plot(tmp_path / "empty.png", [])
-    file = report.place("--json", tmp_path, CPU, ".json")
+    file = report.output_file("--json", tmp_path, CPU, ".json")
     assert file == tmp_path / f"{report.slug(facts['device'])}.json"
     assert report.slug("NVIDIA H200") == "nvidia-h200"
     with pytest.raises(UserError, match="there is no folder"):
-        report.place("--json", tmp_path / "no" / "x.json", CPU, ".json")
+        report.output_file("--json", tmp_path / "no" / "x.json", CPU, ".json")
 
 
 def test_tuning_descends_to_the_best_entry_and_avoids_failures():

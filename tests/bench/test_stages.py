@@ -52,13 +52,13 @@ def test_rows_of_an_iteration(tiny):
 
 def test_ratios_stay_within_a_case():
     rows = [
-        runner.row("refine", case, family, family, np.array([ms]), peak_mb=mb)
+        runner.row("refinement", case, family, family, np.array([ms]), peak_mb=mb)
         for case, family, ms, mb in (
             ("a", "tadperf", 2.0, 10.0), ("a", "eager", 6.0, None), ("a", "published", 8.0, 40.0),
             ("b", "tadperf", 5.0, 10.0), ("b", "inductor", 1.0, 1.0),
         )
     ]  # fmt: skip
-    rows.append(runner.row("refine", "a", "broken", "eager", error="no such thing"))
+    rows.append(runner.row("refinement", "a", "broken", "eager", error="no such thing"))
     runner.ratios(rows)
     assert [row["over_published"] for row in rows] == [4, pytest.approx(8 / 6), 1, None, None, None]
     assert [row["over_eager"] for row in rows] == [3, 1, 0.75, None, None, None]
@@ -67,15 +67,14 @@ def test_ratios_stay_within_a_case():
 
 
 def test_the_peak_of_a_process_of_its_own():
-    found = runner.peak("distil", "digits", "tadperf", CPU)
+    found = runner.peak("matching", "digits", "tadperf", CPU)
     assert found is not None
     assert 100 < found < 2000  # PyTorch alone is 200 MB; in MB, not bytes
-    assert runner.peak("distil", "digits", "nobody", CPU) is None
+    assert runner.peak("matching", "digits", "nobody", CPU) is None
 
 
 def test_an_unknown_size():
-    stage = runner.load("distil")
-    assert stage is not None
+    stage = runner.load("matching")
     assert runner.sizes(stage, None) == ["digits", "cifar10"]
     with pytest.raises(UserError, match="must be among digits"):
         runner.sizes(stage, "digits,imagenet")

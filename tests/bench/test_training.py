@@ -62,7 +62,7 @@ def test_rows_of_students():
 
 def test_what_a_gpu_is_judged_by(monkeypatch):
     monkeypatch.setitem(matching.SIZES, "tiny", matching.Case(SHAPE, 7, 2, NET, ("tadperf", "published")))
-    rows = gpu_stages.judged("matching", gpu_stages.rows_of("distil", "tiny", "cpu"))
+    rows = gpu_stages.judged("matching", gpu_stages.rows_of("matching", "tiny", "cpu"))
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
     assert rows[0]["missed"][-1] == "memory_share None, bar 0.2"  # no process was started to see it

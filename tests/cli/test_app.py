@@ -55,7 +55,7 @@ FROZEN = {  # a change here is a change for every user: names are added, not ren
     "evaluate": ["FILE", "DATA", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
     "info": ["--json", "--debug"],
-    "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", *OUTPUT],
+    "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", "--list", *OUTPUT],
     "bench": [
         "OPERATOR|STAGE",
         "--device",
@@ -73,13 +73,31 @@ FROZEN = {  # a change here is a change for every user: names are added, not ren
 }
 
 
-def test_the_command_line_is_frozen():
-    from tadperf.cli.app import app  # pyright: ignore[reportMissingImports]
+FLAGS = {"--compare", "--evaluate", "--resume", "--json", "--quiet", "--debug", "--schema", "--list", "--tune"}
+DEFAULTS = {  # of options that are neither a flag nor unset
+    "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
+}
+
+
+def commands() -> dict[str, dict[str, object]]:
+    """Returns the defaults of all options, by command and option."""
+    from tadperf.cli.app import app
 
     found = {}
     for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
-        found[name] = sorted(p.opts[0] if p.opts[0].startswith("-") else p.metavar for p in command.params)
-    assert found == {name: sorted(options) for name, options in FROZEN.items()}
+        found[name] = {p.opts[0] if p.opts[0].startswith("-") else p.metavar: p.default for p in command.params}
+    return found
+
+
+def test_the_command_line_is_frozen():
+    found = commands()
+    assert {name: sorted(options) for name, options in found.items()} == {
+        name: sorted(options) for name, options in FROZEN.items()
+    }
+    for name, options in found.items():
+        flags = {option: False for option in options if option in FLAGS and (name, option) != ("bench", "--json")}
+        expected = dict.fromkeys(options) | flags | DEFAULTS.get(name, {})
+        assert options == expected, name
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"]])
@@ -111,8 +129,8 @@ def test_no_arguments_and_version(tadperf):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("distill --ipc 0", "--ipc: 0: must be greater than or equal to 1"),
-        ("distill --ipc ten", "--ipc: ten: must be a valid integer"),
+        ("distill --ipc 0", "--ipc: 0: must be at least 1"),
+        ("distill --ipc ten", "--ipc: ten: must be an integer"),
         ("distill --ipc 1000", "--ipc: 1000: class"),
         ("distill --preset cifar10-ipc2", "--preset: cifar10-ipc2: did you mean cifar10-ipc"),
         ("distill --set match.setps=3", "match.setps: 3: unknown key; did you mean match.steps?"),
@@ -121,43 +139,43 @@ def test_no_arguments_and_version(tadperf):
         ("distill --device cuda:99", "--device: cuda:99: "),
         ("distill --device tpu", "--device: tpu: must be auto, cpu, cuda or cuda:i"),
         ("distill --method dm", "--method: dm: must be 'mtt'"),
-        ("distill nowhere", "data: nowhere: no such file or folder"),
+        ("distill nowhere", "DATA: nowhere: no such file or folder"),
         ("distill --out taken", "--out: taken: exists already; continue that run with --resume"),
         ("distill --out taken/file/run", "--out: taken/file/run: "),
         ("distill --out /proc/run", "--out: /proc/run: cannot be written"),
         ("distill --resume", "--resume: runs/digits-ipc10-seed0: there is no such run folder"),
         ("distill --resume --out taken", "--resume: taken: is not a run folder"),
-        ("distill --experts none", "none: there is no such folder; name a run"),
+        ("distill --experts none", "none: no such folder; give a run folder that holds experts"),
         ("distill --bogus", "No such option"),
         ("distill --ipc", "requires an argument"),
         ("distill one two", "two"),
         ("destill", "No such command 'destill'"),
         ("evaluate", "Missing argument"),
-        ("evaluate none.safetensors", "file: none.safetensors: there is no such file"),
-        ("evaluate taken/file", "file: taken/file: is truncated or not a safetensors file"),
+        ("evaluate none.safetensors", "file: none.safetensors: no such file"),
+        ("evaluate taken/file", "file: taken/file: truncated, or not a safetensors file"),
         ("evaluate taken/file --network resnet19", "--network: resnet19: must be 'convnet'"),
-        ("evaluate taken/file --repeats 0", "--repeats: 0: must be greater than or equal to 1"),
-        ("show taken/file", "file: taken/file: is truncated or not a safetensors file"),
-        ("sweep", 'FIELD=LIST: "": name a field and the values it is to take, such as match.ipc=1,10'),
+        ("evaluate taken/file --repeats 0", "--repeats: 0: must be at least 1"),
+        ("show taken/file", "file: taken/file: truncated, or not a safetensors file"),
+        ("sweep", 'FIELD=LIST: "": add a field and its values, such as match.ipc=1,10'),
         ("sweep match.ipc", "FIELD=LIST: match.ipc: must be section.key=value,value,..., such as match.ipc=1,10"),
-        ("sweep match.ipc=", 'match.ipc: "": must be a list of values without a gap, such as match.ipc=1,10'),
-        ("sweep match.ipc=1,,2", "match.ipc: 1,,2: must be a list of values without a gap"),
+        ("sweep match.ipc=", 'match.ipc: "": must be a list of values without empty ones, such as match.ipc=1,10'),
+        ("sweep match.ipc=1,,2", "match.ipc: 1,,2: must be a list of values without empty ones"),
         ("sweep match.setps=3,4", "match.setps: 3: unknown key; did you mean match.steps?"),
         ("sweep match=3", "match: 3: is a section; set one of its keys, such as match.method"),
         (
             "sweep refine.beta=0,1 --synthesis matching",
-            "--synthesis: matching: refine.beta would change nothing; generative and hybrid use it",
+            "--synthesis: matching: does not use refine.beta; choose generative or hybrid",
         ),
-        ("sweep match.ipc=1 match.ipc=2", "match.ipc: 2: is named twice"),
-        ("sweep match.lr_img=1,1.0", "match.lr_img: 1.0: comes twice; name every value once"),
-        ("sweep match.ipc=1,zero", "match.ipc: zero: must be a valid integer"),
+        ("sweep match.ipc=1 match.ipc=2", "match.ipc: 2: is given twice"),
+        ("sweep match.lr_img=1,1.0", "match.lr_img: 1.0: is given twice; give every value once"),
+        ("sweep match.ipc=1,zero", "match.ipc: zero: must be an integer"),
         ("sweep match.ipc=1,1000", "--ipc: 1000: class"),
-        ("sweep seed=0,1 --seed 3", "seed: 0,1: is given by --seed too; leave one of them out"),
+        ("sweep seed=0,1 --seed 3", "FIELD=LIST: seed=0,1: --seed sets this field too; leave one of them out"),
         ("sweep seed=0,1 --out taken", "--out: taken: exists already; continue that run with --resume"),
         ("sweep --resume --out none", "--resume: none: there is no such folder; leave out --resume to start it"),
         ("sweep --resume --out taken", "--resume: taken: is not the folder of a sweep: there is no sweep.json in it"),
-        ("experts --seed -1", "--seed: -1: must be greater than or equal to 0"),
-        ("config --seed x", "--seed: x: must be a valid integer"),
+        ("experts --seed -1", "--seed: -1: must be at least 0"),
+        ("config --seed x", "--seed: x: must be an integer"),
         ("bench persample", "OPERATOR|STAGE: persample: must be one of per_sample, "),
         ("bench per_sample --sizes 50000", "--sizes: 50000: per_sample takes NxC, such as 50000x10"),
         ("bench per_sample --sizes 50000x0", "--sizes: 50000x0: per_sample takes NxC"),
@@ -165,7 +183,7 @@ def test_no_arguments_and_version(tadperf):
         ("bench per_sample --base egaer", "--base: egaer: must be among eager, inductor, peer, "),
         ("bench --threads 0", "--threads: 0: must be a whole number of 1 or more"),
         ("bench --repeats many", "--repeats: many: must be a whole number of 1 or more"),
-        ("bench --device cpu --tune", "--tune: cpu: tunes launches on a CUDA device; use --device cuda"),
+        ("bench --device cpu --tune", "--tune: cpu: tunes the launches on a CUDA device; use --device cuda"),
         ("bench --json none/rows.json", "--json: none/rows.json: there is no folder none"),
         ("bench --plot rows.pdf", "--plot: rows.pdf: must be a folder or a file that ends in .png"),
     ],
@@ -181,46 +199,77 @@ def test_wrong_use_is_one_line_and_writes_nothing(tadperf, tmp_path, arguments, 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
 
 
-def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, tmp_path, monkeypatch):
-    from tadperf.cli.common import settings  # pyright: ignore[reportMissingImports]
-    from tadperf.config.merge import merge
-    from tadperf.run.folder import Run
+WRONG = {  # a wrong value for every option that sets a field of the config
+    "DATA": "nowhere",
+    "--data": "nowhere",
+    "--format": "gif",
+    "--image-size": "0",
+    "--labels": "none.csv",
+    "--noise": "loud:1",
+    "--ipc": "0",
+    "--method": "dm",
+    "--compile": "maybe",
+    "--trust": "maybe",
+    "--synthesis": "magic",
+    "--experts": "none",
+    "--repeats": "0",
+    "--network": "resnet19",
+    "--seed": "x",
+    "--device": "tpu",
+    "--batch": "0",
+    "--backend": "onnx",
+    "--preset": "none",
+    "--config": "none.toml",
+    "--set": "a",
+    "--devices": "0",
+}
+FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"]}  # arguments without which a command looks at no option
 
-    monkeypatch.setattr(settings, "debug", False)
-    with Run.create(tmp_path / "run", merge()) as run:
-        run.finish({})
-    (tmp_path / "run" / "result.json").write_text("{")
-    code, out, err = tadperf("distill", "--resume", "--out", "run")
-    assert (code, out) == (1, "")
-    assert err.startswith("tadperf: failed: JSONDecodeError: ")
-    assert "--debug" in err
+
+def wrong_options() -> list[tuple[str, str]]:
+    return [
+        (command, option)
+        for command, options in FROZEN.items()
+        for option in options
+        if option in WRONG and command not in ("config", "bench")  # these two do not open the data
+    ]
+
+
+@pytest.mark.parametrize(("command", "option"), wrong_options())
+def test_an_error_names_the_option_that_was_typed(tadperf, tmp_path, command, option):
+    (tmp_path / "file").touch()
+    typed = [option, WRONG[option]] if option.startswith("-") else [WRONG[option]]
+    if (command, option) == ("evaluate", "DATA"):
+        pytest.skip("evaluate opens FILE first; a broken file is an error of its own")
+    code, out, err = tadperf(command, *FIXED.get(command, []), *typed)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"tadperf: {option}: "), err
     assert err.count("\n") == 1
-    code, out, err = tadperf("distill", "--resume", "--out", "run", "--debug")
+
+
+def test_every_option_that_sets_a_field_is_tested_with_a_wrong_value():
+    from tadperf.cli.options import OPTIONS
+
+    assert {option.name for option in OPTIONS.values() if option.field} <= set(WRONG)
+
+
+def test_an_error_about_a_field_that_no_option_has_set_names_the_field(tadperf):
+    assert tadperf("distill", "--set", "match.ipc=0").err.startswith("tadperf: match.ipc: 0: ")
+    assert tadperf("refine", "nowhere").err.startswith("tadperf: DATA: nowhere: ")
+
+
+def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, monkeypatch):
+    from tadperf.cli.options import invocation
+    from tadperf.config import merge
+
+    def fails(config):
+        raise RuntimeError("one\ntwo")
+
+    monkeypatch.setattr(invocation, "debug", False)
+    monkeypatch.setattr(merge, "to_toml", fails)
+    code, out, err = tadperf("config", "--quiet")
+    assert (code, out) == (1, "")
+    assert err == "tadperf: failed: RuntimeError: one two (--debug shows the traceback)\n"
+    code, out, err = tadperf("config", "--quiet", "--debug")
     assert code == 1
     assert "Traceback" in err
-
-
-SWALLOWED = """
-import os, signal, time
-from tadperf.cli import app
-
-class Dying:
-    def __del__(self):  # Python prints what is raised here, and goes on
-        os.kill(os.getpid(), signal.SIGTERM)
-
-def job(**_):
-    Dying()
-    for _ in range(600):
-        time.sleep(0.1)
-
-app.app = job
-app.main()
-"""
-
-
-def test_an_interrupt_that_python_swallows_is_raised_again():
-    """As happens to one that falls into a destructor or into a callback of a fork."""
-    process = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=60)
-    assert "Exception ignored" in process.stderr
-    assert process.returncode == 130
-    assert process.stderr.splitlines()[-1] == "tadperf: interrupted"

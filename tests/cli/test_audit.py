@@ -39,7 +39,7 @@ def test_list_picture_and_summary(tadperf, tmp_path):
 def test_tables_and_parquet(tadperf, tmp_path):
     code, out, _ = tadperf("audit", "digits", "--noise=none", *FAST, "--out", "kept.parquet")
     assert code == 0
-    assert "labels held wrong" in out
+    assert "suspected label errors among 1400 labels" in out
     assert "kept.png" in out
     table = pq.read_table(tmp_path / "kept.parquet")
     assert table.num_rows == 1400

@@ -18,12 +18,13 @@ def light(monkeypatch):
 
 
 def test_list(tadperf):
-    from tadperf.bench.operators import catalogue  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import catalogue
+    from tadperf.bench.stages import runner
 
     code, out, err = tadperf("bench", "--list", "--device", "cpu")
     assert (code, err) == (0, "")
     named = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")]
-    assert named[: len(catalogue.NAMES) + 1] == [*catalogue.NAMES, "distil"]
+    assert named == [*catalogue.NAMES, *runner.STAGES, *catalogue.OWN_COMMANDS]
     assert "  inductor         runs here" in out
 
 
@@ -73,10 +74,10 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch):
 
     provider = catalogue.load("per_sample").providers["cleanlab"]
     missing = provider._replace(package="no_such_package")
-    assert engine.runs_here(missing) == "not installed: pip install 'tadperf[peers]' brings no_such_package"
-    assert engine.runs_here(provider, device="cuda") == "runs on the CPU alone"
+    assert engine.skip_reason(missing) == "not installed: pip install 'tadperf[peers]' brings no_such_package"
+    assert engine.skip_reason(provider, device="cuda") == "runs on the CPU alone"
     installed = provider._replace(package="sklearn")
-    assert engine.runs_here(installed, (2**27, 10)) == "would take minutes at this size"
+    assert engine.skip_reason(installed, (2**27, 10)) == "would take minutes at this size"
 
 
 def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
@@ -90,24 +91,27 @@ def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
     monkeypatch.setitem(matching.SIZES, "tiny", small)
     monkeypatch.setattr(runner, "peak", lambda *_: None)  # it starts a process
     file = tmp_path / "rows.json"
-    code, out, err = tadperf("bench", "distil", "--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--json", file)
-    assert (code, err) == (0, "distil tiny\n")
+    code, out, err = tadperf(
+        "bench", "matching", "--sizes", "tiny", "--repeats", "1", "--device", "cpu", "--json", file
+    )
+    assert (code, err) == (0, "matching tiny\n")
     assert "over published" in out
     rows = json.loads(file.read_text())["rows"]
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
-    assert {row["stage"] for row in rows} == {"distil"}
+    assert {row["stage"] for row in rows} == {"matching"}
     assert rows[0]["versions"]["torch"] == torch.__version__
-    monkeypatch.setattr(runner, "load", lambda name: None)
-    assert tadperf("bench", "refine", "--device", "cpu") == (0, "", "refine: there is no bench of this stage yet\n")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["distil", "--sizes", "cifar"], "--sizes: cifar: must be among digits, cifar10"),
-        (["distil", "--base", "eager"], "--base: eager: is for operators"),
-        (["distil", "--dtypes", "float16"], "--dtypes: float16: is for operators"),
-        (["distil", "--plot", "."], "--plot: .: is for operators"),
+        (["matching", "--sizes", "cifar"], "--sizes: cifar: must be among digits, cifar10"),
+        (["matching", "--base", "eager"], "--base: eager: is for operators only"),
+        (["matching", "--dtypes", "float16"], "--dtypes: float16: is for operators only"),
+        (["matching", "--plot", "."], "--plot: .: is for operators only"),
+        (["distil"], "OPERATOR|STAGE: distil: this stage is called matching now"),
+        (["evaluate"], "OPERATOR|STAGE: evaluate: this stage is called students now"),
+        (["conv3x3"], "OPERATOR|STAGE: conv3x3: is measured by python -m tadperf.bench.operators.conv3x3"),
         (["nothing"], "OPERATOR|STAGE: nothing: must be one of per_sample"),
     ],
 )

@@ -21,7 +21,7 @@ def test_the_whole_job(tadperf, tiny, tmp_path):
     assert out.count("\n") == 1
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert "preset digits" in err
-    assert re.search(r"^matching 6/6 .* in ", err, re.MULTILINE)
+    assert re.search(r"^matching 6/6, loss .*, took ", err, re.MULTILINE)
     for name in ("config.json", "env.json", "metrics.jsonl", "distilled.safetensors", "grid.png", "DONE"):
         assert (tmp_path / "run" / name).exists(), name
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -31,7 +31,8 @@ def test_the_whole_job(tadperf, tiny, tmp_path):
     rows = re.findall(r"^ ?(\S.*?)  +(\d+\.\d)(?: ± \d+\.\d)? +(\d+) *$", again.out, re.MULTILINE)
     scores = [*result["accuracy"].values(), *result["baselines"].values()]
     assert sorted((f"{100 * s['mean']:.1f}", str(len(s["runs"]))) for s in scores) == sorted(row[1:] for row in rows)
-    assert "tadperf.load('run/distilled.safetensors')" in again.out
+    assert f"tadperf.load({str(tmp_path / 'run' / 'distilled.safetensors')!r})" in again.out
+    assert "ds.accuracy(net, 'digits')" in again.out
 
     refused = tadperf("distill", "--resume", "--out", "run", "--ipc", "2")
     assert refused.code == 2

@@ -12,20 +12,49 @@ import pytest
 from tadperf.cli import progress
 
 
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
 def test_plain_lines_come_at_the_start_now_and_then_and_at_the_end(capsys, monkeypatch):
-    show = progress.Plain()
+    show = progress.PlainProgress()
     show("experts", 0, 4)
     show("experts", 1, 4, loss=0.123456)  # less than 10 s later
     show("experts", 4, 4, loss=0.5)
-    assert [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "experts 0/4",
-        "experts 4/4 loss=0.5",
-    ]
-    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    assert [line.split(", took ")[0] for line in lines(capsys)] == ["experts 0/4", "experts 4/4, loss 0.5"]
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
     show("matching", 10, 30)  # resumed at 10: the time left follows what this process has done
-    show.started["matching"] = (show.started["matching"][0] - 100, 10)
+    show.clocks["matching"].start -= 100
     show("matching", 20, 30, step=3)
-    assert capsys.readouterr().err.splitlines()[1] == "matching 20/30 step=3, 1 min 40 s left"
+    assert lines(capsys)[1] == "matching 20/30, step 3, 1 min 40 s left"
+
+
+def test_a_stage_that_runs_again_has_a_new_clock(capsys):
+    show = progress.PlainProgress()
+    show("trust:proxies", 0, 2)
+    show.clocks["trust:proxies"].start -= 100
+    show("trust:proxies", 2, 2)
+    show("trust:proxies", 0, 2)
+    show("trust:proxies", 2, 2)
+    words = "trust: proxy networks"
+    assert lines(capsys) == [
+        f"{words} 0/2", f"{words} 2/2, took 1 min 40 s", f"{words} 0/2", f"{words} 2/2, took 0.0 s",
+    ]  # fmt: skip
+
+
+def test_figures_are_words_and_numbers():
+    values = {"trusted": 0.9666, "train_accuracy": 0.5, "diversity": float("nan"), "round": 2}
+    assert progress.figures(values) == "share trusted 0.967, train accuracy 0.5, round 2"
+
+
+def test_a_run_goes_on_without_its_lines_if_nobody_reads_stderr(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        with progress.display(quiet=False) as show:
+            show("experts", 0, 2)
+            show("experts", 2, 2)
 
 
 def test_quiet_and_other_outputs(capsys):
@@ -33,7 +62,7 @@ def test_quiet_and_other_outputs(capsys):
         show("data", 1, 1)
     assert capsys.readouterr().err == ""
     with progress.display(quiet=False) as show:  # captured: not a terminal
-        assert isinstance(show, progress.Plain)
+        assert isinstance(show, progress.PlainProgress)
 
 
 def test_the_live_bar_on_a_terminal(monkeypatch):
@@ -42,7 +71,8 @@ def test_the_live_bar_on_a_terminal(monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
         with progress.display(quiet=False) as show:
-            show("matching", 0, 5)
+            show("matching", 5, 5)
+            show("matching", 0, 5)  # the stage runs again
             show("matching", 5, 5, loss=0.25)
         terminal.flush()
         text = ""
@@ -51,7 +81,7 @@ def test_the_live_bar_on_a_terminal(monkeypatch):
     os.close(reader)
     assert "matching" in text
     assert "5/5" in text
-    assert "loss=0.25" in text
+    assert "loss 0.25" in text
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
     again = tadperf("refine", "first", "--set=refine.beta=0.9", "--set=evaluate.repeats=1", "--evaluate")
     assert again.code == 0, again.err
     assert "preset" not in again.err
-    assert "anomalous images" in again.out
+    assert "rejected images" in again.out
     assert "images it started from" in again.out
     config = json.loads((tmp_path / "runs" / "first-refined" / "config.json").read_text())
     assert (config["refine"]["beta"], config["refine"]["batch"]) == (0.9, 7)
@@ -62,7 +62,7 @@ def test_a_sweep_of_refinement_generates(tadperf, options, tmp_path):
     own = [option for option in options if option != "--ipc=1"]
     code, out, err = tadperf("sweep", "refine.beta=0,.9", *own, "--set=match.ipc=1", "--out", "swept", "--json")
     assert code == 0, err
-    assert "images are generated, since refine.beta acts on nothing else" in err
+    assert "generating images, because matching does not use refine.beta" in err
     rows = json.loads(out)["rows"]
     assert [row["refine.beta"] for row in rows] == [0, 0.9]
     for row in rows:
@@ -111,9 +111,9 @@ def checkpoints(tmp_path_factory) -> Path:
         ("--set refine.source={}/latents", "its transformer takes 4 latent channels, its VAE makes 3"),
         ("--set refine.source={}/none", "there is no such folder"),
         ("--set refine.top_k=9", "refine.top_k: 9: must not be above refine.candidates = 8"),
-        ("--set refine.beta=1.5", "refine.beta: 1.5: must be less than or equal to 1"),
-        ("--set refine.beta=-0.1", "refine.beta: -0.1: must be greater than or equal to 0"),
-        ("--batch 0", "--batch: 0: must be greater than or equal to 1"),
+        ("--set refine.beta=1.5", "refine.beta: 1.5: must be at most 1"),
+        ("--set refine.beta=-0.1", "refine.beta: -0.1: must be at least 0"),
+        ("--batch 0", "--batch: 0: must be at least 1"),
         ("--backend onnx", "--backend: onnx: must be 'auto', 'eager'"),
         ("--ipc 1000", "--ipc: 1000: class"),
         ("--set refine.start=none", "RUN: none: is no run's folder"),
@@ -132,6 +132,6 @@ def test_a_hub_name_without_a_network_says_what_to_do(tadperf, monkeypatch):
         raise OSError("Could not reach the hub\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    words = "cannot be fetched (Could not reach the hub); give a local folder that holds model_index.json"
+    words = "cannot be downloaded (Could not reach the hub); give a local folder that holds model_index.json"
     check(tadperf("refine", "--trust=off", "--quiet", "--set=refine.source=owner/name"), words)
     check(tadperf("distill", "--synthesis=generative", "--trust=off", "--set=refine.source=owner/name"), words)

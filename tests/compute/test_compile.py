@@ -1,4 +1,4 @@
-"""Compiled calls give what eager ones give, see the shapes they should, and fail softly."""
+"""Compiled calls return the results of eager ones, use fixed shapes, and fall back with a warning."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def graphs():
-    """The graphs that are compiled within a test, by a backend that takes no time: each is run as it is."""
-    found: list[torch.fx.GraphModule] = []
+    """The graphs that a test compiles, by a fast backend that runs each graph without compiling it."""
+    compiled: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        found.append(graph)
+        compiled.append(graph)
         return graph.forward
 
     torch.compiler.reset()
     with torch.compiler.set_stance(force_backend=record), torch.no_grad():
-        yield found
+        yield compiled
     torch.compiler.reset()
 
 
 class Rows(nn.Module):
-    """Notes how many rows it is given; a row's result depends on that row and the time alone."""
+    """Records the number of rows of each call. The result of a row depends on that row and the time alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.seen = nn.Linear(3, 2), []
+        self.linear, self.rows = nn.Linear(3, 2), []
 
-    def forward(self, x: Tensor, time: Tensor | float, *, own: Tensor | None = None) -> dict[str, Tensor]:
-        self.seen.append(len(x))
-        shift = 0.0 if own is None else own[:, None]
-        return {"a": self.linear(x) * time + shift, "b": x.sum(1)}
+    def forward(self, x: Tensor, time: Tensor | float, *, shift: Tensor | None = None) -> dict[str, Tensor]:
+        self.rows.append(len(x))
+        offset = 0.0 if shift is None else shift[:, None]
+        return {"a": self.linear(x) * time + offset, "b": x.sum(1)}
 
 
 def unet(**more: Any) -> nn.Module:
@@ -66,10 +66,18 @@ def unet(**more: Any) -> nn.Module:
 
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, num_class_embeds=11, **more,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        num_class_embeds=11,
+        **more,
+    ).eval()
 
 
 def dit(layers: int = 3) -> nn.Module:
@@ -77,9 +85,16 @@ def dit(layers: int = 3) -> nn.Module:
 
     torch.manual_seed(0)
     return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=layers, sample_size=4,
-        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=2,
-    ).eval()  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_num_groups=2,
+    ).eval()
 
 
 def detector() -> nn.Module:
@@ -100,10 +115,10 @@ def first(result: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("make", "backend", "compiled"),  # auto: no calls were announced
+    ("make", "backend", "compiled"),  # "auto" is eager: the number of calls is not known
     [(unet, "inductor", 1), (unet, "eager", 0), (dit, "inductor", 2), (dit, "auto", 0), (detector, "inductor", 1)],
 )
-def test_the_module_stays_what_it_was_and_gives_what_it_gave(graphs, make, backend, compiled):
+def test_the_module_keeps_its_type_its_weights_and_its_results(graphs, make, backend, compiled):
     net = make()
     args, named = inputs(net)
     names, kind, expected = list(net.state_dict()), type(net), first(net(*args, **named))
@@ -119,45 +134,45 @@ def test_the_module_stays_what_it_was_and_gives_what_it_gave(graphs, make, backe
     torch.testing.assert_close(first(net(*args, **named)), first(fresh(*args, **named)))
 
 
-def test_a_dit_is_compiled_by_its_block_and_a_unet_whole(graphs):
+def test_a_dit_is_compiled_by_its_block_and_a_unet_as_one_graph(graphs):
     net = compile_for_inference(dit(5), "inductor", batch=4)
     for rows in (4, 1, 6):
         args, named = inputs(net, rows)
         net(*args, **named)
-    assert len(graphs) == 2  # the first block's input lies otherwise in memory than the results of blocks
+    assert len(graphs) == 2  # the input of the first block has other strides than the results of blocks
     assert not any("proj_out" in str(node.target) for node in graphs[0].graph.nodes)
     assert _mostly_repeated(dit())
     assert not _mostly_repeated(unet())
     assert not _mostly_repeated(detector())
 
 
-def test_a_time_step_is_no_constant(graphs):
-    net, plain = compile_for_inference(unet(), "inductor", batch=3), unet()
-    (x, _), named = inputs(plain)
+def test_time_steps_are_not_compiled_as_constants(graphs):
+    net, eager = compile_for_inference(unet(), "inductor", batch=3), unet()
+    (x, _), named = inputs(eager)
     for step in (1, 500, 999):
-        torch.testing.assert_close(net(x, step, **named)[0], plain(x, step, **named)[0])
+        torch.testing.assert_close(net(x, step, **named)[0], eager(x, step, **named)[0])
     assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 7, 8])
 def test_every_call_has_the_rows_of_a_batch(rows):
-    plain = Rows()
-    net = compile_for_inference(copy.deepcopy(plain), "eager", batch=4)
-    x, own = torch.randn(rows, 3), torch.randn(rows)
+    eager = Rows()
+    net = compile_for_inference(copy.deepcopy(eager), "eager", batch=4)
+    x, shift = torch.randn(rows, 3), torch.randn(rows)
     with torch.no_grad():
-        expected, found = plain(x, 2.0, own=own), net(x, 2.0, own=own)
-    assert net.seen == [4] * max(1, -(-rows // 4))
-    assert found.keys() == expected.keys()
+        expected, result = eager(x, 2.0, shift=shift), net(x, 2.0, shift=shift)
+    assert net.rows == [4] * max(1, -(-rows // 4))
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(result[name], value)
 
 
-def test_a_row_does_not_depend_on_its_company():
+def test_the_result_of_a_row_does_not_depend_on_other_rows():
     net = compile_for_inference(detector(), "eager", batch=8)
     (x,), _ = inputs(net, 19)
     with torch.no_grad():
-        together = net(x)
-        assert torch.equal(torch.cat([net(part) for part in x.split(3)]), together)
+        expected = net(x)
+        assert torch.equal(torch.cat([net(part) for part in x.split(3)]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -170,42 +185,42 @@ def test_images_are_cast_and_time_steps_are_not(dtype):
     net = compile_for_inference(Shift(3, 2), "eager", dtype=dtype)
     assert net.weight.dtype == dtype
     with torch.no_grad():
-        for given in (torch.float32, torch.float64, dtype):
-            y, time = net(torch.ones(4, 3, dtype=given), 999.0)
-            assert (y.dtype, time.dtype, float(time)) == (given, torch.float32, 999.0)
+        for input_dtype in (torch.float32, torch.float64, dtype):
+            y, time = net(torch.ones(4, 3, dtype=input_dtype), 999.0)
+            assert (y.dtype, time.dtype, float(time)) == (input_dtype, torch.float32, 999.0)
 
 
-def test_what_is_refused():
+def test_unknown_backends_and_cuda_graphs_on_a_cpu_are_refused():
     with pytest.raises(UserError, match="backend: onnx: must be one of auto, eager, inductor, cudagraphs, tensorrt"):
         compile_for_inference(detector(), "onnx")
     with pytest.raises(UserError, match="backend: cudagraphs: needs a CUDA device, the network is on cpu"):
         compile_for_inference(detector(), "cudagraphs")
 
 
-def test_tensorrt_falls_back_to_inductor_and_says_why_once(graphs):
+def test_tensorrt_falls_back_to_inductor_and_warns_once(graphs):
     net = compile_for_inference(detector(), "tensorrt")
     (x,), _ = inputs(net)
     with pytest.warns(RuntimeWarning, match="TensorRT failed, Inductor is used instead: .* CUDA device, .* on cpu"):
-        found = net(x)
-    torch.testing.assert_close(found, detector()(x))
+        result = net(x)
+    torch.testing.assert_close(result, detector()(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net(x)
     assert len(graphs) == 1
 
 
-def test_no_compiler_means_eager():
-    """The real Inductor, told of a C++ compiler that is not there."""
+def test_without_a_compiler_calls_run_eagerly():
+    """Uses the real Inductor with a C++ compiler that does not exist."""
     torch.compiler.reset()
     net = compile_for_inference(detector(), "inductor")
     (x,), _ = inputs(net)
     missing = config.patch({"cpp.cxx": ("/nonexistent/c++",), "force_disable_caches": True})
     with missing, torch.no_grad(), pytest.warns(RuntimeWarning, match="Inductor failed, eager is used instead: "):
-        found = net(x)
-    assert torch.equal(found, detector()(x))
+        result = net(x)
+    assert torch.equal(result, detector()(x))
 
 
-def test_a_callers_mistake_is_no_reason_to_fall_back(graphs):
+def test_a_mistake_of_the_caller_causes_no_fallback(graphs):
     net = compile_for_inference(detector(), "inductor")
     (x,), _ = inputs(net)
     with warnings.catch_warnings():
@@ -216,7 +231,7 @@ def test_a_callers_mistake_is_no_reason_to_fall_back(graphs):
     assert len(graphs) >= 1
 
 
-def test_fallback_of_a_call_that_fails_later():
+def test_a_later_failure_falls_back_too():
     calls: list[str] = []
 
     def engine(x: int) -> int:
@@ -233,8 +248,8 @@ def test_fallback_of_a_call_that_fails_later():
 
 
 @pytest.mark.parametrize("make", [unet, dit, detector])
-def test_what_tensorrt_would_export_can_be_exported(make):
-    """As MutableTorchTensorRTModule does it: torch.export of the module, whose own calls lead elsewhere by then."""
+def test_modules_for_tensorrt_can_be_exported(make):
+    """MutableTorchTensorRTModule calls torch.export when the module's forward is already replaced."""
     net = make()
     args, named = inputs(net, 2)
     expected = first(net(*args, **named))
@@ -244,7 +259,7 @@ def test_what_tensorrt_would_export_can_be_exported(make):
     torch.testing.assert_close(first(program.module()(*args, **named)), expected)
 
 
-def test_a_change_of_weights_is_noticed():
+def test_a_change_of_weights_is_detected():
     net = detector()
     inner = copy.copy(net)
     states = [_weight_versions(inner)]
@@ -267,18 +282,22 @@ def test_a_change_of_weights_is_noticed():
 @pytest.mark.parametrize(
     ("kind", "flops", "calls", "backend"),
     [
-        ("cpu", 1e9, None, "eager"), ("cuda", 1e3, None, "inductor"), ("cpu", 1e8, 100, "eager"),
-        ("cpu", 1e11, 10_000, "inductor"), ("cuda", 1e6, 10, "eager"), ("cuda", 1e6, 100_000, "inductor"),
+        ("cpu", 1e9, None, "eager"),
+        ("cuda", 1e3, None, "inductor"),
+        ("cpu", 1e8, 100, "eager"),
+        ("cpu", 1e11, 10_000, "inductor"),
+        ("cuda", 1e6, 10, "eager"),
+        ("cuda", 1e6, 100_000, "inductor"),
     ],
-)  # fmt: skip
-def test_auto_weighs_calls_against_compile_time(kind, flops, calls, backend):
+)
+def test_auto_compares_saved_time_with_compile_time(kind, flops, calls, backend):
     chosen, why = choose_backend(kind, flops, 50, calls)
     assert chosen == backend
     assert why
 
 
 @pytest.mark.parametrize("calls", [1, 10**9])
-def test_auto_logs_what_it_chose(graphs, caplog, calls):
+def test_auto_logs_its_choice(graphs, caplog, calls):
     caplog.set_level(logging.INFO, "tadperf")
     net = compile_for_inference(detector(), "auto", calls=calls)
     (x,), _ = inputs(net)
@@ -290,15 +309,19 @@ def test_auto_logs_what_it_chose(graphs, caplog, calls):
 
 
 COMPILED = """
+import os
 import torch
-from tadperf import accelerate
-accelerate.load_caches("test")
-torch.compile(lambda x: x.sin() + x)(torch.ones(3))
-accelerate.save_caches("test")
+from tadperf.compute.compile import load_compile_cache, save_compile_cache, with_fallback
+load_compile_cache("test")
+compiled = torch.compile(lambda x: x.sin() + x)
+with_fallback("Inductor", lambda: compiled, "eager", lambda: None)(torch.ones(3))
+save_compile_cache("test")
+assert "tadperf" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), os.environ["TORCHINDUCTOR_CACHE_DIR"]
 """
 
 
 def test_a_second_process_builds_no_object_again(tmp_path):
+    """Also checks that Inductor's folder in the environment is as before, in each process."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     built = []
@@ -308,12 +331,12 @@ def test_a_second_process_builds_no_object_again(tmp_path):
     assert built[0] == built[1] != set()
 
 
-def test_caches_are_kept_and_found(tmp_path, monkeypatch):
-    """Real Inductor: compiled, kept, and taken from what was kept by a compiler that knows nothing any more."""
+def test_compiled_code_is_saved_and_loaded(tmp_path, monkeypatch):
+    """Uses the real Inductor: compiles, saves, and loads into a compiler whose own caches are empty."""
     from torch._inductor.utils import fresh_cache
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # else this process would keep its own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # otherwise the folder of the user
     assert not load_compile_cache("refine digits/8")
 
     def misses() -> int:
@@ -337,10 +360,10 @@ def test_caches_are_kept_and_found(tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["inductor", "cudagraphs"])
 def test_on_cuda_results_outlive_the_next_call(backend):
-    net, plain = compile_for_inference(unet().cuda(), backend, batch=4), unet().cuda()
+    net, eager = compile_for_inference(unet().cuda(), backend, batch=4), unet().cuda()
     with torch.no_grad():
-        for_each = [tuple(torch.randn(3, 1, 8, 8, device="cuda") for _ in range(2)) for _ in range(4)]
-        found = [net(x, 5, class_labels=torch.arange(3, device="cuda"), return_dict=False)[0] for x, _ in for_each]
-        for (x, _), y in zip(for_each, found, strict=True):
-            expected = plain(x, 5, class_labels=torch.arange(3, device="cuda"), return_dict=False)[0]
+        pairs = [tuple(torch.randn(3, 1, 8, 8, device="cuda") for _ in range(2)) for _ in range(4)]
+        results = [net(x, 5, class_labels=torch.arange(3, device="cuda"), return_dict=False)[0] for x, _ in pairs]
+        for (x, _), y in zip(pairs, results, strict=True):
+            expected = eager(x, 5, class_labels=torch.arange(3, device="cuda"), return_dict=False)[0]
             torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)

@@ -1,4 +1,4 @@
-"""What ranks exchange, in two and three real processes."""
+"""Ranks exchange results, in two and more real processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tadperf.config.merge import merge
 from tadperf.errors import UserError
 from tadperf.matching import loop
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.loop import mean_gradient
+from tadperf.matching.loop import MatchProblem, mean_gradient
 from tadperf.matching.state import initial_state
 from tadperf.run.folder import Run
 
@@ -31,18 +31,18 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tasks are forked on Linux only")
 
 
-def together(world: int, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns in each of so many ranks; a rank that raises gives its exception's text."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def run_ranks(world: int, work: Callable[[], Any], listener: socket.socket | None = None) -> list[Any]:
+    """Calls `work` in `world` ranks; returns each rank's result, or the text of its exception."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = (listener or free).getsockname()[1]
     fork = multiprocessing.get_context("fork")
 
     def body(rank: int, end: Any) -> None:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+        if listener is not None and rank == 0:
+            os.environ[ranks.STORE_FD] = str(listener.fileno())
         try:
             ranks.join()
             end.send(work())
@@ -69,26 +69,23 @@ def together(world: int, work: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def test_alone_nothing_is_exchanged():
+def test_a_single_process_exchanges_nothing():
     assert (ranks.rank(), ranks.world_size(), ranks.local_world_size()) == (0, 1, 1)
     assert ranks.once(lambda: 5) == 5
-    assert list(ranks.divide_work(lambda own: ((k, 10 * p) for k, p in enumerate(own)), 3)) == [
-        (0, 0),
-        (1, 10),
-        (2, 20),
-    ]
+    results = ranks.divide_work(lambda positions: ((k, 10 * p) for k, p in enumerate(positions)), 3)
+    assert list(results) == [(0, 0), (1, 10), (2, 20)]
     (same,) = ranks.mean([torch.tensor([3.0])], 1)
     assert same.tolist() == [3.0]
 
 
 @linux
-def test_every_rank_gets_every_result_and_the_work_is_divided():
+def test_ranks_divide_the_work_and_each_gets_all_results():
     def work() -> Any:
         parts = dict(run_parallel(lambda item: (item * item, ranks.rank()), [3, 1, 4, 1, 5]))
         again = sorted(run_parallel(lambda item: -item, [7], 1))
         return [parts[k][0] for k in range(5)], {parts[k][1] for k in (0, 2, 4)}, {parts[k][1] for k in (1, 3)}, again
 
-    first, second = together(2, work)
+    first, second = run_ranks(2, work)
     assert first == second
     assert first[0] == [9, 1, 16, 1, 25]
     assert first[1] == {0}
@@ -96,19 +93,19 @@ def test_every_rank_gets_every_result_and_the_work_is_divided():
     assert first[3] == [(0, -7)]
 
 
-def test_rank_0_decides_and_large_values_arrive_whole():
+def test_rank_0_decides_and_large_values_arrive_complete():
     def work() -> Any:
-        own = torch.arange(3_000_000) + ranks.rank()  # 24 MB, more than one message holds
-        seen = ranks.once(lambda: {"x": own, "who": ranks.rank()})
+        values = torch.arange(3_000_000) + ranks.rank()  # 24 MB, several messages
+        received = ranks.once(lambda: {"x": values, "who": ranks.rank()})
         ranks.barrier()
         none = ranks.once(lambda: None)
-        inside = ranks.once(lambda: dict(run_parallel(lambda item: item, [1, 2], 1)))  # rank 0 works alone in there
-        return int(seen["x"].sum()), seen["who"], none, inside
+        inside = ranks.once(lambda: dict(run_parallel(lambda item: item, [1, 2], 1)))  # rank 0 works alone
+        return int(received["x"].sum()), received["who"], none, inside
 
-    assert together(3, work) == [(int(torch.arange(3_000_000).sum()), 0, None, {0: 1, 1: 2})] * 3
+    assert run_ranks(3, work) == [(int(torch.arange(3_000_000).sum()), 0, None, {0: 1, 1: 2})] * 3
 
 
-def test_the_mean_over_trajectories_is_that_of_one_rank(monkeypatch):
+def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks(monkeypatch):
     config = MatchConfig(trajectories=5)  # pyright: ignore[reportCallIssue]
 
     def one(*arguments: Any) -> Gradient:
@@ -122,22 +119,22 @@ def test_the_mean_over_trajectories_is_that_of_one_rank(monkeypatch):
 
     def work() -> Any:
         nothing: Any = None
-        found = mean_gradient(state, nothing, nothing, config, "none", 0)
+        found = mean_gradient(state, nothing, MatchProblem(nothing, nothing, config, "none", 0))
         return [part.double().numpy() for part in found[:4]]  # pyright: ignore[reportOptionalMemberAccess]
 
-    draws = [one(None, None, None, config, "none", 0, k) for k in range(5)]
+    draws = [one(None, None, None, k) for k in range(5)]
     exact = [torch.stack([d[i].double() for d in draws]).mean(0) for i in range(4)]  # pyright: ignore
     alone = work()
-    for world in (2, 7):  # of seven ranks two have none
-        everyone = together(world, work)
+    for world in (2, 7):  # two of seven ranks have no trajectory
+        everyone = run_ranks(world, work)
         for found in everyone:
             for got, whole, single, leader in zip(found, exact, alone, everyone[0], strict=True):
                 assert abs(got - whole.numpy()).max() < 1e-6
                 assert abs(got - single).max() < 1e-6
-                assert (got == leader).all()  # all ranks go on from the same bits
+                assert (got == leader).all()  # all ranks continue with the same bits
 
 
-def test_only_rank_0_writes_but_a_task_writes_its_own(tmp_path):
+def test_only_rank_0_writes_except_in_divided_tasks(tmp_path):
     config = merge("digits")
 
     def task(item: int) -> int:
@@ -155,7 +152,7 @@ def test_only_rank_0_writes_but_a_task_writes_its_own(tmp_path):
             ranks.barrier()
         return sorted(run.stages())
 
-    assert together(2, work) == [["experts"], ["experts"]]
+    assert run_ranks(2, work) == [["experts"], ["experts"]]
     found = {file.name for file in (tmp_path / "run").iterdir()}
     assert {"item-0", "item-1", "rank-0", "result.json", "DONE"} <= found
     assert "rank-1" not in found
@@ -164,18 +161,52 @@ def test_only_rank_0_writes_but_a_task_writes_its_own(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_the_loss_of_the_others_is_an_error_not_a_wait():
+def test_the_death_of_rank_0_raises_an_error():
     def work() -> Any:
         if ranks.rank() == 0:
             os._exit(1)  # it holds the store
-        begun = time.monotonic()
-        with pytest.raises(ranks.RankLostError):
+        start = time.monotonic()
+        with pytest.raises(ranks.RankLostError, match="lost the connection to the other ranks: "):
             ranks.once(lambda: 1)
-        return time.monotonic() - begun < 20
+        return time.monotonic() - start < 20
 
-    results = together(2, work)
+    results = run_ranks(2, work)
     assert results[0] == "died"
     assert results[1] is True or "RankLostError" in str(results[1])  # or at the end, in `leave`
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ranks.RankLostError, match=rf"^cannot connect the ranks at 127.0.0.1:{port}: .*MASTER_PORT"):
+            ranks.join()
+    assert ranks.world_size() == 1
+
+
+def test_a_missing_rank_number_is_named(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ranks.RankLostError, match=r"^cannot connect the ranks at 127.0.0.1:1: .*RANK"):
+        ranks.join()
+
+
+def test_rank_0_takes_over_the_socket_of_its_launcher():
+    """The launcher listens before any rank starts, so no other program can take the port in between."""
+    with launcher._listen() as listener:
+        port = listener.getsockname()[1]
+
+        def work() -> Any:
+            return ranks.once(ranks.rank), ranks.world_size()
+
+        with socket.socket() as rival, pytest.raises(OSError, match="in use"):
+            rival.bind(("127.0.0.1", port))
+        assert run_ranks(2, work, listener) == [(0, 2), (0, 2)]
 
 
 def test_each_rank_has_its_own_cuda_device(monkeypatch):
@@ -190,12 +221,12 @@ def test_each_rank_has_its_own_cuda_device(monkeypatch):
     with pytest.raises(UserError, match=r"^--device: cuda:3: is one device for 2 ranks"):
         resolve_device("cuda:3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    with pytest.raises(UserError, match=r"^--devices: 5: there are 4 CUDA devices"):
+    with pytest.raises(UserError, match=r"^--devices: 5: only 4 CUDA devices found; use --devices 4$"):
         resolve_device("cuda")
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-def test_cores_are_divided(monkeypatch):
+def test_ranks_divide_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert available_cores() == 8
     monkeypatch.setattr(ranks, "_team", ranks.Team(1, 3, None))
@@ -205,15 +236,15 @@ def test_cores_are_divided(monkeypatch):
 
 
 @pytest.mark.parametrize("devices", ["0", "-1", "two", "1.5", ""])
-def test_how_many(devices):
+def test_a_wrong_number_of_devices_is_refused(devices):
     with pytest.raises(UserError, match=r"^--devices: .*: must be a whole number from 1 up"):
         launcher.num_ranks(devices)
 
 
-def test_how_many_under_torchrun(monkeypatch):
+def test_the_number_of_ranks_to_start_with_and_without_torchrun(monkeypatch):
     assert (launcher.num_ranks(None), launcher.num_ranks("1"), launcher.num_ranks("3")) == (1, 1, 3)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert (launcher.num_ranks(None), launcher.num_ranks("2")) == (1, 1)
-    with pytest.raises(UserError, match="there are 2 ranks already"):
+    with pytest.raises(UserError, match="torchrun has started 2 ranks; leave out --devices"):
         launcher.num_ranks("3")

@@ -1,4 +1,4 @@
-"""Tasks in forked processes: results, failures, and that nothing is left behind."""
+"""Tasks in forked processes: their results, their failures, and no process left behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,15 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tasks a
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs: one that was killed and awaits its burial does not."""
+    """Returns whether a process runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def wait_for(condition, seconds: float = 20) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Waits until the condition is true; returns its last value."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -36,38 +38,38 @@ def wait_for(condition, seconds: float = 20) -> bool:
 
 
 def children() -> set[int]:
-    """Living children of this process."""
-    found = set()
+    """Returns the running children of this process."""
+    running = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(fields[1]) == os.getpid() and fields[0] != "Z":
-            found.add(int(stat.parent.name))
-    return found
+            running.add(int(stat.parent.name))
+    return running
 
 
 @pytest.mark.parametrize("workers", [None, 1, 2, 5])
-def test_every_item_once_with_its_position(workers):
+def test_every_item_is_processed_once_with_its_position(workers):
     items = [3, 1, 4, 1, 5]
     assert sorted(run_parallel(lambda item: item * item, items, workers)) == list(enumerate([9, 1, 16, 1, 25]))
     assert list(run_parallel(lambda item: item, [], workers)) == []
 
 
 @linux
-def test_results_come_as_they_are_ready_from_other_processes():
+def test_results_arrive_as_tasks_finish_in_other_processes():
     def task(seconds: float) -> int:
         time.sleep(seconds)
         return os.getpid()
 
-    found = list(run_parallel(task, [1.0, 0.0], 2))
-    assert [position for position, _ in found] == [1, 0]
-    assert os.getpid() not in {pid for _, pid in found}
+    results = list(run_parallel(task, [1.0, 0.0], 2))
+    assert [position for position, _ in results] == [1, 0]
+    assert os.getpid() not in {pid for _, pid in results}
 
 
 @linux
-def test_closures_and_tensors_are_shared_without_a_copy():
+def test_workers_use_closures_and_tensors_without_a_copy():
     big = torch.ones(64 << 20, dtype=torch.uint8)
 
     def task(item: int) -> tuple[int, int, int]:
@@ -84,7 +86,7 @@ def test_closures_and_tensors_are_shared_without_a_copy():
 
 
 def fit(seed: int) -> bytes:
-    """A few steps of a small network whose sums are long enough for threads to share."""
+    """Trains a small network for a few steps. Its sums are long enough for PyTorch to use several threads."""
     torch.manual_seed(seed)
     x, weight = torch.randn(256, 300), torch.randn(300, 200, requires_grad=True)
     for _ in range(3):
@@ -94,51 +96,50 @@ def fit(seed: int) -> bytes:
 
 
 @linux
-def test_the_bits_depend_neither_on_workers_nor_on_how_many_tasks_there_are():
+def test_bits_do_not_depend_on_the_number_of_workers_or_tasks():
     before = torch.get_num_threads()
     two = dict(run_parallel(fit, [0, 1, 2], 2))
     assert dict(run_parallel(fit, [0, 1, 2], 1)) == two
-    assert dict(run_parallel(fit, [2])) == {0: two[2]}  # what a resumed run does: one task alone
+    assert dict(run_parallel(fit, [2])) == {0: two[2]}  # as in a resumed run: one task alone
     assert torch.get_num_threads() == before
 
 
 @linux
 @pytest.mark.timeout(60)
-def test_more_cores_than_tasks_after_threads_ran_in_the_parent(monkeypatch):
-    """OpenMP hangs in a forked worker that has more than one thread: four cores and two tasks did."""
+def test_no_hang_with_more_cores_than_tasks_after_threads_ran_in_the_parent(monkeypatch):
+    """OpenMP hangs in a forked worker with more than one thread, as four cores and two tasks once had."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(workers, "cores", lambda: 4)
+    monkeypatch.setattr(workers, "available_cores", lambda: 4)
     torch.set_num_threads(2)
     x = torch.randn(1500, 1500)
     total = (x @ x).sum()
     assert total.isfinite()
-    assert [threads for _, threads in run_parallel(lambda _: ((x @ x).sum(), torch.get_num_threads())[1], [0, 1])] == [
-        1, 1,
-    ]  # fmt: skip
+    threads = dict(run_parallel(lambda _: ((x @ x).sum(), torch.get_num_threads())[1], [0, 1]))
+    assert threads == {0: 1, 1: 1}
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failing_task_says_why_and_leaves_no_worker(workers):
+def test_a_failing_task_raises_its_error_and_leaves_no_worker(workers):
     def task(item: int) -> int:
         if item == 1:
-            raise ValueError("label 12 is not there")
+            raise ValueError("label 12 is missing")
         time.sleep(0.01)
         return item
 
     before = children()
-    with pytest.raises(ValueError, match="label 12 is not there"):
+    with pytest.raises(ValueError, match="label 12 is missing"):
         list(run_parallel(task, list(range(6)), workers))
     assert wait_for(lambda: children() <= before)
-    assert len(list(run_parallel(lambda item: item, [1, 2], workers))) == 2  # and the next run works
+    assert len(list(run_parallel(lambda item: item, [1, 2], workers))) == 2  # the next call works
 
 
 @linux
 @pytest.mark.timeout(60)
-def test_a_worker_that_dies_is_an_error_not_a_wait():
+def test_a_killed_worker_raises_an_error():
     def task(item: int) -> int:
         if item == 0:
-            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does if memory runs out
         time.sleep(0.2)
         return item
 
@@ -149,14 +150,14 @@ def test_a_worker_that_dies_is_an_error_not_a_wait():
 
 
 @linux
-def test_closing_early_or_an_interrupt_ends_the_workers():
+def test_an_early_close_or_an_interrupt_ends_the_workers():
     before = children()
 
     def task(item: int) -> int:
         time.sleep(0 if item == 0 else 60)
         return item
 
-    begun = time.monotonic()
+    start = time.monotonic()
     running = run_parallel(task, [0, 1, 2], 2)
     assert next(running) == (0, 0)
     assert children() - before
@@ -168,26 +169,26 @@ def test_closing_early_or_an_interrupt_ends_the_workers():
     with pytest.raises(KeyboardInterrupt):
         running.throw(KeyboardInterrupt)  # pyright: ignore[reportAttributeAccessIssue]
     assert wait_for(lambda: children() <= before)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start < 30
 
 
 PARENT = """
 import os, sys, time
-from tadperf import parallel
+from tadperf.compute.workers import run_parallel
 def task(item):
     with open(f"{sys.argv[1]}/{item}", "w") as file:
         file.write(str(os.getpid()))
     time.sleep(120)
-list(parallel.run(task, [0, 1], 2))
+list(run_parallel(task, [0, 1], 2))
 """
 
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_ended_parent_leaves_no_orphan(tmp_path, number):
+def test_workers_end_with_their_parent(tmp_path, number):
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
-    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=hear)
+    accept_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=accept_interrupts)
     try:
         notes = [tmp_path / "0", tmp_path / "1"]
         assert wait_for(lambda: all(note.exists() and note.read_text() for note in notes), 60)
@@ -202,8 +203,8 @@ def test_an_ended_parent_leaves_no_orphan(tmp_path, number):
 
 
 @linux
-def test_tasks_beside_other_work(tmp_path):
-    """They run while the caller does not wait; those not begun can be taken back; leaving the block ends the rest."""
+def test_background_tasks_run_and_can_be_cancelled(tmp_path):
+    """Tasks run while the caller does other work. `cancel` drops those not started; leaving the block ends the rest."""
     before = children()
 
     def task(item: int) -> int:
@@ -211,20 +212,20 @@ def test_tasks_beside_other_work(tmp_path):
             time.sleep(0.01)
         return item * item
 
-    found: list[tuple[int, int]] = []
+    results: list[tuple[int, int]] = []
     with BackgroundTasks() as pool:
-        assert list(pool.ready()) == []
+        assert list(pool.completed()) == []
         pool.start(task, [0, 1, 2, 3, 4, 5], 1)
-        assert wait_for(lambda: found.extend(pool.ready()) or bool(found))
-        pool.cancel()  # the worker has the next in hand and up to two more in its queue
-        waited = pool.waited_for()
-        assert waited[0] == 1
-        assert len(waited) <= 3
-        for position in waited:
+        assert wait_for(lambda: results.extend(pool.completed()) or bool(results))
+        pool.cancel()  # the worker runs the next task and has up to two more in its queue
+        pending = pool.pending()
+        assert pending[0] == 1
+        assert len(pending) <= 3
+        for position in pending:
             (tmp_path / str(position)).touch()
-        found += pool.rest()
-        assert found == [(position, position**2) for position in (0, *waited)]
-        assert not pool.waited_for()
+        results += pool.as_completed()
+        assert results == [(position, position**2) for position in (0, *pending)]
+        assert not pool.pending()
     assert wait_for(lambda: children() <= before)
 
     def interrupted() -> None:
@@ -239,11 +240,11 @@ def test_tasks_beside_other_work(tmp_path):
 
 
 @linux
-def test_a_failure_beside_other_work_is_raised_when_it_is_asked_for():
+def test_the_error_of_a_background_task_is_raised_with_its_result():
     def task(item: int) -> int:
-        raise ValueError("label 12 is not there")
+        raise ValueError("label 12 is missing")
 
     with BackgroundTasks() as pool:
         pool.start(task, [1], 1)
-        with pytest.raises(ValueError, match="label 12 is not there"):
-            list(pool.rest())
+        with pytest.raises(ValueError, match="label 12 is missing"):
+            list(pool.as_completed())

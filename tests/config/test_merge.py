@@ -1,4 +1,4 @@
-"""presets < TOML < --set < options, and what a user gets wrong in them."""
+"""The order of the sources of settings, and the errors about wrong settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tadperf.errors import UserError
 from tadperf.matching.starts import start_range
 
 
-def test_each_layer_wins_over_the_one_before(tmp_path):
+def test_each_source_wins_over_the_one_before(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[match]\niterations = 7\nsteps = 8\nipc = 9\n")
     preset = PRESETS["cifar10-ipc10"]["match"]
@@ -23,7 +23,7 @@ def test_each_layer_wins_over_the_one_before(tmp_path):
     assert config.seed == 0
 
 
-def test_a_resumed_run_keeps_what_is_not_given():
+def test_a_resumed_run_keeps_settings_that_are_not_given():
     base = merge("digits", options={"match.ipc": 3, "seed": 7})
     assert merge(base=base) == base
     assert merge(sets=["seed=8"], base=base) == base.model_copy(update={"seed": 8})
@@ -107,7 +107,7 @@ def test_published_values_of_datm(name, values):
     assert config.data.normalise == "zca"
 
 
-def test_a_method_changes_its_preset_and_is_itself_overruled(tmp_path):
+def test_a_method_changes_its_preset_and_later_sources_win(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('match.method = "ftd"\nmatch.ema = 0.5\n')
     assert merge("cifar10-ipc50", file).match.ema == 0.5
@@ -141,6 +141,25 @@ def test_default_preset_follows_the_data(tmp_path):
     assert merge(options={"data.path": "x"}).net.width == PRESETS["quick"]["net"]["width"]
 
 
+@pytest.mark.parametrize("preset", [None, "digits", "digits-ipc1"])
+def test_a_preset_adds_noise_to_the_built_in_digits_alone(tmp_path, preset):
+    assert merge(preset).data.noise == "asymmetric:0.4"
+    assert merge(preset, options={"data.path": "mine.npz"}).data.noise == "none"
+    assert merge(preset, options={"data.path": "mine.npz", "data.noise": "symmetric:0.1"}).data.noise == "symmetric:0.1"
+    assert merge(preset, sets=["data.noise=none"]).data.noise == "none"
+    file = tmp_path / "c.toml"
+    file.write_text(to_toml(merge(preset)))
+    assert merge(preset, file) == merge(preset)
+    file.write_text(file.read_text().replace('path = "digits"', 'path = "mine"'))
+    assert merge(preset, file).data.noise == "none"
+
+
+@pytest.mark.parametrize("ipc", [1, "1", "01"])
+def test_ipc_1_chooses_its_own_preset(ipc):
+    assert default_preset(options={"match.ipc": ipc}) == "digits-ipc1"
+    assert default_preset(options={"match.ipc": 10}) == default_preset(options={"match.ipc": "x"}) == "digits"
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -150,7 +169,7 @@ def test_default_preset_follows_the_data(tmp_path):
         ("data.labels=a\nb=2", "a\nb=2"),  # TOML would take the second line for another key
     ],
 )
-def test_set_reads_toml_else_text(text, value):
+def test_set_reads_toml_or_else_text(text, value):
     assert merge(sets=[text]).data.labels == value
 
 
@@ -164,13 +183,23 @@ def test_set_reads_typed_values():
 @pytest.mark.parametrize(
     ("arguments", "field", "value", "remedy"),
     [
-        ({"options": {"match.ipc": "0"}}, "--ipc", "0", "greater than or equal to 1"),
-        ({"options": {"match.ipc": "ten"}}, "--ipc", "ten", "valid integer"),
+        ({"options": {"match.ipc": "0"}}, "--ipc", "0", "must be at least 1"),
+        ({"options": {"match.ipc": "ten"}}, "--ipc", "ten", "must be an integer"),
         ({"options": {"device": "gpu"}}, "--device", "gpu", "auto, cpu, cuda or cuda:i"),
         ({"options": {"match.method": "dm"}}, "--method", "dm", "'mtt'"),
-        ({"sets": ["match.ipc=0"]}, "match.ipc", "0", "greater than or equal to 1"),
+        ({"sets": ["match.ipc=0"]}, "match.ipc", "0", "must be at least 1"),
         ({"sets": ["match.lr_img=nan"]}, "match.lr_img", "nan", "finite"),
         ({"sets": ["match.lr_img=inf"]}, "match.lr_img", "inf", "finite"),
+        ({"sets": ["match.ipc=1.5"]}, "match.ipc", "1.5", "must be an integer"),
+        ({"sets": ["match.lr_img=0"]}, "match.lr_img", "0", "must be greater than 0"),
+        ({"sets": ["match.lr_img=fast"]}, "match.lr_img", "fast", "must be a number"),
+        ({"sets": ["match.momentum=1"]}, "match.momentum", "1", "must be less than 1"),
+        ({"sets": ["match.easy=2"]}, "match.easy", "2", "must be at most 1"),
+        ({"sets": ["match.soft_labels=often"]}, "match.soft_labels", "often", "must be true or false"),
+        ({"sets": ["diffusion.width=9"]}, "diffusion.width", "9", "must be a multiple of 8"),
+        ({"sets": ["evaluate.networks=[]"]}, "evaluate.networks", "[]", "must have at least 1 value"),
+        ({"sets": ["evaluate.networks=3"]}, "evaluate.networks", "3", "must be a list"),
+        ({"sets": ["data.path=3"]}, "data.path", "3", "must be text"),
         ({"sets": ["match.ipcs=3"]}, "match.ipcs", "3", "did you mean match.ipc?"),
         ({"sets": ["mach.steps=3"]}, "mach.steps", "3", "did you mean match.steps?"),
         ({"sets": ["repeats=3"]}, "repeats", "3", "did you mean evaluate.repeats?"),
@@ -180,7 +209,7 @@ def test_set_reads_typed_values():
         ({"sets": ["match.ipc"]}, "--set", "match.ipc", "section.key=value"),
         ({"sets": ["=3"]}, "--set", "=3", "section.key=value"),
         ({"preset": "cifar10"}, "--preset", "cifar10", "did you mean cifar10-ipc1?"),
-        ({"preset": "zzz"}, "--preset", "zzz", "known are digits"),
+        ({"preset": "zzz"}, "--preset", "zzz", "choose one of digits"),
         ({"toml_path": "/nowhere.toml"}, "--config", "/nowhere.toml", "cannot be read"),
     ],
 )

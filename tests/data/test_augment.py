@@ -34,7 +34,7 @@ def affine(drawn: Draw) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [12, 13])
-def test_rotation_is_that_of_kornia(size):
+def test_rotation_equals_kornia(size):
     x, drawn = images(size=size), draw("rotate", 16, size, seeded())
     matrix = affine(drawn)
     angle = torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]).rad2deg()
@@ -44,7 +44,7 @@ def test_rotation_is_that_of_kornia(size):
 
 
 @pytest.mark.parametrize("size", [12, 13])
-def test_scale_is_that_of_kornia(size):
+def test_scale_equals_kornia(size):
     x, drawn = images(size=size), draw("scale", 16, size, seeded())
     zoom = torch.stack([affine(drawn)[:, 0, 0], affine(drawn)[:, 1, 1]], 1)  # of x and of y, drawn apart
     assert zoom.min() >= 1 / SCALE
@@ -54,7 +54,7 @@ def test_scale_is_that_of_kornia(size):
     close(apply(x, drawn), kornia.scale(x, 1 / zoom))
 
 
-def test_any_affine_map_is_that_of_kornia():
+def test_any_affine_map_equals_kornia():
     """All kinds at once, which no draw does: rotated, scaled, mirrored and shifted about the centre of the image."""
     x, size = images(4), 12
     a, zoom, shift = 0.2, torch.tensor([1.1, 0.9]), torch.tensor([2.0, -1.0])
@@ -78,7 +78,7 @@ def test_flips_are_exact():
 
 
 @pytest.mark.parametrize(("size", "reach"), [(8, 1), (12, 2), (28, 4), (32, 4)])
-def test_crops_are_shifts_by_whole_pixels_with_zeros_behind(size, reach):
+def test_crops_shift_by_whole_pixels_and_fill_with_zeros(size, reach):
     x, drawn = images(64, 1, size), draw("crop", 64, size, seeded())
     shift = (affine(drawn)[:, :, 2] * size / 2).round().long()
     assert reach == int(size * CROP + 0.5)
@@ -119,7 +119,7 @@ def dsa_color(x: Tensor, b: float, s: float, c: float) -> Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_colour_is_that_of_dsa(channels):
+def test_colour_equals_dsa(channels):
     x, drawn = images(200, channels), draw("color", 200, 12, seeded())
     assert drawn.color is not None
     y = apply(x, drawn)
@@ -172,7 +172,7 @@ def test_a_replay_gives_the_same_bits():
     assert not torch.equal(apply(x, draw(FULL, 16, 12, seeded(1))), y)
 
 
-def test_rows_are_the_draw_of_some_images():
+def test_rows_returns_the_draw_of_a_range_of_images():
     x, drawn = images(), draw(FULL, 16, 12, seeded())
     parts = [apply(x[i : i + 5], drawn.rows(i, i + 5)) for i in range(0, 16, 5)]
     torch.testing.assert_close(torch.cat(parts), apply(x, drawn), rtol=0, atol=1e-6)

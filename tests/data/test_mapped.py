@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tadperf.data import mapped, pixels
+from tadperf.data import decode, mapped
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
@@ -68,11 +68,11 @@ def idx(place: Path, colour: bool) -> Path:
 def test_the_same_pixels_from_a_mapped_file(tmp_path, cache, monkeypatch, make, colour, image_size):
     (tmp_path / "set").mkdir()
     path = make(tmp_path / "set", colour)
-    monkeypatch.setattr(pixels, "CHUNK", 2)
+    monkeypatch.setattr(decode, "CHUNK", 2)
     monkeypatch.setattr("tadperf.data.readers.arrays.CHUNK", 3)
     expected = open_data(path, image_size=image_size).train.images
     assert not list(cache.glob("*.npy"))
-    monkeypatch.setattr(mapped, "large", lambda shape: True)
+    monkeypatch.setattr(mapped, "is_large", lambda shape: True)
     seen: list[tuple[str, int, int]] = []
     for _ in range(2):
         images = open_data(path, image_size=image_size, progress=lambda *said, **_: seen.append(said)).train.images
@@ -85,7 +85,7 @@ def test_the_same_pixels_from_a_mapped_file(tmp_path, cache, monkeypatch, make, 
 
 def test_a_changed_source_is_read_anew_and_a_part_is_overwritten(tmp_path, cache, monkeypatch):
     path = npz(tmp_path, False)
-    monkeypatch.setattr(mapped, "large", lambda shape: True)
+    monkeypatch.setattr(mapped, "is_large", lambda shape: True)
     assert torch.equal(open_data(path).train.images[:, 0], torch.from_numpy(grey()))
     (whole,) = cache.glob("*.npy")
     whole.rename(whole.with_suffix(".part"))  # as a kill leaves it
@@ -98,16 +98,16 @@ def test_a_changed_source_is_read_anew_and_a_part_is_overwritten(tmp_path, cache
 
 
 def test_writing_into_a_mapped_set_changes_no_file(cache, monkeypatch):
-    monkeypatch.setattr(mapped, "large", lambda shape: True)
-    images = mapped.filled((2, 1, 3, 3), "set", lambda out: out.fill(7) or 1)
+    monkeypatch.setattr(mapped, "is_large", lambda shape: True)
+    images = mapped.fill_images((2, 1, 3, 3), "set", lambda out: out.fill(7) or 1)
     images += 1
-    again = mapped.kept("set")
+    again = mapped.cached_images("set")
     assert again is not None
     assert (again == 7).all()
 
 
 def test_of_two_processes_one_fills_the_file(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(mapped, "large", lambda shape: True)
+    monkeypatch.setattr(mapped, "is_large", lambda shape: True)
 
     def fill(out: np.ndarray) -> int:
         with open(tmp_path / "filled", "a") as note:
@@ -116,21 +116,21 @@ def test_of_two_processes_one_fills_the_file(tmp_path, cache, monkeypatch):
         return 1
 
     fork = multiprocessing.get_context("fork")
-    others = [fork.Process(target=mapped.filled, args=((4, 3, 8, 8), "set", fill)) for _ in range(2)]
+    others = [fork.Process(target=mapped.fill_images, args=((4, 3, 8, 8), "set", fill)) for _ in range(2)]
     for other in others:
         other.start()
     for other in others:
         other.join(30)
     assert [other.exitcode for other in others] == [0, 0]
     assert (tmp_path / "filled").read_text() == "x"
-    assert mapped.filled((4, 3, 8, 8), "set", fill).shape == (4, 1, 8, 8)
+    assert mapped.fill_images((4, 3, 8, 8), "set", fill).shape == (4, 1, 8, 8)
 
 
 def test_damaged_and_full(tmp_path, cache, monkeypatch):
     path = folder(tmp_path / "set", True)
     (path / "train" / "b" / "5.png").write_bytes(b"no image")
-    monkeypatch.setattr(mapped, "large", lambda shape: True)
-    with pytest.raises(UserError, match=r"5\.png: no image"):
+    monkeypatch.setattr(mapped, "is_large", lambda shape: True)
+    with pytest.raises(UserError, match=r"5\.png: cannot be decoded"):
         open_data(path)
     assert not list(cache.glob("*.npy"))
     monkeypatch.setattr(mapped.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
@@ -140,5 +140,5 @@ def test_damaged_and_full(tmp_path, cache, monkeypatch):
 
 def test_what_is_large():
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert not mapped.large((memory // 8,))
-    assert mapped.large((memory // 2,))
+    assert not mapped.is_large((memory // 8,))
+    assert mapped.is_large((memory // 2,))

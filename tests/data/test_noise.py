@@ -27,7 +27,7 @@ def made_up(count, names, size=4):
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "instance"])
 @pytest.mark.parametrize("rate", [0.1, 0.4, 0.8])
-def test_the_rate_is_the_one_asked_for(kind, rate):
+def test_the_observed_rate_is_the_requested_one(kind, rate):
     noisy = add_noise(made_up(20000, tuple("abcde")), f"{kind}:{rate}", seed=3)
     flipped = (noisy.labels != noisy.clean_labels).double().mean().item()
     expected = rate
@@ -139,7 +139,7 @@ def test_labels_are_the_same_on_every_machine(spec, digest):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_known_clean_labels_stay_the_truth(spec):
+def test_known_clean_labels_are_kept(spec):
     plain = made_up(300, tuple("abc"))
     truth = plain.labels.roll(1)
     noisy = add_noise(plain.with_labels(plain.labels, truth), spec, 0)
@@ -148,7 +148,7 @@ def test_known_clean_labels_stay_the_truth(spec):
     assert torch.equal(cast(Tensor, add_noise(plain, spec, 0).clean_labels), plain.labels)
 
 
-def test_none_changes_nothing_and_rate_zero_no_label():
+def test_none_changes_nothing_and_rate_zero_changes_no_label():
     dataset = made_up(30, tuple("abc"))
     assert add_noise(dataset, "none", 0) is dataset
     for kind in ("symmetric", "asymmetric", "instance"):
@@ -183,7 +183,7 @@ def test_labels_stay_in_range(kind, rate, classes, seed):
         ("symmetric:1", "below 1"),
         ("symmetric:many", "'many' is not a number; write symmetric:0.4"),
         ("symmetric", "'' is not a number"),
-        ("pair:0.4", "must be none, or symmetric, asymmetric, instance"),
+        ("pair:0.4", "must be none, or one of symmetric, asymmetric, instance"),
         ("", "must be none"),
         ("none:0.4", "must be none"),
     ],
@@ -200,8 +200,8 @@ def test_parse_noise():
     assert parse_noise("asymmetric:0.25") == ("asymmetric", 0.25)
 
 
-def test_one_class_has_no_other_and_an_emptied_class_is_named():
-    with pytest.raises(UserError, match="has one class"):
+def test_one_class_is_refused_and_an_empty_class_is_named():
+    with pytest.raises(UserError, match="has only one class"):
         add_noise(made_up(5, ("a",)), "symmetric:0.4", 0)
     with pytest.raises(UserError, match=r"class '.' .*has no training sample"):
         add_noise(made_up(4, tuple("abcd")), "symmetric:0.9", 0)

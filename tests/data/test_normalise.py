@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from tadperf.data import images as images_module
 from tadperf.data import normalise
 from tadperf.data.images import normalise_images
 from tadperf.data.normalise import Normaliser, fit_normaliser
@@ -61,7 +62,7 @@ def test_zca_against_kornia_and_float64(monkeypatch, chunk):
     assert torch.allclose(product, torch.eye(48, dtype=torch.float64), atol=1e-4)
 
 
-def test_zca_whitens_what_eps_does_not_hold_back():
+def test_zca_gives_white_noise_variance_one_over_one_plus_eps():
     x = torch.randint(256, (4000, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     covariance = torch.cov(fit_normaliser(x, "zca")(x).flatten(1).T)
     assert torch.allclose(covariance, torch.eye(9) / 1.1, atol=0.05)  # white noise in: variance 1 / (1 + eps) out
@@ -101,7 +102,7 @@ def test_tensors_survive_a_file(kind):
     assert torch.equal(Normaliser.from_tensors(tensors)(x), fitted(x))
 
 
-def test_from_tensors_refuses_what_does_not_fit():
+def test_from_tensors_refuses_missing_unknown_and_misshapen_tensors():
     good = fit_normaliser(images(50), "zca").tensors()
 
     def refuse(words, **change):
@@ -112,25 +113,25 @@ def test_from_tensors_refuses_what_does_not_fit():
     refuse("must be mean and std", mean=None)
     refuse("all or none of zca_mean, zca, zca_inverse", zca_inverse=None)
     refuse("must be mean and std", median=torch.zeros(3))
-    refuse(r"normaliser.std: torch.float32 \[4\]: must be torch.float32 \[3\]", std=torch.ones(4))
-    refuse(r"normaliser.zca: torch.float32 \[47, 48\]", zca=torch.ones(47, 48))
-    refuse("normaliser.mean: torch.int64", mean=torch.zeros(3, dtype=torch.int64))
+    refuse(r"normaliser.std: float32 \[4\]: must be float32 \[3\]", std=torch.ones(4))
+    refuse(r"normaliser.zca: float32 \[47, 48\]", zca=torch.ones(47, 48))
+    refuse("normaliser.mean: int64", mean=torch.zeros(3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("kind", ["meanstd", "zca"])
-def test_prepare_whole_and_by_batch_agree(monkeypatch, kind):
+def test_a_tensor_and_lazy_images_hold_the_same_values(monkeypatch, kind):
     x = images(100)
     fitted = fit_normaliser(x, kind)
-    whole = normalise_images(fitted, x)
-    assert isinstance(whole, torch.Tensor)
-    assert torch.allclose(whole, fitted(x))
-    monkeypatch.setattr(normalise, "WHOLE", x.numel() * 4 - 1)
-    view = normalise_images(fitted, x)
-    assert not isinstance(view, torch.Tensor)
-    assert len(view) == 100
+    tensor = normalise_images(fitted, x)
+    assert isinstance(tensor, torch.Tensor)
+    assert torch.allclose(tensor, fitted(x))
+    monkeypatch.setattr(images_module, "MAX_NORMALISED_BYTES", x.numel() * 4 - 1)
+    lazy = normalise_images(fitted, x)
+    assert not isinstance(lazy, torch.Tensor)
+    assert len(lazy) == 100
     index = torch.tensor([5, 99, 5, 0])
-    assert torch.allclose(view[index], whole[index], atol=1e-6)
-    monkeypatch.setattr(normalise, "WHOLE", x.numel() * 4)
+    assert torch.allclose(lazy[index], tensor[index], atol=1e-6)
+    monkeypatch.setattr(images_module, "MAX_NORMALISED_BYTES", x.numel() * 4)
     assert isinstance(normalise_images(fitted, x), torch.Tensor)
 
 
@@ -147,5 +148,5 @@ def test_the_input_is_not_changed_and_digits_work():
 def test_bad_kinds():
     with pytest.raises(UserError, match="must be meanstd or zca"):
         fit_normaliser(images(4), "minmax")
-    with pytest.raises(UserError, match="too large for it; use meanstd or --image-size"):
+    with pytest.raises(UserError, match="too large; use meanstd or a smaller --image-size"):
         fit_normaliser(torch.zeros(1, 3, 65, 65, dtype=torch.uint8), "zca")

@@ -75,7 +75,7 @@ def test_wrong_calls(call, field, words):
 
 def test_a_file_of_unknown_kind_names_the_formats(tmp_path):
     (tmp_path / "set.h5").write_bytes(b"x")
-    with pytest.raises(UserError, match="--format: digits, parquet"):
+    with pytest.raises(UserError, match="unknown format; choose one with --format: digits, parquet"):
         open_data(tmp_path / "set.h5")
 
 

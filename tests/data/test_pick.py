@@ -1,4 +1,4 @@
-"""What is held out, and what synthetic images start from."""
+"""Held-out samples, and the samples that synthetic images start from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_held_out_samples_are_a_share_of_every_class(given_labels, share, seed):
     assert all(torch.equal(a, b) for a, b in zip(hold_out(labels, share, seed), (kept, held_out), strict=True))
 
 
-def test_another_seed_holds_out_others():
+def test_another_seed_holds_out_other_samples():
     labels = torch.arange(200) % 4
     assert not torch.equal(hold_out(labels, 0.1, 0)[1], hold_out(labels, 0.1, 1)[1])
     assert len(hold_out(labels, 0.1, 0)[1]) == 20
@@ -51,9 +51,9 @@ def test_central_samples_are_the_nearest_to_the_centres_of_scikit_learn(ipc):
     assert len(index.unique()) == 3 * ipc
     assert torch.equal(pick_central(images, labels, ipc, seed=5), index)
     for label in range(3):
-        own = np.flatnonzero(labels.numpy() == label)
-        points = images[own].flatten(1).numpy()
-        taken = [int(np.flatnonzero(own == k)[0]) for k in index[label * ipc : (label + 1) * ipc].tolist()]
+        rows = np.flatnonzero(labels.numpy() == label)
+        points = images[rows].flatten(1).numpy()
+        taken = [int(np.flatnonzero(rows == k)[0]) for k in index[label * ipc : (label + 1) * ipc].tolist()]
         centres = KMeans(ipc, n_init=3, random_state=5).fit(points).cluster_centers_  # pyright: ignore
         for k, centre in enumerate(centres):
             distance = np.sqrt(((points - centre) ** 2).sum(1))
@@ -61,7 +61,7 @@ def test_central_samples_are_the_nearest_to_the_centres_of_scikit_learn(ipc):
             assert distance[taken[k]] <= distance.min() + 1e-5  # two samples around their own centre are equally near
 
 
-def test_central_samples_are_distinct_where_all_images_are_one():
+def test_central_samples_are_distinct_when_all_images_are_equal():
     images, labels = torch.zeros(12, 1, 2, 2), torch.arange(12) % 2
     with pytest.warns(match="distinct clusters"):
         index = pick_central(images, labels, 5, seed=0)

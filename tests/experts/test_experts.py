@@ -1,7 +1,8 @@
-"""Expert trajectories: training, storing, resuming and sharing them."""
+"""Expert trajectories: how they are trained, stored, resumed and shared."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tadperf.experts.store import Experts
 from tadperf.experts.train import train_expert, train_experts
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
+from tadperf.nets.problem import Problem
 from tadperf.nets.training import Recipe, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,19 +33,20 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(CLASSES, *SHAPE, generator=generator)[labels] + 0.1, labels
 
 
+def problem() -> Problem:
+    return Problem(*data(), ("a", "b", "c"), NET, "color_crop_flip", 7, CPU)
+
+
 def train(folder: Path, count: int = 3, epochs: int = EPOCHS, **values: Any) -> list[int]:
-    """Trains what is missing; how many were there at each report."""
+    """Trains the missing experts; returns the number of experts at each progress report."""
     config = ExpertConfig(count=count, batch=20, lr=0.1, **values)  # pyright: ignore[reportCallIssue]
-    seen: list[int] = []
-    train_experts(
-        folder, *data(), NET, SHAPE, CLASSES, config, epochs, "color_crop_flip", 7, CPU, IDENTITY,
-        lambda stage, done, total, **_: seen.append(done),
-    )  # fmt: skip
-    return seen
+    counts: list[int] = []
+    train_experts(folder, problem(), config, epochs, IDENTITY, lambda stage, done, total, **_: counts.append(done))
+    return counts
 
 
-def stamps(folder: Path) -> list[int]:
-    return [store.file(folder, index).stat().st_mtime_ns for index in range(3)]
+def modification_times(folder: Path) -> list[int]:
+    return [store.expert_path(folder, index).stat().st_mtime_ns for index in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -53,87 +56,88 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_trajectory_begins_at_the_initial_weights_and_ends_at_the_trained_ones():
+def test_a_trajectory_starts_at_the_initial_weights_and_ends_at_the_trained_ones():
     images, labels = data()
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
-    snapshots, score = train_expert(images, labels, NET, SHAPE, CLASSES, recipe, 11, CPU)
+    snapshots, score = train_expert(problem(), recipe, 11)
     assert (snapshots.shape, snapshots.dtype) == ((EPOCHS + 1, SIZE), torch.float32)
     assert torch.equal(snapshots[0], FlatNet(build(NET, SHAPE, CLASSES, 11)).flatten())
     assert ((snapshots[1:] - snapshots[:-1]).norm(dim=1) > 1e-3).all()
     module = build(NET, SHAPE, CLASSES, 0)
     torch.nn.utils.vector_to_parameters(snapshots[-1], module.parameters())
     assert score == accuracy(module, images, labels) > 0.5
-    short, _ = train_expert(images, labels, NET, SHAPE, CLASSES, recipe._replace(epochs=1), 11, CPU)
+    short, _ = train_expert(problem(), recipe._replace(epochs=1), 11)
     assert torch.equal(short, snapshots[:2])  # an epoch does not depend on how many follow
 
 
 def test_weights_soft_labels_and_a_radius_reach_the_trajectory():
-    images, labels = data()
+    _, labels = data()
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
 
     def expert(labels: torch.Tensor = labels, recipe: Recipe = recipe, weights: torch.Tensor | None = None):
-        return train_expert(images, labels, NET, SHAPE, CLASSES, recipe, 11, CPU, weights)
+        return train_expert(replace(problem(), labels=labels, weights=weights), recipe, 11)
 
-    plain, score = expert()
-    sure, soft_score = expert(100.0 * torch.nn.functional.one_hot(labels, CLASSES))
-    torch.testing.assert_close(sure, plain, rtol=1e-4, atol=1e-5)
+    default, score = expert()
+    confident, soft_score = expert(100.0 * torch.nn.functional.one_hot(labels, CLASSES))
+    torch.testing.assert_close(confident, default, rtol=1e-4, atol=1e-5)
     assert soft_score == score
     for other in (expert(weights=torch.arange(60.0)), expert(recipe=recipe._replace(rho=0.5))):
-        assert torch.equal(other[0][0], plain[0])
-        assert ((other[0] - plain)[1:].norm(dim=1) > 1e-3).all()
+        assert torch.equal(other[0][0], default[0])
+        assert ((other[0] - default)[1:].norm(dim=1) > 1e-3).all()
 
 
-def test_the_config_makes_flat_experts(folder, tmp_path):
+def test_rho_and_alpha_of_the_config_reach_the_experts(folder, tmp_path):
     train(tmp_path, count=1, rho=0.5, alpha=0.3)
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", False, 0.5, 0.3)
-    flat, _ = train_expert(*data(), NET, SHAPE, CLASSES, recipe, seeds.derive(7, "expert", 0), CPU)
-    torch.testing.assert_close(load_file(store.file(tmp_path, 0))["snapshots"], flat)
-    assert not torch.equal(flat, load_file(store.file(folder, 0))["snapshots"])
+    flat, _ = train_expert(problem(), recipe, seeds.derive(7, "expert", 0))
+    torch.testing.assert_close(load_file(store.expert_path(tmp_path, 0))["snapshots"], flat)
+    assert not torch.equal(flat, load_file(store.expert_path(folder, 0))["snapshots"])
 
 
-def test_what_is_read_is_what_was_trained(folder):
-    images, labels = data()
+def test_stored_snapshots_are_those_that_were_trained(folder):
     experts = Experts.open(folder, 3)
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
     assert len(experts) == 3
     for index in range(3):
-        whole = load_file(store.file(folder, index))["snapshots"]
+        stored = load_file(store.expert_path(folder, index))["snapshots"]
         seed = seeds.derive(7, "expert", index)
-        torch.testing.assert_close(whole, train_expert(images, labels, NET, SHAPE, CLASSES, recipe, seed, CPU)[0])
+        torch.testing.assert_close(stored, train_expert(problem(), recipe, seed)[0])
         for epoch in range(EPOCHS + 1):
             row = experts.snapshot(index, epoch)
-            assert torch.equal(row, whole[epoch])
-            row.zero_()  # a row is the reader's own
-            assert torch.equal(experts.snapshot(index, epoch), whole[epoch])
+            assert torch.equal(row, stored[epoch])
+            row.zero_()  # a row is a copy
+            assert torch.equal(experts.snapshot(index, epoch), stored[epoch])
     assert not torch.equal(experts.snapshot(0, 0), experts.snapshot(1, 0))
-    assert len(store.scores(folder, 3)) == 3
-    assert all(0 < score <= 1 for score in store.scores(folder, 3))
+    assert len(experts.train_accuracies()) == 3
+    assert all(0 < score <= 1 for score in experts.train_accuracies())
 
 
-def test_workers_change_no_byte(folder, tmp_path):
+def test_the_number_of_workers_changes_no_byte(folder, tmp_path):
     train(tmp_path / "alone", workers=1)
     for index in range(3):
-        assert store.file(tmp_path / "alone", index).read_bytes() == store.file(folder, index).read_bytes()
+        assert (
+            store.expert_path(tmp_path / "alone", index).read_bytes() == store.expert_path(folder, index).read_bytes()
+        )
 
 
-def test_only_what_is_missing_is_trained(tmp_path):
+def test_only_missing_experts_are_trained(tmp_path):
     place = tmp_path / "experts"
     train(place)
-    before, second = stamps(place), store.file(place, 1).read_bytes()
+    before, second = modification_times(place), store.expert_path(place, 1).read_bytes()
     assert train(place) == [3]
-    assert stamps(place) == before
-    store.file(place, 1).write_bytes(second[: len(second) // 2])  # not of our writing, which is atomic
+    assert modification_times(place) == before
+    store.expert_path(place, 1).write_bytes(second[: len(second) // 2])  # tadperf itself never writes half a file
     assert train(place) == [2, 3]
-    assert store.file(place, 1).read_bytes() == second
-    assert [now == then for now, then in zip(stamps(place), before, strict=True)] == [True, False, True]
-    assert train(place, epochs=EPOCHS - 1) == [3]  # longer trajectories serve, too
+    assert store.expert_path(place, 1).read_bytes() == second
+    assert [now == then for now, then in zip(modification_times(place), before, strict=True)] == [True, False, True]
+    assert train(place, epochs=EPOCHS - 1) == [3]  # longer trajectories are used
     assert train(place, epochs=EPOCHS + 1) == [0, 1, 2, 3]
-    assert load_file(store.file(place, 0))["snapshots"].shape == (EPOCHS + 2, SIZE)
+    assert load_file(store.expert_path(place, 0))["snapshots"].shape == (EPOCHS + 2, SIZE)
 
 
 def test_bfloat16_halves_the_file_and_is_read_as_float32(folder, tmp_path):
     train(tmp_path, count=1, dtype="bfloat16")
-    stored = load_file(store.file(tmp_path, 0))["snapshots"]
+    stored = load_file(store.expert_path(tmp_path, 0))["snapshots"]
     assert stored.dtype == torch.bfloat16
     row, exact = Experts.open(tmp_path, 1).snapshot(0, 2), Experts.open(folder, 3).snapshot(0, 2)
     assert row.dtype == torch.float32
@@ -141,28 +145,28 @@ def test_bfloat16_halves_the_file_and_is_read_as_float32(folder, tmp_path):
     assert not torch.equal(row, exact)
 
 
-def test_a_folder_of_other_experts_is_refused_by_what_differs(folder):
-    store.claim(folder, IDENTITY)  # its own
+def test_a_folder_of_other_experts_is_refused_with_the_difference(folder):
+    store.claim_folder(folder, IDENTITY)  # the same identity
     with pytest.raises(UserError, match=r"lr = 0\.1, this run needs 0\.2") as refused:
-        store.claim(folder, IDENTITY | {"lr": 0.2})
+        store.claim_folder(folder, IDENTITY | {"lr": 0.2})
     assert (refused.value.field, refused.value.value) == ("--experts", folder)
     with pytest.raises(UserError, match=r"net = \{'depth': 1\}, this run needs \{'depth': 2\}"):
-        store.claim(folder, IDENTITY | {"net": {"depth": 2}})
+        store.claim_folder(folder, IDENTITY | {"net": {"depth": 2}})
     with pytest.raises(UserError, match="momentum = None, this run needs"):
-        store.claim(folder, IDENTITY | {"momentum": 0.9})
+        store.claim_folder(folder, IDENTITY | {"momentum": 0.9})
 
 
-def test_experts_are_found_in_a_run_and_in_their_own_folder(folder, tmp_path):
+def test_experts_are_found_in_a_run_folder_and_in_their_own_folder(folder, tmp_path):
     shape = (EPOCHS + 1, SIZE)
-    assert store.find(folder, 3, shape, IDENTITY) == folder
-    assert store.find(folder.parent, 2, shape, IDENTITY) == folder
+    assert store.find_experts(folder, 3, shape, IDENTITY) == folder
+    assert store.find_experts(folder.parent, 2, shape, IDENTITY) == folder
     with pytest.raises(UserError, match="holds 3 of 4 experts with 4 snapshots"):
-        store.find(folder, 4, shape, IDENTITY)
+        store.find_experts(folder, 4, shape, IDENTITY)
     with pytest.raises(UserError, match="holds 0 of 3 experts with 5 snapshots"):
-        store.find(folder, 3, (EPOCHS + 2, SIZE), IDENTITY)
+        store.find_experts(folder, 3, (EPOCHS + 2, SIZE), IDENTITY)
     with pytest.raises(UserError, match="this run needs"):
-        store.find(folder, 3, shape, IDENTITY | {"data": "other"})
+        store.find_experts(folder, 3, shape, IDENTITY | {"data": "other"})
     with pytest.raises(UserError, match="holds no experts"):
-        store.find(tmp_path, 3, shape, IDENTITY)
+        store.find_experts(tmp_path, 3, shape, IDENTITY)
     with pytest.raises(UserError, match="no such folder"):
-        store.find(tmp_path / "absent", 3, shape, IDENTITY)
+        store.find_experts(tmp_path / "absent", 3, shape, IDENTITY)

@@ -33,7 +33,7 @@ def problem(
     soft: bool = False, lr: float = 0.1, steps: int = 10, size: int = 8, channels: int = 3, count: int = 8,
     batch: int = 5, config: NetConfig | None = None, strategy: str = FULL,
 ) -> Problem:  # fmt: skip
-    """A small matching problem in float64; 10 steps of 5 out of 8 images are more than six shuffled passes."""
+    """Returns a matching problem in float64. 10 steps of 5 out of 8 images are more than six shuffled passes."""
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:

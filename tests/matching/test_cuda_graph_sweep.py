@@ -1,4 +1,4 @@
-"""The sweep that a CUDA graph holds: the same gradient as the adjoint's, from the few tensors that it takes."""
+"""GraphedSweep returns the gradient of the adjoint. Without a GPU it runs without a graph."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tadperf.data import augment
 from tadperf.matching import step_backends
 from tadperf.matching.cuda_graph_sweep import GraphedSweep, join_steps, split_steps
 from tadperf.matching.gradient import Step, adjoint
-from tadperf.matching.loop import mean_gradient
+from tadperf.matching.loop import MatchProblem, mean_gradient
 from tadperf.matching.state import initial_state
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-SIZES = (5, 5, 2, 5)  # a pattern of batches as a set of 12 gives
+SIZES = (5, 5, 2, 5)  # batch sizes
 
 
 def problem(strategy: str, soft: bool, seed: int) -> list[Any]:
@@ -44,15 +44,15 @@ def problem(strategy: str, soft: bool, seed: int) -> list[Any]:
     ]
 
 
-def unrecorded(net: FlatNet) -> GraphedSweep:
-    """A sweep as it goes on where no graph can be recorded."""
+def sweep_without_graph(net: FlatNet) -> GraphedSweep:
+    """Returns a sweep that behaves as after a failed recording: it runs without a graph."""
     sweep = GraphedSweep(net, step_backends.eager(net))
-    sweep.replayed.failed = True
+    sweep.graphed_step.failed = True
     return sweep
 
 
 @pytest.mark.parametrize("strategy", ["none", "flip", "color_crop_cutout_flip_scale_rotate"])
-def test_steps_survive_being_joined(strategy):
+def test_split_steps_inverts_join_steps(strategy):
     steps = problem(strategy, False, 0)[-1]
     index, affine, color, hole, sizes = join_steps(steps, CPU)
     assert sizes == SIZES
@@ -63,21 +63,21 @@ def test_steps_survive_being_joined(strategy):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_sweep_is_the_adjoint(soft):
+def test_the_sweep_equals_the_adjoint(soft):
     sweep = None
-    for seed in (0, 1):  # the second into the memory of the first
+    for seed in (0, 1):  # the second one writes into the memory of the first
         net, *arguments = problem("color_crop_cutout_flip_scale_rotate", soft, seed)
-        sweep = sweep or unrecorded(net)
-        wanted = adjoint(net, *arguments)
-        assert wanted.images.norm() > 0
-        for got, exact in zip(sweep(*arguments), wanted, strict=True):
-            torch.testing.assert_close(got, exact, rtol=0, atol=0)
+        sweep = sweep or sweep_without_graph(net)
+        expected = adjoint(net, *arguments)
+        assert expected.images.norm() > 0
+        for actual, exact in zip(sweep(*arguments), expected, strict=True):
+            torch.testing.assert_close(actual, exact, rtol=0, atol=0)
 
 
 def test_trajectories_do_not_overwrite_each_other():
     net, _, _, images, labels, _, _ = problem("none", True, 0)
 
-    class Trained:
+    class FakeExperts:
         def __len__(self) -> int:
             return 3
 
@@ -88,17 +88,18 @@ def test_trajectories_do_not_overwrite_each_other():
     config = MatchConfig.model_validate(
         {"trajectories": 3, "steps": 3, "batch": 5, "max_start": 2, "expert_epochs": 1, "soft_labels": True}
     )
-    state, experts = initial_state(images, labels, config), Trained()
-    ways_of = (unrecorded(net), partial(adjoint, net))
-    found = [mean_gradient(state, way, experts, config, "flip", 0) for way in ways_of]  # pyright: ignore
-    for got, exact in zip(found[0][:4], found[1][:4], strict=True):
-        assert got is not None
-        assert torch.equal(got, exact)  # pyright: ignore
+    experts: Any = FakeExperts()
+    state, match = initial_state(images, labels, config), MatchProblem(net, experts, config, "flip", 0)
+    sweep, exact = (
+        mean_gradient(state, compute, match) for compute in (sweep_without_graph(net), partial(adjoint, net))
+    )
+    for name in ("loss", "images", "labels", "lr"):
+        assert torch.equal(getattr(sweep, name), getattr(exact, name))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("soft", [False, True])
-def test_replayed_on_a_gpu(soft):
+def test_the_graph_on_a_gpu_equals_the_adjoint(soft):
     net, *_ = problem("color_crop_cutout_flip_scale_rotate", soft, 0)
     net = FlatNet(net.module.cuda())
     sweep = GraphedSweep(net, step_backends.autograd(net))
@@ -106,8 +107,8 @@ def test_replayed_on_a_gpu(soft):
         _, *values, steps = problem("color_crop_cutout_flip_scale_rotate", soft, seed)
         start, target, x, y, lr = (value.cuda() for value in values)
         on_gpu = [step._replace(index=step.index.cuda()) for step in steps]
-        wanted = adjoint(net, start, target, x, y, lr, on_gpu, way=step_backends.autograd(net))
-        found = sweep(start, target, x, y, lr, on_gpu)
-        torch.testing.assert_close(found.images, wanted.images, rtol=1e-4, atol=1e-5)
-    assert not sweep.replayed.failed
-    assert any(sweep.replayed.graphs.values())
+        expected = adjoint(net, start, target, x, y, lr, on_gpu, backend=step_backends.autograd(net))
+        actual = sweep(start, target, x, y, lr, on_gpu)
+        torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)
+    assert not sweep.graphed_step.failed
+    assert any(sweep.graphed_step.graphs.values())

@@ -1,4 +1,4 @@
-"""The matching gradient: the adjoint against the unroll, against finite differences, and its memory."""
+"""The adjoint against the full unroll and finite differences, and its memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from tadperf.config import NetConfig
 from tadperf.data import augment
 from tadperf.matching import gradient
-from tadperf.matching.gradient import GRADIENTS, KEPT, adjoint, tesla, unroll
+from tadperf.matching.gradient import GRADIENTS, KEPT_VECTORS, adjoint, tesla, unroll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained_loss(p: Any) -> float:
-    """The matching loss by an ordinary training run: the module, backward and torch.optim.SGD."""
+    """Returns the matching loss of an ordinary training run with backward and torch.optim.SGD."""
     module, net = p.net.module, p.net
     torch.nn.utils.vector_to_parameters(p.start.clone(), module.parameters())
     optimiser = torch.optim.SGD(module.parameters(), float(p.lr))
@@ -41,7 +41,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_the_adjoint_is_the_unrolled_gradient(problem, soft):
+def test_the_adjoint_equals_the_unrolled_gradient(problem, soft):
     p = problem(soft)
     assert torch.cat([step.index for step in p.steps]).bincount().min() >= 6  # every image is used repeatedly
     assert any(len(step.index.unique()) < len(step.index) for step in p.steps)  # some batch holds an image twice
@@ -66,25 +66,25 @@ def test_the_gradient_agrees_with_finite_differences_of_a_training_run(problem, 
     gradient = GRADIENTS[method](*p)
     assert gradient.labels is not None
 
-    def slope(name: str, place: tuple[int, ...], step: float = 1e-6) -> float:
+    def slope(name: str, position: tuple[int, ...], step: float = 1e-6) -> float:
         losses = []
         for side in (1, -1):
             value = getattr(p, name).clone()
-            value[place] += side * step
+            value[position] += side * step
             losses.append(trained_loss(p._replace(**{name: value})))
         return (losses[0] - losses[1]) / (2 * step)
 
-    brightest = gradient.images.abs().flatten(1).argmax(1)  # where a difference is best seen, one pixel of each image
+    steepest = gradient.images.abs().flatten(1).argmax(1)  # one pixel of each image
     for image in (0, 3, 7):
-        place = (image, *map(int, torch.unravel_index(brightest[image], gradient.images.shape[1:])))
-        assert slope("images", place) == pytest.approx(float(gradient.images[place]), rel=1e-4)
+        pixel = (image, *map(int, torch.unravel_index(steepest[image], gradient.images.shape[1:])))
+        assert slope("images", pixel) == pytest.approx(float(gradient.images[pixel]), rel=1e-4)
     assert slope("images", (5, 1, 4, 4)) == pytest.approx(float(gradient.images[5, 1, 4, 4]), rel=1e-3, abs=1e-8)
-    for place in ((0, 0), (6, 3)):
-        assert slope("labels", place) == pytest.approx(float(gradient.labels[place]), rel=1e-4)
+    for logit in ((0, 0), (6, 3)):
+        assert slope("labels", logit) == pytest.approx(float(gradient.labels[logit]), rel=1e-4)
     assert slope("lr", ()) == pytest.approx(float(gradient.lr), rel=1e-4)
 
 
-def test_tesla_is_exact_for_one_step_only(problem):
+def test_tesla_is_exact_only_for_one_step(problem):
     one = problem(soft=True, steps=1)
     for ours, reference in zip(tesla(*one), adjoint(*one), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=0)
@@ -93,7 +93,7 @@ def test_tesla_is_exact_for_one_step_only(problem):
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
-def test_the_adjoint_holds_for_every_network(problem, name):
+def test_the_adjoint_is_exact_for_every_network(problem, name):
     config = NetConfig(name=name, width=8)  # pyright: ignore[reportCallIssue]
     p = problem(config=config, steps=2, count=2, batch=1)
     ours, reference = adjoint(*p), unroll(*p)
@@ -103,42 +103,42 @@ def test_the_adjoint_holds_for_every_network(problem, name):
 
 
 @pytest.mark.parametrize("norm", ["group", "layer", "none"])
-def test_the_adjoint_holds_for_every_norm(problem, norm):
+def test_the_adjoint_is_exact_for_every_norm(problem, norm):
     p = problem(config=NetConfig(depth=2, width=6, norm=norm), steps=3)  # pyright: ignore[reportCallIssue]
     assert error(adjoint(*p).images, unroll(*p).images) < 1e-8
 
 
-def test_no_argument_is_changed_and_no_graph_is_left(problem):
+def test_arguments_do_not_change_and_no_graph_remains(problem):
     p = problem(soft=True, steps=2)
     before = [value.clone() for value in (p.start, p.target, p.images, p.labels, p.lr)]
     for method in GRADIENTS.values():
         assert not any(value.requires_grad for value in method(*p) if value is not None)
-    for value, kept in zip((p.start, p.target, p.images, p.labels, p.lr), before, strict=True):
-        assert torch.equal(value, kept)
+    for value, copy in zip((p.start, p.target, p.images, p.labels, p.lr), before, strict=True):
+        assert torch.equal(value, copy)
         assert not value.requires_grad
     assert all(parameter.grad is None for parameter in p.net.module.parameters())
 
 
 @pytest.mark.parametrize("kept", [1, 3, 4, 9])
-def test_vectors_computed_again_are_the_same_bits(problem, monkeypatch, kept):
+def test_recomputed_vectors_have_the_same_bits(problem, monkeypatch, kept):
     p = problem(soft=True, steps=10)
-    whole = adjoint(*p)
-    monkeypatch.setattr(gradient, "KEPT", kept)
-    for value, again in zip(whole, adjoint(*p), strict=True):
+    stored = adjoint(*p)
+    monkeypatch.setattr(gradient, "KEPT_VECTORS", kept)
+    for value, again in zip(stored, adjoint(*p), strict=True):
         assert value is not None and again is not None and torch.equal(value, again)  # noqa: PT018
 
 
 MEMORY = """
 import sys, torch
-from pathlib import Path
-from tadperf import nets
 from tadperf.config import MatchConfig, NetConfig
-from tadperf.matching.distil import draw_steps
 from tadperf.matching.gradient import GRADIENTS
-from tadperf.measure import own_peak
+from tadperf.matching.loop import draw_steps
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
+from tadperf.run.stage_meter import process_peak
 method, steps, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
-net = nets.FlatNet(nets.build(NetConfig(width=128, depth=3), (3, 32, 32), 10, 0))
+net = FlatNet(build(NetConfig(width=128, depth=3), (3, 32, 32), 10, 0))
 assert net.num_parameters == 320_010
 start = net.flatten()
 generator = torch.Generator().manual_seed(0)
@@ -147,18 +147,19 @@ GRADIENTS[method](
     net, start, start + 0.01 * torch.randn_like(start), torch.randn(100, 3, 32, 32),
     torch.arange(10).repeat_interleave(10), torch.tensor(0.01), drawn,
 )
-print(own_peak())
+print(process_peak())
 """
 
 
 def peak(method: str, steps: int, batch: int) -> int:
-    """Peak resident bytes of a process of its own at CIFAR-10 shapes, IPC 10."""
+    """Returns the peak resident bytes of a new process at CIFAR-10 shapes, IPC 10."""
     command = [sys.executable, "-c", MEMORY, method, str(steps), str(batch)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # each thread has a workspace of its own
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # every thread has its own workspace
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
-def test_memory_grows_by_the_parameter_vectors_alone():
+def test_memory_grows_only_by_the_stored_parameter_vectors():
     growth = peak("adjoint", 80, 4) - peak("adjoint", 10, 4)
-    assert growth <= (KEPT - 10 + 20) * 4 * 320_010  # 20: the heap's holes vary by 20 MB; all 70 would be too many
-    assert growth <= 0.15 * peak("adjoint", 1, 50)  # of what one step takes with the batch that is usual at IPC 10
+    # 20 vectors of tolerance, because the holes in the heap vary by 20 MB. All 70 vectors would exceed the bound.
+    assert growth <= (KEPT_VECTORS - 10 + 20) * 4 * 320_010
+    assert growth <= 0.15 * peak("adjoint", 1, 50)  # of one step with the usual batch at IPC 10

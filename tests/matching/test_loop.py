@@ -1,4 +1,4 @@
-"""The distillation loop on a made-up problem: learning, the divergence guard, checkpoints, resuming."""
+"""The matching loop on a small problem: learning, the divergence guard, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tadperf.experts.store import Experts
 from tadperf.experts.train import train_expert
 from tadperf.matching import loop
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.loop import Check, draw_steps, match_trajectories
+from tadperf.matching.loop import Check, MatchProblem, choose_gradient, draw_steps, match_trajectories
 from tadperf.matching.starts import expert_soft_labels
 from tadperf.matching.state import (
     EXPLODED,
@@ -31,6 +31,7 @@ from tadperf.matching.state import (
 )
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
+from tadperf.nets.problem import Problem
 from tadperf.nets.training import Recipe
 from tadperf.run.folder import Run
 
@@ -48,7 +49,8 @@ def experts(tmp_path_factory) -> Experts:
     images = torch.randn(CLASSES, *SHAPE, generator=generator)[labels] + 0.5 * torch.randn(60, *SHAPE)
     for index in range(2):
         recipe = Recipe(6, 20, 0.05, 0.0, 0.0, "none", decay=False)
-        store.save(folder, index, train_expert(images, labels, NET, SHAPE, CLASSES, recipe, index, CPU)[0])
+        problem = Problem(images, labels, tuple(map(str, range(CLASSES))), NET, "none", 0, CPU)
+        store.save_expert(folder, index, train_expert(problem, recipe, index)[0])
     return Experts.open(folder, 2)
 
 
@@ -78,12 +80,11 @@ def learn(
     place: Path, experts: Experts, config: MatchConfig, soft: bool = False, resume: bool = False,
     check: Check = constant, progress: Callable[..., None] = lambda *_, **__: None,
 ) -> tuple[MatchState, list[dict[str, Any]]]:  # fmt: skip
-    """The best state, and the records of matching."""
-    net = FlatNet(build(NET, SHAPE, CLASSES, 0))
-    whole = Config(match=config)  # pyright: ignore[reportCallIssue]
-    with Run.create(place, whole, resume) as run:
+    """Returns the best state and the records of matching."""
+    problem = MatchProblem(FlatNet(build(NET, SHAPE, CLASSES, 0)), experts, config, "color_crop_flip", 5)
+    with Run.create(place, Config(match=config), resume) as run:
         (place / "checkpoints").mkdir(exist_ok=True)
-        best = match_trajectories(first(config, soft), net, experts, config, "color_crop_flip", 5, check, run, progress)
+        best = match_trajectories(first(config, soft), problem, check, run, progress)
     return best, [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -100,7 +101,7 @@ def test_the_loss_goes_down(tmp_path, experts, soft):
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
 
 
-def test_absurd_learning_rate_of_the_images_is_survived(tmp_path, experts):
+def test_the_guard_survives_a_huge_learning_rate_of_the_images(tmp_path, experts):
     for lr_img in (1e25, 1e39, 1e300):
         place = tmp_path / str(lr_img)
         best, records = learn(place, experts, match(lr_img=lr_img))
@@ -111,11 +112,11 @@ def test_absurd_learning_rate_of_the_images_is_survived(tmp_path, experts):
         last = load_checkpoint(place / "checkpoints" / "matching.safetensors", CPU)[0]
         assert last.images.isfinite().all()
         assert last.iteration == 20
-    best, _ = learn(tmp_path / "one", experts, match(lr_img=1e300, iterations=1))  # no later step would notice
+    best, _ = learn(tmp_path / "one", experts, match(lr_img=1e300, iterations=1))  # there is no later step
     assert best.images.isfinite().all()
 
 
-def test_absurd_learning_rate_of_the_student_is_survived(tmp_path, experts):
+def test_the_guard_survives_a_huge_learning_rate_of_the_student(tmp_path, experts):
     best, records = learn(tmp_path / "run", experts, match(lr_init=1e4, iterations=40))
     assert best.images.isfinite().all()
     assert any(record.get("undone") for record in records)
@@ -123,7 +124,7 @@ def test_absurd_learning_rate_of_the_student_is_survived(tmp_path, experts):
     assert 0 < float(best.log_lr.exp()) < 1e4 / 8
 
 
-def test_learned_rate_stays_positive(tmp_path, experts):
+def test_the_learned_rate_stays_positive(tmp_path, experts):
     best, records = learn(tmp_path / "run", experts, match(lr_lr=20.0, lr_init=0.5))
     rates = [record["lr"] for record in records if "lr" in record]
     assert all(0 < rate < math.inf for rate in rates)
@@ -151,28 +152,28 @@ def test_the_update_is_sgd_with_momentum():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_a_step_is_undone_to_the_state_before_it():
+def test_step_back_returns_to_the_state_before():
     config = match()
     previous = replace(first(config), iteration=3, image_velocity=torch.ones(6, *SHAPE))
     state = replace(previous, iteration=4, images=previous.images + 1e9, lr_img=1.0)
-    calm = step_back(state, previous)
-    assert (calm.iteration, calm.lr_img) == (5, 0.5)
-    assert torch.equal(calm.images, previous.images)
-    assert not calm.image_velocity.any()
-    again = step_back(calm, None)
-    assert torch.equal(again.images, calm.images)
+    restored = step_back(state, previous)
+    assert (restored.iteration, restored.lr_img) == (5, 0.5)
+    assert torch.equal(restored.images, previous.images)
+    assert not restored.image_velocity.any()
+    again = step_back(restored, None)
+    assert torch.equal(again.images, restored.images)
     assert float(again.log_lr.exp()) == pytest.approx(config.lr_init / 2)
 
 
 def test_every_pass_over_the_images_is_complete():
     drawn = draw_steps(match(steps=6, batch=4), 6, 8, "color_crop", torch.Generator().manual_seed(0))
     assert [len(step.index) for step in drawn] == [4] * 6
-    order = torch.cat([step.index for step in drawn])
-    assert torch.equal(order.view(4, 6).sort(1).values, torch.arange(6).expand(4, 6))
-    assert len({tuple(turn) for turn in order.view(4, 6).tolist()}) > 1
-    whole = draw_steps(match(steps=2, batch=None), 6, 8, "none", torch.Generator().manual_seed(0))
-    assert [sorted(step.index.tolist()) for step in whole] == [list(range(6))] * 2
-    assert whole[0].drawn == (None, None, None)
+    passes = torch.cat([step.index for step in drawn]).view(4, 6)
+    assert torch.equal(passes.sort(1).values, torch.arange(6).expand(4, 6))
+    assert len({tuple(order) for order in passes.tolist()}) > 1
+    full_batch = draw_steps(match(steps=2, batch=None), 6, 8, "none", torch.Generator().manual_seed(0))
+    assert [sorted(step.index.tolist()) for step in full_batch] == [list(range(6))] * 2
+    assert full_batch[0].drawn == (None, None, None)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
@@ -196,9 +197,9 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("base", [{}, DATM], ids=["mtt", "datm with an average"])
 @pytest.mark.parametrize("save_every", [0.0, math.inf], ids=["saved always", "saved at checks"])
-def test_an_interrupted_loop_ends_in_the_same_bytes(tmp_path, experts, monkeypatch, save_every, base):
+def test_an_interrupted_loop_ends_with_the_same_bytes(tmp_path, experts, monkeypatch, save_every, base):
     monkeypatch.setattr(loop, "SAVE_EVERY", save_every)
-    config = match(lr_img=1e6, **base)  # so that the guard is at work, too
+    config = match(lr_img=1e6, **base)  # large, so that the guard acts too
     best, records = learn(tmp_path / "whole", experts, config, soft=True)
     for moment in (3, 8, 14, 20):
 
@@ -215,7 +216,7 @@ def test_an_interrupted_loop_ends_in_the_same_bytes(tmp_path, experts, monkeypat
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_the_best_by_held_out_accuracy_and_of_equals_the_later(tmp_path, experts):
+def test_the_best_held_out_accuracy_wins_and_the_later_one_of_equals(tmp_path, experts):
     seen: dict[int, torch.Tensor] = {}
 
     def check(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
@@ -228,7 +229,7 @@ def test_the_best_by_held_out_accuracy_and_of_equals_the_later(tmp_path, experts
     assert [record["held_out"] for record in records if "held_out" in record] == [0.2, 0.9, 0.9, 0.3]
 
 
-def test_the_average_is_checked_and_kept(tmp_path, experts):
+def test_the_average_is_checked_and_returned(tmp_path, experts):
     seen: dict[int, torch.Tensor] = {}
 
     def check(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
@@ -242,12 +243,12 @@ def test_the_average_is_checked_and_kept(tmp_path, experts):
     for images in path[1:]:
         average = 0.8 * average + 0.2 * images
     best, _ = learn(tmp_path / "ema", experts, match(iterations=5, check_every=1, ema=0.8), check=check)
-    assert torch.equal(best.images, plain.images)  # it does not act on the learning
+    assert torch.equal(best.images, plain.images)  # the average does not change the learning
     torch.testing.assert_close(best.average, average, rtol=1e-5, atol=1e-6)
     assert torch.equal(seen[5], best.average)
 
 
-def test_label_momentum_is_its_own():
+def test_labels_have_their_own_momentum():
     config = match(momentum=0.5, momentum_label=0.9, lr_label=1.0)
     state, nothing = first(config, soft=True), torch.tensor(0.0)
     for _ in range(2):
@@ -266,7 +267,7 @@ def test_soft_labels_are_the_mean_logits_of_the_experts(experts):
     torch.testing.assert_close(expert_soft_labels(net, experts, images, 6), (logits[0] + logits[1]) / 2)
 
 
-def test_soft_labels_of_the_experts_that_are_right(experts):
+def test_soft_labels_are_the_mean_over_the_experts_that_are_correct(experts):
     net, images = FlatNet(build(NET, SHAPE, CLASSES, 0)), torch.randn(200, *SHAPE)
     logits = torch.stack([net(experts.snapshot(expert, 0), images) for expert in range(2)]).detach()
     labels = torch.arange(200) % CLASSES
@@ -275,3 +276,13 @@ def test_soft_labels_of_the_experts_that_are_right(experts):
     for i, (one, two) in enumerate(says.t().tolist()):
         truth = logits[:, i].mean(0) if one == two else logits[0 if one else 1, i]
         torch.testing.assert_close(ours[i], truth)
+
+
+def test_the_backend_does_not_depend_on_the_iterations_that_are_left(experts):
+    """A resumed run must compute with the same backend to the end: another one would end with other bytes."""
+    net = FlatNet(build(NET.model_copy(update={"norm": "group", "width": 8}), SHAPE, CLASSES, 0))
+    iterations = 10**9  # enough that compiling pays
+    problem = MatchProblem(net, experts, match(iterations=iterations), "none", 0)
+    fresh = first(problem.config)
+    names = [choose_gradient(replace(fresh, iteration=i), problem)[0].name for i in (0, iterations - 1)]
+    assert names == ["compiled, functional"] * 2

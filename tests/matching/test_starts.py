@@ -1,4 +1,4 @@
-"""What FTD and DATM change: values of the config, the start range, the samples that an expert has learned."""
+"""What FTD and DATM change: config values, the start range, and the samples that an expert classifies correctly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def match(**values: Any) -> MatchConfig:
     return MatchConfig(**values)
 
 
-def test_a_method_sets_what_is_not_set():
+def test_a_method_sets_fields_that_are_not_set():
     plain, ftd = Config(), Config(match=match(method="ftd"))  # pyright: ignore[reportCallIssue]
     assert plain.match.method == "mtt"
     assert BASES["mtt"] == {}
@@ -32,15 +32,15 @@ def test_a_method_sets_what_is_not_set():
         assert Config.model_validate(config.model_dump()) == config
 
 
-def test_what_is_set_stays_even_where_it_is_the_default():
-    whole = Config(match=match(method="ftd", ema=0.0), experts=ExpertConfig(rho=0.0))  # pyright: ignore
-    assert (whole.match.ema, whole.experts.rho, whole.experts.alpha) == (0.0, 0.0, 0.3)
+def test_a_field_that_is_set_stays_even_at_its_default():
+    config = Config(match=match(method="ftd", ema=0.0), experts=ExpertConfig(rho=0.0))  # pyright: ignore
+    assert (config.match.ema, config.experts.rho, config.experts.alpha) == (0.0, 0.0, 0.3)
     stored: dict[str, Any] = Config(match=match(iterations=7)).model_dump()  # pyright: ignore[reportCallIssue]
     stored["match"]["method"] = "datm"
-    assert Config.model_validate(stored).match.easy == 1.0  # a stored config says everything itself
+    assert Config.model_validate(stored).match.easy == 1.0  # a stored config sets every field
 
 
-def test_starts_widen_from_easy_to_hard():
+def test_the_start_range_widens_from_easy_to_hard():
     config = match(iterations=100, min_start=2, max_start=12, easy=0.5, widen=0.4)
     assert [start_range(config, i) for i in (0, 8, 20, 39, 40, 99)] == [
         (2, 7), (2, 8), (2, 10), (2, 12), (2, 12), (2, 12),
@@ -53,7 +53,7 @@ def test_starts_widen_from_easy_to_hard():
 @given(
     low=st.integers(0, 20), span=st.integers(0, 50), easy=st.floats(0, 1), widen=st.floats(0, 1), n=st.integers(1, 60)
 )
-def test_the_range_only_grows_and_ends_whole(low, span, easy, widen, n):
+def test_the_start_range_only_grows_and_ends_at_its_full_width(low, span, easy, widen, n):
     config = match(iterations=n, min_start=low, max_start=low + span, easy=easy, widen=widen)
     ranges = [start_range(config, i) for i in range(n + 1)]
     assert all(low == first <= last <= low + span for first, last in ranges)
@@ -61,8 +61,8 @@ def test_the_range_only_grows_and_ends_whole(low, span, easy, widen, n):
     assert ranges[-1] == (low, low + span)
 
 
-def test_the_whole_range_is_drawn_in_the_bits_of_before():
-    """randint(first, last + 1) where the range is whole: the starts that runs without one drew."""
+def test_the_full_range_draws_the_same_starts_as_a_fixed_range():
+    """randint(first, last + 1) and randint(n) use the same bits of the generator."""
     for iteration in range(50):
         one, two = (seeds.generator(3, "match", iteration) for _ in range(2))
         assert torch.equal(torch.randint(0, 21, (), generator=one), torch.randint(21, (), generator=two))
@@ -70,7 +70,7 @@ def test_the_whole_range_is_drawn_in_the_bits_of_before():
 
 
 class Answers:
-    """Experts that answer by a table [E, N]: expert e says table[e, i] of image i, whose pixels are i."""
+    """Fake experts with a table [E, N]: expert e predicts class table[e, i] for image i, whose pixels are all i."""
 
     def __init__(self, table: list[list[int]]):
         self.table = torch.tensor(table)
@@ -89,20 +89,20 @@ class Answers:
 
 @pytest.mark.parametrize("batch", [1, 3, 1024])
 @pytest.mark.parametrize(
-    ("labels", "table", "least", "found", "asked"),
+    ("labels", "table", "least", "expected", "asked"),
     [
         ([0, 0, 1, 1], [[0, 1, 1, 1], [9, 9, 9, 9]], 1, [1, 0, 1, 1], [0]),
         ([0, 0, 0, 1, 1], [[0, 1, 1, 1, 0], [1, 0, 1, 0, 1], [3, 3, 3, 3, 3]], 2, [1, 1, 0, 1, 1], [0, 1]),
-        # the second expert is asked for class 0 alone, which is short after the first
+        # only class 0 is short after the first expert, so the second one sees class 0 alone
         ([0, 0, 0, 1, 1], [[0, 1, 1, 1, 1], [1, 0, 1, 0, 0], [3, 3, 3, 3, 3]], 2, [1, 1, 0, 1, 1], [0, 1]),
-        ([0, 0, 1, 1], [[0, 0, 2, 2], [0, 0, 3, 3]], 2, [1, 1, 1, 1], [0, 1]),  # no expert knows class 1
-        ([-1, 0, 1, 1], [[0, 0, 1, 0]], 1, [0, 1, 1, 0], [0]),  # the first is no candidate
+        ([0, 0, 1, 1], [[0, 0, 2, 2], [0, 0, 3, 3]], 2, [1, 1, 1, 1], [0, 1]),  # no expert has class 1 right
+        ([-1, 0, 1, 1], [[0, 0, 1, 0]], 1, [0, 1, 1, 0], [0]),  # the first sample may not be returned
         ([-1, 0, 1, 1], [[3, 3, 1, 1]], 1, [0, 1, 1, 1], [0]),
     ],
 )
-def test_learned_samples(labels, table, least, found, asked, batch):
+def test_correctly_classified_samples(labels, table, least, expected, asked, batch):
     images = torch.arange(len(labels)).float()[:, None, None, None]
     experts: Any = Answers([[min(a, 3) for a in row] for row in table])
     mask = correctly_classified(experts, experts, images, torch.tensor(labels), 5, least, batch)
-    assert mask.tolist() == [bool(f) for f in found]
+    assert mask.tolist() == [bool(e) for e in expected]
     assert experts.asked == asked

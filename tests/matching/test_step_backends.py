@@ -1,4 +1,4 @@
-"""One inner step and its products: written out, by autograd and compiled, against float64 and each other."""
+"""One inner step and its products: by formulas, by autograd and compiled, compared in float64."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def step_problem(
     return net, theta, torch.randn_like(theta), torch.randn(batch, *shape, dtype=dtype), y
 
 
-def errors(way: StepBackend, truth: StepBackend, *inputs: Any) -> list[float]:
+def errors(backend: StepBackend, truth: StepBackend, *inputs: Any) -> list[float]:
     theta, lam, x, y = inputs
-    pairs: list[Any] = [(way.gradient(theta, x, y), truth.gradient(theta, x, y))]
-    pairs += zip(way.products(theta, lam, x, y, True), truth.products(theta, lam, x, y, True), strict=True)
+    pairs: list[Any] = [(backend.gradient(theta, x, y), truth.gradient(theta, x, y))]
+    pairs += zip(backend.products(theta, lam, x, y, True), truth.products(theta, lam, x, y, True), strict=True)
     assert all((a is None) == (b is None) for a, b in pairs)
     return [error(a, b) for a, b in pairs if a is not None and b is not None]
 
@@ -47,23 +47,23 @@ SHAPES = [(2, 6, (3, 8, 8), 5), (2, 32, (1, 8, 8), 9), (3, 16, (3, 33, 33), 2), 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize(("depth", "width", "shape", "batch"), SHAPES)
-def test_written_out_is_autograd(depth, width, shape, batch, soft):
+def test_formulas_equal_autograd(depth, width, shape, batch, soft):
     config = NetConfig(depth=depth, width=width)  # pyright: ignore[reportCallIssue]
     net, *double = step_problem(config, shape, batch, torch.float64, soft)
-    way = step_backends.eager(net)
-    assert way.name == "written out"
-    assert max(errors(way, step_backends.autograd(net), *double)) < 1e-12
+    backend = step_backends.eager(net)
+    assert backend.name == "formulas"
+    assert max(errors(backend, step_backends.autograd(net), *double)) < 1e-12
     theta, lam, x, y = (value.float() if value.is_floating_point() else value for value in double)
     single = FlatNet(build(config, shape, 10, 0))
-    found = step_backends.eager(single).products(theta, lam, x, y, True)
+    ours = step_backends.eager(single).products(theta, lam, x, y, True)
     truth = step_backends.autograd(net).products(*double, True)  # pyright: ignore[reportCallIssue]
-    assert max(error(a.double(), b) for a, b in zip(found[1:], truth[1:], strict=True) if a is not None) < 1e-5
+    assert max(error(a.double(), b) for a, b in zip(ours[1:], truth[1:], strict=True) if a is not None) < 1e-5
 
 
-def test_other_networks_are_not_written_out():
+def test_other_networks_use_autograd():
     others: list[dict[str, Any]] = [
         {"norm": "group", "width": 8}, {"norm": "none"}, {"name": "resnet18"}, {"name": "alexnet"},
-        {"depth": 4, "width": 4},  # of 8 x 8 images: its last map is 1 x 1, whose norm joins the channels
+        {"depth": 4, "width": 4},  # the last map of an 8 x 8 image is 1 x 1: all channels share a norm
     ]  # fmt: skip
     for config in map(NetConfig.model_validate, others):
         module = build(config, (1, 8, 8), 10, 0)
@@ -72,20 +72,20 @@ def test_other_networks_are_not_written_out():
 
 
 @pytest.mark.parametrize("norm", ["instance", "layer"])
-def test_compiled_is_the_unrolled_gradient_in_float64(problem, norm):
-    """Written out, and by nested torch.func.grad: the meta-gradient of three steps against the eager unroll."""
+def test_compiled_equals_the_unrolled_gradient_in_float64(problem, norm):
+    """By formulas and by nested torch.func.grad: the gradient of three steps against the eager unroll."""
     config = NetConfig(depth=1, width=3, norm=norm)  # pyright: ignore[reportCallIssue]
     p = problem(soft=True, steps=3, size=6, count=4, batch=4, config=config)
     counters.clear()
-    ours, reference = adjoint(*p, way=step_backends.compiled(p.net)), unroll(*p)
+    ours, reference = adjoint(*p, backend=step_backends.compiled(p.net)), unroll(*p)
     for name in ("loss", "images", "labels", "lr", "end"):
         assert error(getattr(ours, name), getattr(reference, name)) < 1e-10, name
-    if norm == "instance":  # both regions, so that a second process starts warm
+    if norm == "instance":  # both regions are cached, so a second process starts warm
         assert counters["aot_autograd"]["total"] == 2
         assert not counters["aot_autograd"]["autograd_cache_bypass"]
 
 
-def test_the_adjoint_in_float32_is_the_unroll_to_1e_5(problem):
+def test_the_adjoint_in_float32_equals_the_unroll_to_1e_5(problem):
     config = NetConfig(depth=2, width=32)  # pyright: ignore[reportCallIssue]
     p = problem(soft=True, steps=8, size=8, count=20, batch=20, config=config)
     net = FlatNet(p.net.module.float())
@@ -98,30 +98,29 @@ def test_the_adjoint_in_float32_is_the_unroll_to_1e_5(problem):
 
 
 @pytest.mark.parametrize("norm", ["instance", "group"])
-def test_bfloat16_convolutions_cost_a_stated_error(problem, norm):
-    """At most 10 % of the images' gradient over 4 steps; what it was measured at stands in bench/results/distil.md."""
+def test_the_error_of_bfloat16_convolutions_stays_below_10_percent(problem, norm):
+    """Error of the images' gradient over 4 steps. bench/results/distil.md has the measured figures."""
     config = NetConfig(depth=2, width=16, norm=norm)  # pyright: ignore[reportCallIssue]
     p = problem(steps=4, size=8, count=8, batch=8, config=config, strategy="none")
     net = FlatNet(build(config, (3, 8, 8), 4, 3))
     single = [value.float() if value.is_floating_point() else value for value in p[1:6]]
-    way = step_backends.eager(net, torch.bfloat16)
-    found = adjoint(net, *single, p.steps, way=way)  # pyright: ignore[reportCallIssue]
-    assert found.images.dtype == torch.float32
-    off = error(found.images.double(), unroll(*p).images)
-    assert 1e-4 < off < 0.1  # below, it would not have been bfloat16
+    backend = step_backends.eager(net, torch.bfloat16)
+    ours = adjoint(net, *single, p.steps, backend=backend)  # pyright: ignore[reportCallIssue]
+    assert ours.images.dtype == torch.float32
+    assert 1e-4 < error(ours.images.double(), unroll(*p).images) < 0.1  # float32 would be below 1e-4
 
 
-def test_auto_counts_work():
+def test_auto_chooses_by_the_amount_of_work():
     small = FlatNet(build(NetConfig(width=8), (1, 8, 8), 10, 0))  # pyright: ignore[reportCallIssue]
     other = FlatNet(build(NetConfig(width=8, norm="group"), (1, 8, 8), 10, 0))  # pyright: ignore[reportCallIssue]
     config, cpu = MatchConfig(), torch.device("cpu")  # pyright: ignore[reportCallIssue]
 
     def name(net: FlatNet, iterations: int, compile: str = "auto") -> str:
-        asked = config.model_copy(update={"compile": compile})
-        return step_backends.choose_step_backend(asked, net, (50, 1, 8, 8), cpu, iterations).name
+        chosen = config.model_copy(update={"compile": compile})
+        return step_backends.choose_step_backend(chosen, net, (50, 1, 8, 8), cpu, iterations).name
 
-    assert name(small, 10**9) == "written out"
+    assert name(small, 10**9) == "formulas"
     assert name(other, 10) == "autograd"
     assert name(other, 10**9) == "compiled, functional"
     assert name(other, 10**9, "off") == "autograd"
-    assert name(small, 1, "on") == "compiled, written out"
+    assert name(small, 1, "on") == "compiled, formulas"

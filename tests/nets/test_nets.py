@@ -1,4 +1,4 @@
-"""The networks: shapes, parameter counts, seeds, and the flat view."""
+"""The networks: shapes, parameter counts, seeds, the flat form and the fused form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tadperf.config import NetConfig
+from tadperf.errors import UserError
 from tadperf.nets.architectures import build, norm_layer
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.fused import fused_forward
@@ -20,7 +21,7 @@ def config(name: str = "convnet", **values: object) -> NetConfig:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
-def test_every_network_takes_every_image(name, size, channels):
+def test_every_network_accepts_every_image_shape(name, size, channels):
     with torch.no_grad():
         net = build(config(name, width=16), (channels, size, size), 7, 0)
         x = torch.randn(2, channels, size, size)
@@ -31,21 +32,21 @@ def test_every_network_takes_every_image(name, size, channels):
         assert not torch.equal(net(x.flip(1 if channels == 3 else 3)), logits)
 
 
-# Weights and biases of the convolutions, scale and shift of the norms, and the linear layer, by hand.
+# Counted by hand: weights and biases of the convolutions, scale and shift of the norms, and the linear layer.
 @pytest.mark.parametrize(
     ("shape", "classes", "count"),
     [
-        ((3, 32, 32), 10, 320_010),  # CIFAR-10; the figure that MTT's and FTD's code give, too
+        ((3, 32, 32), 10, 320_010),  # CIFAR-10; MTT's and FTD's code give the same number
         ((3, 32, 32), 100, 320_010 + 90 * (2048 + 1)),
         ((3, 64, 64), 200, 320_010 + 190 * (2048 + 1) + 128 * 128 * 9 + 3 * 128),  # a fourth block
         ((1, 28, 28), 10, 320_010 - 2 * 9 * 128),
     ],
 )
-def test_parameters_of_the_convnet(shape, classes, count):
+def test_the_convnet_has_the_known_number_of_parameters(shape, classes, count):
     assert FlatNet(build(config(), shape, classes, 0)).num_parameters == count
 
 
-def test_depth_and_width_are_what_was_asked_for():
+def test_the_config_sets_depth_and_width():
     net = build(config(depth=2, width=5), (3, 32, 32), 10, 0)
     convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [(c.in_channels, c.out_channels) for c in convolutions] == [(3, 5), (5, 5)]
@@ -53,18 +54,21 @@ def test_depth_and_width_are_what_was_asked_for():
     assert deep(torch.randn(2, 1, 8, 8)).isfinite().all()
 
 
-def test_resnet18_has_the_known_size():
+def test_resnet18_has_the_known_number_of_parameters():
     with_batch_norm = build(config("resnet18", norm="batch"), (3, 32, 32), 10, 0)
-    assert sum(p.numel() for p in with_batch_norm.parameters()) == 11_173_962  # ResNet-18 in its CIFAR form
+    assert sum(p.numel() for p in with_batch_norm.parameters()) == 11_173_962  # ResNet-18 for CIFAR
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "group", "layer", "none"])
-def test_norms_are_those_of_torch(norm):
+def test_norms_equal_those_of_pytorch(norm):
     x = 3 * torch.randn(4, 8, 6, 6) + 2
     truth = {
-        "instance": torch.nn.InstanceNorm2d(8), "batch": torch.nn.BatchNorm2d(8), "group": torch.nn.GroupNorm(4, 8),
-        "layer": torch.nn.LayerNorm([8, 6, 6]), "none": torch.nn.Identity(),
-    }[norm]  # fmt: skip
+        "instance": torch.nn.InstanceNorm2d(8),
+        "batch": torch.nn.BatchNorm2d(8),
+        "group": torch.nn.GroupNorm(4, 8),
+        "layer": torch.nn.LayerNorm([8, 6, 6]),
+        "none": torch.nn.Identity(),
+    }[norm]
     torch.testing.assert_close(norm_layer(norm, 8, 6)(x), truth(x), rtol=1e-5, atol=1e-5)
 
 
@@ -100,25 +104,33 @@ def test_the_flat_network_is_the_module_bit_for_bit(name):
     assert torch.equal(torch.cat([v.flatten() for v in views.values()]), theta)
     for key, parameter in module.named_parameters():
         assert torch.equal(views[key], parameter)
-        assert views[key].untyped_storage().data_ptr() == theta.untyped_storage().data_ptr()  # no copy
+        assert views[key].untyped_storage().data_ptr() == theta.untyped_storage().data_ptr()  # a view
     theta.zero_()
-    assert any(p.any() for p in module.parameters())  # but flatten() is one
+    assert any(p.any() for p in module.parameters())  # flatten() returned a copy
 
 
 def test_running_statistics_are_refused():
-    with pytest.raises(AssertionError, match="running statistics"):
+    with pytest.raises(UserError, match="has running statistics"):
         FlatNet(build(config(norm="batch"), (3, 8, 8), 4, 1))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("name", "norm", "size"),
-    [("convnet", "instance", 8), ("convnet", "instance", 28), ("convnet", "instance", 6), ("convnet", "batch", 8),
-     ("convnet", "group", 8), ("convnet", "none", 8), ("vgg11", "instance", 8), ("resnet18", "instance", 8),
-     ("alexnet", "instance", 8)],
-)  # fmt: skip
-def test_the_first_order_form_is_the_network(name, norm, size, channels):
-    """Logits and gradients against the network itself in float64, beside its own in float32; Winograd rounds more."""
+    [
+        ("convnet", "instance", 8),
+        ("convnet", "instance", 28),
+        ("convnet", "instance", 6),
+        ("convnet", "batch", 8),
+        ("convnet", "group", 8),
+        ("convnet", "none", 8),
+        ("vgg11", "instance", 8),
+        ("resnet18", "instance", 8),
+        ("alexnet", "instance", 8),
+    ],
+)
+def test_the_fused_form_equals_the_network(name, norm, size, channels):
+    """Compares logits and gradients with the network in float64. The error may be 4 times that of plain float32."""
     net = config(name, width=7, norm=norm, **({"depth": 2} if name == "convnet" else {}))
     x = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(5)
@@ -126,26 +138,30 @@ def test_the_first_order_form_is_the_network(name, norm, size, channels):
     def gradients(module: torch.nn.Module, predict, x: torch.Tensor) -> list[torch.Tensor]:
         logits = predict(x)
         loss = torch.nn.functional.cross_entropy(logits, labels)
-        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
-        return [logits, *found]
+        return [
+            logits,
+            *torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True),
+        ]
 
     module = build(net, (channels, size, size), 5, 0)
-    for parameter in module.parameters():  # scales, shifts and biases that do something
+    for parameter in module.parameters():  # scales, shifts and biases that are not 1 or 0
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    ours = gradients(module, fused_forward(module), x)
-    plain = gradients(module, module, x)
+    fused = gradients(module, fused_forward(module), x)
+    float32 = gradients(module, module, x)
     module = module.double()
-    truths = gradients(module, module, x.double())
-    for value, own, truth in zip(*([v.detach() for v in values] for values in (ours, plain, truths)), strict=True):
+    float64 = gradients(module, module, x.double())
+    for value, single, truth in zip(
+        *([v.detach() for v in values] for values in (fused, float32, float64)), strict=True
+    ):
         scale = float(truth.abs().max()) + 1e-3
-        assert float((value - truth).abs().max()) <= 4 * float((own - truth).abs().max()) + 2e-5 * scale
+        assert float((value - truth).abs().max()) <= 4 * float((single - truth).abs().max()) + 2e-5 * scale
 
 
-def test_the_first_order_form_refuses_a_second_derivative():
+def test_the_fused_form_refuses_a_second_derivative():
     from tadperf.kernels import native
 
     if not native.available():
-        pytest.skip("the network itself runs")
+        pytest.skip("the native operators are not built, so nothing is fused")
     module = build(config(depth=1, width=4), (1, 8, 8), 3, 0)
     loss = fused_forward(module)(torch.randn(2, 1, 8, 8)).square().sum()
     with pytest.raises(RuntimeError, match="no second derivative"):

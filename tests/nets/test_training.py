@@ -46,7 +46,7 @@ class Linear(torch.nn.Module):
         return x.flatten(1) @ self.weight.t()
 
 
-def test_steps_are_those_computed_by_hand():
+def test_steps_equal_those_computed_by_hand():
     """Two full-batch steps of softmax regression, momentum and weight decay, in float64."""
     images, labels = data()
     x, y = images.flatten(1).double(), F.one_hot(labels, 3).double()
@@ -61,7 +61,7 @@ def test_steps_are_those_computed_by_hand():
 
 
 @pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 5e-4), (0.0, 0.1)])
-def test_sgd_is_that_of_torch(momentum, decay):
+def test_sgd_equals_that_of_pytorch(momentum, decay):
     generator = torch.Generator().manual_seed(1)
     ours = torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)
     theirs = [p.clone() for p in ours]
@@ -77,7 +77,7 @@ def test_sgd_is_that_of_torch(momentum, decay):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_the_rate_falls_to_a_tenth_after_half():
+def test_the_learning_rate_is_divided_by_ten_after_half_of_the_epochs():
     images, labels = data()
     lengths: list[float] = []
     module, last = Linear(), [torch.zeros(192)]
@@ -97,7 +97,7 @@ def test_the_rate_falls_to_a_tenth_after_half():
     assert lengths == pytest.approx([0.05] * 10, rel=1e-3)
 
 
-def test_sure_soft_labels_are_hard_labels():
+def test_confident_soft_labels_equal_hard_labels():
     images, labels = data()
     hard, soft = (fit(fresh(), images, y, PLAIN, 0) for y in (labels, 100.0 * F.one_hot(labels, 3)))
     torch.testing.assert_close(weights(soft), weights(hard), rtol=1e-5, atol=1e-6)
@@ -105,7 +105,7 @@ def test_sure_soft_labels_are_hard_labels():
     assert (weights(unsure) - weights(hard)).norm() > 1e-3
 
 
-def test_equal_weights_are_no_weights_and_none_leaves_out():
+def test_equal_weights_change_nothing_and_zero_leaves_out():
     images, labels = data()
     recipe = PLAIN._replace(epochs=3, batch=5)
     plain = weights(fit(fresh(), images, labels, recipe, 0))
@@ -120,8 +120,8 @@ def test_equal_weights_are_no_weights_and_none_leaves_out():
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_weighted_steps_are_those_computed_by_hand(soft):
-    """Softmax regression in float64: a sample counts w over the mean of all w, whatever its batch is."""
+def test_weighted_steps_equal_those_computed_by_hand(soft):
+    """Softmax regression in float64. Each sample is multiplied by its weight over the mean of all weights."""
     images, labels = data()
     counts = torch.rand(12, generator=torch.Generator().manual_seed(3)) + 0.1
     logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(4))
@@ -137,12 +137,15 @@ def test_weighted_steps_are_those_computed_by_hand(soft):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (torch.ones(11), "weights: torch.float32 [11]: expected floats [12], one per image"),
-        (torch.ones(12, 1), "weights: torch.float32 [12, 1]: expected floats [12], one per image"),
-        (torch.ones(12, dtype=torch.int64), "weights: torch.int64 [12]: expected floats [12], one per image"),
-        (-torch.ones(12), "weights: expected finite values from 0 up, not all of them 0"),
-        (torch.zeros(12), "weights: expected finite values from 0 up, not all of them 0"),
-        (torch.full((12,), math.nan), "weights: expected finite values from 0 up, not all of them 0"),
+        (torch.ones(11), "weights: torch.float32 [11]: must be floating point of shape [12], one per image"),
+        (torch.ones(12, 1), "weights: torch.float32 [12, 1]: must be floating point of shape [12], one per image"),
+        (
+            torch.ones(12, dtype=torch.int64),
+            "weights: torch.int64 [12]: must be floating point of shape [12], one per image",
+        ),
+        (-torch.ones(12), "must be finite and not negative, and not all may be 0"),
+        (torch.zeros(12), "must be finite and not negative, and not all may be 0"),
+        (torch.full((12,), math.nan), "must be finite and not negative, and not all may be 0"),
     ],
 )
 def test_wrong_weights_are_refused(wrong, message):
@@ -151,8 +154,8 @@ def test_wrong_weights_are_refused(wrong, message):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
-def test_flat_gradient_is_gsam(alpha):
-    """Against the definition, in float64 with the parameters as one vector."""
+def test_gsam_gradient_equals_its_definition(alpha):
+    """Compares with the formula, in float64 with the parameters as one vector."""
     images, labels = (value[:6] for value in data())
     module = fresh().double()
     parameters = tuple(module.parameters())
@@ -180,7 +183,7 @@ def test_flat_gradient_is_gsam(alpha):
 
 
 def test_a_radius_makes_the_minimum_flatter():
-    """Mean rise of the loss within a ball around the weights, after training to a low loss with and without GSAM."""
+    """Compares the mean rise of the loss near the trained weights, with and without GSAM."""
     images, labels = data(60)
     images = images + 2 * torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))[labels]
     rises = {}
@@ -197,7 +200,7 @@ def test_a_radius_makes_the_minimum_flatter():
     assert rises[1.0] < 0.8 * rises[0.0]
 
 
-def test_one_seed_gives_the_same_bits_whatever_ran_before():
+def test_the_bits_depend_on_the_seed_alone():
     images, labels = data()
     recipe = Recipe(3, 5, 0.1, 0.9, 0.0, "color_crop_cutout_flip_scale_rotate")
     one = weights(fit(fresh(), images, labels, recipe, 4))
@@ -212,38 +215,38 @@ def test_one_seed_gives_the_same_bits_whatever_ran_before():
     assert seen == [0, 1, 2]
 
 
-def test_every_image_is_seen_once_in_an_epoch():
+def test_an_epoch_uses_every_image_once():
     images, labels = data()
 
-    class Watched:
-        """Images that note who was asked for."""
+    class Recorder:
+        """Images that record which indices are read."""
 
-        seen: tuple[int, ...] = ()
+        indices: tuple[int, ...] = ()
 
         def __len__(self) -> int:
             return len(images)
 
         def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-            self.seen += tuple(index.tolist())
+            self.indices += tuple(index.tolist())
             return images[index]
 
-    watched = Watched()
-    fit(fresh(), watched, labels, PLAIN._replace(epochs=2, batch=5), 0)
-    first, second = watched.seen[1:13], watched.seen[13:]  # the very first look only tells the size
+    recorder = Recorder()
+    fit(fresh(), recorder, labels, PLAIN._replace(epochs=2, batch=5), 0)
+    first, second = recorder.indices[1:13], recorder.indices[13:]  # the first read only gets the image size
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
 
 
 @pytest.mark.parametrize("count", [7, 100])
-def test_epochs_are_those_drawn_and_augmented_batch_by_batch(count, monkeypatch):
-    """The same images as from one draw an epoch and one call a batch, whatever is joined into one call."""
+def test_grouped_draws_give_the_images_of_single_draws(count, monkeypatch):
+    """Compares with one draw per epoch and one call per batch, for three values of DRAW_CHUNK."""
     images, _ = data(count)
     recipe = Recipe(5, 6, 0.1, 0.0, 0.0, "color_crop_cutout_flip_scale_rotate")
-    made = {}
-    for at_once in (1, 3000, 1 << 19):
-        monkeypatch.setattr(training, "DRAW_CHUNK", at_once)
+    by_chunk = {}
+    for chunk in (1, 3000, 1 << 19):
+        monkeypatch.setattr(training, "DRAW_CHUNK", chunk)
         passes = training.epochs(images, recipe, 3, torch.device("cpu"))
-        made[at_once] = [[(index.clone(), x.clone()) for index, x in parts] for parts in passes]
+        by_chunk[chunk] = [[(index.clone(), x.clone()) for index, x in parts] for parts in passes]
     for epoch in range(5):
         generator = seeds.generator(3, "epoch", epoch)
         order = torch.randperm(count, generator=generator)
@@ -251,15 +254,15 @@ def test_epochs_are_those_drawn_and_augmented_batch_by_batch(count, monkeypatch)
         for b, start in enumerate(range(0, count, 6)):
             index = order[start : start + 6]
             x = augment.apply(images[index], drawn.rows(start, start + 6))
-            for parts in made.values():
+            for parts in by_chunk.values():
                 assert torch.equal(parts[epoch][b][0], index)
                 torch.testing.assert_close(parts[epoch][b][1], x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_parts_of_a_batch_are_the_batch(rho, weighted, monkeypatch):
-    """Momentum, soft labels and weights, parts of three images against the whole batch of eight."""
+def test_a_batch_in_parts_gives_the_result_of_the_whole_batch(rho, weighted, monkeypatch):
+    """Momentum, soft labels and weights; parts of three images against the batch of eight."""
     images, _ = data(20)
     labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(8))
     counts = torch.arange(20.0) if weighted else None
@@ -269,11 +272,11 @@ def test_parts_of_a_batch_are_the_batch(rho, weighted, monkeypatch):
     assert training.cache_batch_size(fresh(), 64) == 3
     torch.testing.assert_close(weights(fit(fresh(), images, labels, recipe, 0, weights=counts)), whole)
     running = build(NetConfig.model_validate({"depth": 1, "width": 4, "norm": "batch"}), (1, 8, 8), 3, 0)
-    assert training.cache_batch_size(running, 64) > 1000  # its statistics are those of a whole batch
+    assert training.cache_batch_size(running, 64) > 1000  # batch norm needs the whole batch
 
 
 def test_an_epoch_does_not_depend_on_how_many_follow():
-    """Bit for bit, also where draws of many epochs are made in one call."""
+    """Bit for bit, also if many epochs share one call to `augment.draw`."""
     images, labels = data(13)
     long = Recipe(9, 4, 0.05, 0.9, 5e-4, "color_crop_cutout_flip_scale_rotate", decay=False)
     seen: list[torch.Tensor] = []
@@ -283,7 +286,7 @@ def test_an_epoch_does_not_depend_on_how_many_follow():
         assert torch.equal(weights(fit(fresh(), images, labels, long._replace(epochs=epochs), 4)), seen[epochs - 1])
 
 
-def test_accuracy_counts_and_nan_is_wrong():
+def test_accuracy_counts_nan_as_wrong():
     class Given(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -293,7 +296,7 @@ def test_accuracy_counts_and_nan_is_wrong():
             return x[:, 0, 0]
 
     logits = torch.tensor([[3.0, 1, 2], [0, 5, 1], [1, 2, 0], [math.nan] * 3, [math.nan, 1, 0], [0, 0, math.inf]])
-    images = logits[:, None, None]  # each row is right but the third, the two with NaN and the infinite one
+    images = logits[:, None, None]  # rows 0 and 1 are right; a row with NaN or infinity counts as wrong
     labels = torch.tensor([0, 1, 0, 0, 1, 2])
     for batch in (1, 4, 1024):
         assert accuracy(Given(), images, labels, batch) == pytest.approx(2 / 6)

@@ -1,4 +1,4 @@
-"""Trust on, off and the oracle side by side: what they share, and that they are the runs one would have made alone."""
+"""compare_trust_modes: its runs equal runs that are started alone, and they share what no mode changes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def config(**values: Any):
     return merge("digits", None, [f"{name}={json.dumps(value)}" for name, value in (TINY | given).items()])
 
 
-def run(place, asked) -> dict[str, Any]:
-    with Run.create(place, asked) as opened:
-        return distill_task(prepare(asked), opened)
+def run(place, mode_config) -> dict[str, Any]:
+    with Run.create(place, mode_config) as opened:
+        return distill_task(prepare(mode_config), opened)
 
 
-def test_siblings_are_the_runs_made_alone(tmp_path):
+def test_siblings_equal_runs_that_are_started_alone(tmp_path):
     main = run(tmp_path / "main", config())
-    seen: list[str] = []
-    results = compare_trust_modes(config(), tmp_path / "main", lambda stage, *_, **__: seen.append(stage))
+    stages: list[str] = []
+    results = compare_trust_modes(config(), tmp_path / "main", lambda stage, *_, **__: stages.append(stage))
     assert list(results) == ["on", "off", "oracle"]
     assert results["on"] == main
-    assert {name.rpartition(" ")[2] for name in seen} == {"off", "oracle"}
+    assert {name.rpartition(" ")[2] for name in stages} == {"off", "oracle"}
     assert [r["trust"]["mode"] for r in results.values()] == ["on", "off", "oracle"]
     assert [r["trust"]["used_clean_labels"] for r in results.values()] == [False, False, True]
     assert results["oracle"]["trust"]["label_accuracy"] == 1.0
@@ -49,8 +49,10 @@ def test_siblings_are_the_runs_made_alone(tmp_path):
     distilled = [place / "distilled.safetensors" for place in (tmp_path / "off", tmp_path / "main/compare/off")]
     assert distilled[0].read_bytes() == distilled[1].read_bytes()
     logged = (tmp_path / "main/compare/off/metrics.jsonl").read_text()
-    assert '"full_data"' not in logged  # taken over from the run that it is compared with
-    again = compare_trust_modes(config(), tmp_path / "main", lambda *_, **__: pytest.fail("nothing is left to do"))
+    assert '"full_data"' not in logged  # its scores come from the main run
+    again = compare_trust_modes(
+        config(), tmp_path / "main", lambda *_, **__: pytest.fail("a finished run started again")
+    )
     assert again == json.loads(json.dumps(results))
 
 
@@ -58,6 +60,6 @@ def test_without_clean_labels_there_is_no_oracle(tmp_path):
     rng, labels = np.random.default_rng(0), np.arange(90) % 3
     images = (rng.integers(0, 120, (90, 8, 8)) + 60 * labels[:, None, None]).astype(np.uint8)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images[:30], y_test=labels[:30])
-    asked = config(data__path=str(tmp_path / "a.npz"), data__noise="none")
-    run(tmp_path / "main", asked)
-    assert list(compare_trust_modes(asked, tmp_path / "main")) == ["on", "off"]
+    no_clean_labels = config(data__path=str(tmp_path / "a.npz"), data__noise="none")
+    run(tmp_path / "main", no_clean_labels)
+    assert list(compare_trust_modes(no_clean_labels, tmp_path / "main")) == ["on", "off"]

@@ -1,4 +1,4 @@
-"""The whole job in small: refusals, what a run leaves, and what its bytes depend on and what they do not."""
+"""Small runs: wrong input is refused, all files are written, and equal seeds give equal bytes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tadperf.config import Config
 from tadperf.config.merge import merge
 from tadperf.errors import UserError
 from tadperf.experts.store import Experts
-from tadperf.matching import starts
 from tadperf.matching.state import load_checkpoint
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
+from tadperf.pipeline import matching
 from tadperf.pipeline.distill import distill_task
-from tadperf.pipeline.experts import train_experts
-from tadperf.pipeline.matching import first_state
+from tadperf.pipeline.evaluate import evaluate_file
+from tadperf.pipeline.experts import train_shared_experts
+from tadperf.pipeline.matching import starting_state
 from tadperf.pipeline.package import INITIAL
 from tadperf.pipeline.prepare import prepare
-from tadperf.pipeline.scoring import evaluate_file
 from tadperf.run.folder import Run
 from tadperf.task.samples import normalise_data, select_samples, training_samples
 
@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
 
 
 def config(**values: Any) -> Config:
-    """The tiny job, with `section__key=value` in place of its own."""
+    """Returns the tiny config with the fields `section__key=value`."""
     given = {name.replace("__", "."): value for name, value in values.items()}
     return merge("digits", None, [f"{name}={json.dumps(value)}" for name, value in (TINY | given).items()])
 
@@ -60,7 +60,7 @@ def distilled(place: Path) -> bytes:
 
 
 def save(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8), test: bool = True, **more: Any) -> str:
-    """Sixty grey images of three classes, told apart by brightness; the seed is the test split's."""
+    """Writes sixty grey images of three classes that differ in brightness. seed: of the test split."""
 
     def split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         rng, labels = np.random.default_rng(seed), np.arange(count) % 3
@@ -85,7 +85,7 @@ def save(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8), test: bool =
         ({"data__path": "nowhere.npz"}, "data", ["no such file"]),
     ],
 )
-def test_what_is_refused(values, field, words):
+def test_wrong_configs_are_refused(values, field, words):
     with pytest.raises(UserError) as refused:
         prepare(config(**values))
     assert refused.value.field == field
@@ -93,7 +93,7 @@ def test_what_is_refused(values, field, words):
         assert word in str(refused.value)
 
 
-def test_data_that_are_refused(tmp_path):
+def test_wrong_data_are_refused(tmp_path):
     def refused(**values: Any) -> str:
         with pytest.raises(UserError) as caught:
             prepare(config(**values))
@@ -122,7 +122,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return place, run(place)
 
 
-def test_what_a_run_leaves(whole):
+def test_a_run_writes_all_its_files(whole):
     place, result = whole
     assert set(result) == {
         "data", "ipc", "seed", "synthesis", "method", "trust",
@@ -143,7 +143,7 @@ def test_what_a_run_leaves(whole):
     made = artifact.load(place / "distilled.safetensors")
     assert (made.ipc, made.num_classes, made.shape) == (1, 10, (1, 8, 8))
     again = evaluate_file(place / "distilled.safetensors", device="cpu")
-    assert again["accuracy"] == result["accuracy"]  # nothing but the file was needed
+    assert again["accuracy"] == result["accuracy"]  # the file alone is enough
 
 
 def test_one_seed_gives_one_result(whole, tmp_path):
@@ -156,8 +156,8 @@ def test_one_seed_gives_one_result(whole, tmp_path):
     assert (ours.images - other.images).abs().max() > 0.1
 
 
-def test_clean_labels_and_test_data_decide_nothing(tmp_path):
-    """The same file name with other clean labels, or with other test images and labels: the same bytes."""
+def test_clean_labels_and_test_data_do_not_change_the_result(tmp_path):
+    """A file with other clean labels, or with other test images and labels, gives the same bytes."""
     path, clean = tmp_path / "set.npz", np.arange(60) % 3
     values = {"data__path": str(path), "data__noise": "symmetric:0.3", "match__init": "kmeans"}
     save(path, clean_labels=clean)
@@ -171,12 +171,12 @@ def test_clean_labels_and_test_data_decide_nothing(tmp_path):
     save(path, seed=1, y_test=(np.arange(30) + 1) % 3, clean_labels=clean)
     third = run(tmp_path / "c", **values)
     assert distilled(tmp_path / "a") == distilled(tmp_path / "c")
-    assert third["baselines"]["full_data"] != first["baselines"]["full_data"]  # the change did reach the test
+    assert third["baselines"]["full_data"] != first["baselines"]["full_data"]  # the test data did change
 
 
 @pytest.mark.parametrize("kind", ["generative", "hybrid"])
 def test_images_of_a_diffusion_model(tmp_path, kind):
-    """As they are, or as what matching starts from; a run told to continue does not make them again."""
+    """Generative runs return the images. Hybrid runs start matching from them."""
     values = {
         "synthesis": kind, "data__noise": "none", "detector__depth": 1, "detector__width": 8, "detector__epochs": 2,
         "diffusion__width": 8, "diffusion__iterations": 3, "diffusion__batch": 8, "refine__steps": 4,
@@ -186,16 +186,16 @@ def test_images_of_a_diffusion_model(tmp_path, kind):
     assert result["synthesis"] == kind
     made, initial = (artifact.load(tmp_path / "run" / name) for name in ("distilled.safetensors", INITIAL))
     assert torch.equal(made.images, initial.images) == (kind == "generative")
-    assert made.labels.is_floating_point() == (kind == "hybrid")  # the digits preset learns labels when it matches
+    assert made.labels.is_floating_point() == (kind == "hybrid")  # matching learns soft labels
     assert ("matching" in result["stages"], "refine" in result["stages"]) == (kind == "hybrid", True)
     record = json.loads((tmp_path / "run" / "refined.json").read_text())
     assert {"source", "detector", "rounds"} <= set(record)
 
 
-def test_experts_alone_serve_a_run(whole, tmp_path):
+def test_a_run_can_use_shared_experts(whole, tmp_path):
     task = prepare(config())
     with Run.create(tmp_path / "experts", task.config) as opened:
-        result = train_experts(task, opened)
+        result = train_shared_experts(task, opened)
     assert (result["experts"], result["snapshots"]) == (2, 3)
     run(tmp_path / "run", experts__path=str(tmp_path / "experts"))
     assert distilled(tmp_path / "run") == distilled(whole[0])
@@ -203,14 +203,14 @@ def test_experts_alone_serve_a_run(whole, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["ftd", "datm"])
-def test_the_bases_run_whole_and_share_no_experts_with_mtt(whole, tmp_path, method):
+def test_ftd_and_datm_run_and_share_no_experts_with_mtt(whole, tmp_path, method):
     values = {"match__method": method, "match__ema": 0.5}
     result = run(tmp_path / "run", **values)
     assert result["method"] == method
     made, plain = (artifact.load(place / "distilled.safetensors") for place in (tmp_path / "run", whole[0]))
     assert not (made.images == plain.images).all()
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "matching.safetensors", torch.device("cpu"))[2]
-    assert torch.equal(made.images, state.average)  # what is kept is the average, not the last images
+    assert torch.equal(made.images, state.average)  # the average is kept, not the last images
     assert not torch.equal(state.average, state.images)
     with pytest.raises(UserError, match=r"its experts have rho = 0\.0, this run needs 0\.01"):
         prepare(config(experts__path=str(whole[0]), **values))
@@ -218,25 +218,26 @@ def test_the_bases_run_whole_and_share_no_experts_with_mtt(whole, tmp_path, meth
     assert other.config.experts.rho == 0.01
 
 
-def test_datm_starts_from_samples_that_an_expert_has_right(whole, tmp_path, monkeypatch):
-    """Told that every other sample is learned, both ways to choose take those alone."""
+def test_datm_starts_from_samples_that_an_expert_classifies_correctly(whole, tmp_path, monkeypatch):
+    """If every other sample is classified correctly, both values of match.init choose only those."""
     task = prepare(config(match__method="datm"))
-    samples = select_samples(task, torch.arange(len(task.train)), task.train.labels)
-    seen = training_samples(normalise_data(task), samples)
-    mask = torch.arange(len(seen.labels)) % 2 == 0
-    monkeypatch.setattr(starts, "learned", lambda *_: mask)
+    selection = select_samples(task, torch.arange(len(task.train)), task.train.labels)
+    samples = training_samples(normalise_data(task), selection)
+    mask = torch.arange(len(samples.labels)) % 2 == 0
+    monkeypatch.setattr(matching, "correctly_classified", lambda *_: mask)
     net = FlatNet(build(task.config.net, task.train.shape, 10, 0))
     experts = Experts.open(whole[0] / "experts", 2)
     for init in ("real", "kmeans"):
         chosen = task.config.match.model_copy(update={"init": init, "ipc": 3})
-        one = replace(task, config=task.config.model_copy(update={"match": chosen}))
-        images = first_state(one, seen, net, experts).images
-        places = (seen.images[torch.arange(len(mask))][:, None] == images[None]).flatten(2).all(2).nonzero()[:, 0]
-        assert len(places) >= 30
-        assert mask[places].all()
+        init_task = replace(task, config=task.config.model_copy(update={"match": chosen}))
+        images = starting_state(init_task, samples, net, experts).images
+        equal = (samples.images[torch.arange(len(mask))][:, None] == images[None]).flatten(2).all(2)
+        chosen_index = equal.nonzero()[:, 0]
+        assert len(chosen_index) >= 30
+        assert mask[chosen_index].all()
 
 
-def test_killed_runs_end_in_the_same_bytes(tmp_path):
+def test_killed_runs_end_with_the_same_bytes(tmp_path):
     duration = kill_resume.finish(tmp_path / "whole")
     stages = [kill_resume.kill(tmp_path / "run", moment) for moment in kill_resume.moments(4, duration, seed=0)]
     kill_resume.finish(tmp_path / "run")
@@ -244,15 +245,15 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path):
     assert kill_resume.differences(tmp_path / "run", tmp_path / "whole") == []
 
 
-def test_an_interrupt_while_students_train_beside_matching(tmp_path):
-    """They end with the run, and what they have found already is not lost."""
+def test_an_interrupt_while_students_train_in_the_background(tmp_path):
+    """The students end with the run, and their scores so far are not lost."""
     values = {"match__iterations": 40, "match__check_every": 20, "evaluate__epochs": 30, "evaluate__repeats": 3}
     whole = run(tmp_path / "whole", **values)
-    task, beside = prepare(config(**values)), []
+    task, children_seen = prepare(config(**values)), []
 
     def interrupt(stage: str, done: int, total: int, **_: Any) -> None:
         if stage == "matching" and done > 1:
-            beside.append(multiprocessing.active_children())
+            children_seen.append(multiprocessing.active_children())
             time.sleep(0.02)
             if done >= 30:
                 raise KeyboardInterrupt
@@ -260,8 +261,8 @@ def test_an_interrupt_while_students_train_beside_matching(tmp_path):
     with pytest.raises(KeyboardInterrupt), Run.create(tmp_path / "run", task.config) as opened:
         distill_task(task, opened, interrupt)
     if sys.platform.startswith("linux") and available_cores() > 1:
-        assert any(beside)
-    assert not any(child.is_alive() for children in beside for child in children)
+        assert any(children_seen)
+    assert not any(child.is_alive() for children in children_seen for child in children)
     with Run.create(tmp_path / "run", task.config, resume=True) as opened:
         again = distill_task(task, opened)
     assert distilled(tmp_path / "run") == distilled(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A sweep is its runs: the same bytes as each alone, whatever was killed on the way, and one table of them."""
+"""A sweep gives the same bytes as its runs started alone, also after a kill, and one table of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 from tadperf.config.merge import merge
 from tadperf.errors import UserError
-from tadperf.pipeline import distill
+from tadperf.pipeline import sweep
 from tadperf.pipeline.distill import distill_task
 from tadperf.pipeline.prepare import prepare
 from tadperf.pipeline.sweep import Cell, check_cells, parse_axes, run_sweep, stored_cells, sweep_cells
-from tadperf.report.curves import axis, save_curves
+from tadperf.report.curves import choose_axis, save_curves
 from tadperf.run.folder import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,17 +39,17 @@ def plan(*texts: str) -> list[Cell]:
         ("a=[1,2],[3]", ["[1,2]", "[3]"]), ("a='x,y',\"z,\"", ["'x,y'", '"z,"']), ("a.b=c=d,e", ["c=d", "e"]),
     ],
 )  # fmt: skip
-def test_lists(text, values):
+def test_values_are_split_at_commas_outside_brackets_and_quotes(text, values):
     assert parse_axes([text]) == {text.partition("=")[0]: values}
 
 
 @pytest.mark.parametrize("text", ["a", "=1", "a=", "a=,", "a=1,", "a=,1", "a=1,,2", "a=1, ,2"])
-def test_lists_that_are_refused(text):
+def test_malformed_axes_are_refused(text):
     with pytest.raises(UserError):
         parse_axes([text])
 
 
-def test_every_combination_has_a_folder_of_its_own():
+def test_every_combination_has_its_own_folder():
     made = plan("match.lr_img=1,.5", "evaluate.networks=[\"convnet\"],['alexnet','vgg11']", "data.path=a/b,a_b")
     assert [tuple(cell.values.values()) for cell in made] == [
         (lr, nets, path)
@@ -63,21 +63,21 @@ def test_every_combination_has_a_folder_of_its_own():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """A finished sweep and what it returned."""
+    """Returns the folder of a finished sweep and its result."""
     out = tmp_path_factory.mktemp("swept") / "sweep"
     return out, run_sweep(plan("match.iterations=2,4", "match.ipc=1,2"), out)
 
 
-def test_what_a_sweep_leaves(swept, tmp_path):
+def test_a_sweep_writes_its_runs_table_and_picture(swept, tmp_path):
     out, result = swept
     assert [(row["match.iterations"], row["match.ipc"]) for row in result["rows"]] == [(2, 1), (2, 2), (4, 1), (4, 2)]
     with open(out / "sweep.csv", newline="") as file:
         written = list(csv.DictReader(file))
     for row, line in zip(result["rows"], written, strict=True):
         assert {name: str(value) for name, value in row.items()} == line
-        told = json.loads((out / row["folder"] / "result.json").read_bytes())
+        stored = json.loads((out / row["folder"] / "result.json").read_bytes())
         assert (row["accuracy"], row["random_real"]) == (
-            told["accuracy"]["convnet"]["mean"], told["baselines"]["random_real"]["mean"],
+            stored["accuracy"]["convnet"]["mean"], stored["baselines"]["random_real"]["mean"],
         )  # fmt: skip
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert [cell.folder for cell in stored_cells(out)] == [row["folder"] for row in result["rows"]]
@@ -93,13 +93,11 @@ def test_experts_are_trained_once(swept):
     assert len(list(out.glob("*/experts"))) == 1
 
 
-def test_a_finished_run_is_read_and_a_killed_one_goes_on(swept, tmp_path, monkeypatch):
+def test_a_finished_run_is_read_and_a_killed_one_continues(swept, tmp_path, monkeypatch):
     out, result = swept
     chosen, place = plan("match.iterations=2,4", "match.ipc=1,2"), tmp_path / "killed"
-    seen: list[str] = []
 
     def kill(stage: str, done: int, total: int, **values: object) -> None:
-        seen.append(stage)
         if stage == f"{chosen[2].folder}: matching" and done == 3:
             raise KeyboardInterrupt
 
@@ -113,19 +111,19 @@ def test_a_finished_run_is_read_and_a_killed_one_goes_on(swept, tmp_path, monkey
     for cell in chosen:
         files = [folder / cell.folder / "distilled.safetensors" for folder in (out, place)]
         assert files[0].read_bytes() == files[1].read_bytes()
-    monkeypatch.setattr(distill, "distill", None)  # nothing is left to do, and a wider sweep reads what is there
+    monkeypatch.setattr(sweep, "distill_task", None)  # finished runs are only read, also by another sweep
     assert run_sweep(stored_cells(place), place)["rows"] == whole["rows"]
     assert run_sweep(plan("match.iterations=4,2", "match.ipc=2"), place)["rows"] == [whole["rows"][3], whole["rows"][1]]
 
 
-def test_another_config_is_not_read(swept):
+def test_a_run_with_another_config_is_refused(swept):
     out, _ = swept
     changed = [c._replace(config=c.config.model_copy(update={"seed": 1})) for c in stored_cells(out)]
     with pytest.raises(UserError, match=r"seed: 1: the run in .* was started with 0"):
         check_cells(changed, out)
 
 
-def test_a_wrong_cell_is_refused_before_the_first_runs(tmp_path):
+def test_a_wrong_cell_is_refused_before_the_first_run_starts(tmp_path):
     with pytest.raises(UserError, match="--ipc: 500: class"):
         check_cells(plan("match.ipc=1,500"), tmp_path / "none")
 
@@ -139,13 +137,13 @@ def test_a_wrong_cell_is_refused_before_the_first_runs(tmp_path):
 )  # fmt: skip
 def test_the_axis_of_the_picture(tmp_path, values, expected):
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    assert axis(list(values), rows) == expected
+    assert choose_axis(list(values), rows) == expected
     made = [{**row, "network": "convnet", "accuracy": 0.5, "std": 0.1} for row in rows]
     save_curves(tmp_path / "c.png", list(values), made)
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
-def test_the_command(swept, tmp_path):
+def test_the_command_prints_the_result(swept, tmp_path):
     from typer.testing import CliRunner
 
     from tadperf.cli.app import app  # pyright: ignore[reportMissingImports]

@@ -26,9 +26,9 @@ def dit_folder(tmp_path_factory) -> Path:
         patch_size=2, num_embeds_ada_norm=3, norm_num_groups=4,
     )  # fmt: skip
     vae = AutoencoderKL(**VAE)
-    place = tmp_path_factory.mktemp("checkpoints") / "dit"
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(place)  # pyright: ignore
-    return place
+    folder = tmp_path_factory.mktemp("checkpoints") / "dit"
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)  # pyright: ignore
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +64,6 @@ def clip_tokenizer(folder: Path):
 
     letters = [*ascii_lowercase, *digits]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
+    (folder / "vocab.json").write_text(json.dumps({word: folder for folder, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=32)

@@ -1,4 +1,4 @@
-"""The detector: what it reads, how it proves itself, and whose weights it takes."""
+"""The detector: its features, the check that it must pass, and the weights that it accepts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from tadperf.data.images import normalise_images
 from tadperf.data.normalise import fit_normaliser
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
+from tadperf.nets.problem import Problem
 from tadperf.nets.training import accuracy
 from tadperf.refine.detector import (
     build_detector,
     check_detector,
+    class_permutation,
     classify_images,
     load_detector,
-    permutation,
     train_detector,
 )
 
@@ -39,7 +40,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 @lru_cache
 def trained() -> dict[str, torch.Tensor]:
     images, labels = digits()
-    return train_detector(SMALL, images[:1000], labels[:1000], None, 10, "none", 0, torch.device("cpu")).state_dict()
+    problem = Problem(images[:1000], labels[:1000], NAMES, SMALL, "none", 0, torch.device("cpu"))
+    return train_detector(SMALL, problem).state_dict()
 
 
 def fresh(config: DetectorConfig = SMALL) -> torch.nn.Module:
@@ -47,7 +49,7 @@ def fresh(config: DetectorConfig = SMALL) -> torch.nn.Module:
 
 
 def detector(order: list[int] | None = None) -> torch.nn.Module:
-    """The trained detector, its classes in another order where one is given."""
+    """Returns the trained detector, with its classes in another order if one is given."""
     module = fresh()
     state = {name: value.clone() for name, value in trained().items()}
     if order is not None:
@@ -58,7 +60,7 @@ def detector(order: list[int] | None = None) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
-def test_features_are_what_the_last_layer_reads(name):
+def test_features_are_the_input_of_the_last_layer(name):
     config = DetectorConfig(name=name, width=4)  # pyright: ignore[reportCallIssue]
     images = torch.randn(5, 3, 8, 8)
     module = build_detector(config, images, 7, 0).eval()
@@ -68,11 +70,11 @@ def test_features_are_what_the_last_layer_reads(name):
     torch.testing.assert_close(module[-1](features), logits)  # pyright: ignore[reportIndexIssue]
 
 
-def test_a_good_detector_proves_itself():
+def test_a_good_detector_is_accepted():
     images, labels = digits()
     module = detector()
-    found = check_detector(module, images[1000:], labels[1000:], NAMES)
-    assert found == accuracy(module, images[1000:], labels[1000:]) > 0.9
+    measured = check_detector(module, images[1000:], labels[1000:], NAMES)
+    assert measured == accuracy(module, images[1000:], labels[1000:]) > 0.9
 
 
 def test_an_untrained_detector_is_refused():
@@ -83,12 +85,13 @@ def test_an_untrained_detector_is_refused():
 
 def test_classes_in_another_order_are_named():
     images, labels = digits()
-    held = images[1000:], labels[1000:]
+    held_out = images[1000:], labels[1000:]
     with pytest.raises(UserError) as all_moved:
-        check_detector(detector([9, *range(9)]), *held, NAMES)
-    assert str(all_moved.value).startswith("detector: 10 of 10 classes: takes '0' for its '1', '1' for its '2'")
-    with pytest.raises(UserError, match=r"^detector: 2 of 10 classes: takes '3' for its '5', '5' for its '3': .*order"):
-        check_detector(detector([0, 1, 2, 5, 4, 3, 6, 7, 8, 9]), *held, NAMES)  # accuracy alone, about 0.8, would pass
+        check_detector(detector([9, *range(9)]), *held_out, NAMES)
+    assert str(all_moved.value).startswith("detector: 10 of 10 classes: predicts '0' as '1', '1' as '2'")
+    # The accuracy alone, about 0.8, would pass.
+    with pytest.raises(UserError, match=r"^detector: 2 of 10 classes: predicts '3' as '5', '5' as '3' .*order"):
+        check_detector(detector([0, 1, 2, 5, 4, 3, 6, 7, 8, 9]), *held_out, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +99,16 @@ def test_classes_in_another_order_are_named():
     [
         ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], [0, 1, 2]),
         ([[0, 5, 0], [0, 0, 5], [5, 0, 0]], [1, 2, 0]),
-        ([[0, 5, 0], [0, 5, 0], [0, 0, 5]], [0, 1, 2]),  # a class forgotten is not a class moved
+        ([[0, 5, 0], [0, 5, 0], [0, 0, 5]], [0, 1, 2]),  # a class that is never predicted is not moved
         ([[2, 3, 0], [2, 2, 1], [0, 0, 5]], [0, 1, 2]),  # no clear majority in the second
-        ([[0, 0, 0], [0, 5, 0], [0, 0, 5]], [0, 1, 2]),  # nothing held out of the first
+        ([[0, 0, 0], [0, 5, 0], [0, 0, 5]], [0, 1, 2]),  # the first class has no held-out sample
     ],
 )
 def test_permutation(rows, order):
-    assert permutation(torch.tensor(rows)) == order
+    assert class_permutation(torch.tensor(rows)) == order
 
 
-def test_weights_of_ones_own(tmp_path):
+def test_weights_of_the_user(tmp_path):
     images = digits()[0]
     path = tmp_path / "mine.safetensors"
     files.save_tensors(path, trained())
@@ -117,10 +120,14 @@ def test_weights_of_ones_own(tmp_path):
             load_detector(path, build_detector(config, images, classes, 0), classes)
         return str(caught.value).removeprefix(f"detector.path: {path}: ")
 
-    assert refused(classes=7).startswith("tells 10 classes apart, the data have 7")
-    assert refused(SMALL.model_copy(update={"width": 16})).startswith("0.weight is [8, 1, 3, 3], not [16, 1, 3, 3]; ")
-    assert "has no '8.weight', only 0.bias" in refused(SMALL.model_copy(update={"depth": 3, "width": 8}))
+    assert refused(classes=7).startswith("it was trained on 10 classes, the data have 7")
+    assert refused(SMALL.model_copy(update={"width": 16})).startswith(
+        "0.weight is [8, 1, 3, 3], expected [16, 1, 3, 3]; "
+    )
+    assert "tensor '8.weight' is missing (the file holds 0.bias" in refused(
+        SMALL.model_copy(update={"depth": 3, "width": 8})
+    )
     files.save_tensors(path, trained() | {"more": torch.zeros(1)})
-    assert refused().startswith("holds 'more', which the network has not")
-    with pytest.raises(UserError, match="there is no such file"):
+    assert refused().startswith("the network has no tensor 'more'")
+    with pytest.raises(UserError, match="no such file"):
         load_detector(tmp_path / "none.safetensors", fresh(), 10)

@@ -34,8 +34,14 @@ def trained(place: Path, config: DiffusionConfig = TINY, weights=None, progress=
         (place / "checkpoints").mkdir(exist_ok=True)
         target = Target((1, 8, 8), ("rows", "columns"), CPU)
         train.train_diffusion_model(
-            place / "diffusion", lambda index: images[index], labels, weights, target, config, 0, run, progress
-        )  # fmt: skip
+            place / "diffusion",
+            train.PixelSamples(lambda index: images[index], labels, weights),
+            target,
+            config,
+            0,
+            run,
+            progress,
+        )
     return place / "diffusion"
 
 
@@ -44,11 +50,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
-    whole = contents(trained(tmp_path / "whole"))
-    assert sorted(whole) == [
-        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+    expected = contents(trained(tmp_path / "undisturbed"))
+    assert sorted(expected) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+    ]
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
 
     def stop(stage: str, done: int, total: int, **_: object) -> None:
@@ -59,22 +67,22 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "run", progress=stop, resume=(tmp_path / "run").exists())
     (tmp_path / "run" / "diffusion.partial").mkdir()  # as a kill in the middle of saving leaves it
-    assert contents(trained(tmp_path / "run", resume=True)) == whole
+    assert contents(trained(tmp_path / "run", resume=True)) == expected
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    assert contents(trained(tmp_path / "run", resume=True)) == whole  # finished: nothing is trained again
+    assert contents(trained(tmp_path / "run", resume=True)) == expected  # finished: nothing is trained again
 
 
 def test_it_learns_its_classes(tmp_path):
     config = TINY.model_copy(update={"iterations": 100, "batch": 16, "lr": 5e-3, "ema": 0.9})
     folder = trained(tmp_path / "run", config)
     refine = RefineConfig(source=str(folder), steps=8)  # pyright: ignore[reportCallIssue]
-    source = open_model(refine, Target((1, 8, 8), ("rows", "columns"), CPU))
+    model = open_model(refine, Target((1, 8, 8), ("rows", "columns"), CPU))
     labels = torch.arange(8) % 2
-    made = generate(source, torch.zeros(8, 1, 8, 8), labels, list(range(8)), 1.0, 8)
-    wanted = stripes()[0][labels]
-    assert (made.float() - wanted.float()).abs().mean() < 45  # of 255; the classes are 115 apart
+    images = generate(model, torch.zeros(8, 1, 8, 8), labels, list(range(8)), 1.0, 8)
+    expected = stripes()[0][labels]
+    assert (images.float() - expected.float()).abs().mean() < 45  # of 255; the classes are 115 apart
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
@@ -88,19 +96,21 @@ def test_samples_are_drawn_in_proportion_to_their_weights(tmp_path, monkeypatch)
         return images[index]
 
     target = Target((1, 8, 8), ("rows", "columns"), CPU)
-    state = train.begin(target, TINY, 0)
-    shares = torch.zeros(40)
-    shares[[3, 4]] = torch.tensor([3.0, 1.0])
+    state = train.initial_training(target, TINY, 0)
+    weights = torch.zeros(40)
+    weights[[3, 4]] = torch.tensor([3.0, 1.0])
     config = TINY.model_copy(update={"batch": 64})
     for step in range(10):
-        train.one_step(state, unet.schedulers()[0], pixels, labels, shares, target, config, step, 0)
+        train.train_step(
+            state, unet.schedulers()[0], train.PixelSamples(pixels, labels, weights), target, config, 0, step
+        )
     assert set(drawn) == {3, 4}
     assert 0.68 < drawn.count(3) / len(drawn) < 0.82
 
 
 def test_the_learning_rate_rises_and_falls():
     config = TINY.model_copy(update={"iterations": 1000, "lr": 1.0})
-    rates = [train.rate(config, step) for step in range(1000)]
+    rates = [train.learning_rate(config, step) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(1, abs=0.03)
     assert rates.index(max(rates)) == train.WARMUP - 1

@@ -7,7 +7,7 @@ import torch
 
 from tadperf.config import RefineConfig
 from tadperf.errors import UserError
-from tadperf.refine.prototypes import inliers, prototypes
+from tadperf.refine.prototypes import class_prototypes, inliers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("ant", "bee")
@@ -20,46 +20,46 @@ def clusters(per: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return (levels[:, None, None, None] + noise).to(torch.uint8), torch.arange(2).repeat_interleave(2 * per)
 
 
-def made(images: torch.Tensor, labels: torch.Tensor, ipc: int = 2, **values) -> torch.Tensor:
+def centres_of(images: torch.Tensor, labels: torch.Tensor, ipc: int = 2, **values) -> torch.Tensor:
     config = RefineConfig(**values)  # pyright: ignore[reportCallIssue]
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         return x.float() / 255
 
-    return prototypes(lambda index: images[index], encode, labels, NAMES, ipc, config, 0)
+    return class_prototypes(lambda index: images[index], encode, labels, NAMES, ipc, config, 0)
 
 
 def test_centres_are_the_means_of_the_clusters():
     images, labels = clusters()
-    found = made(images, labels)
+    centres = centres_of(images, labels)
     means = (images.float() / 255).view(4, 8, 1, 4, 4).mean(1)
     for label in range(2):
-        own, wanted = found[2 * label : 2 * label + 2], means[2 * label : 2 * label + 2]
-        order = own.flatten(1).mean(1).argsort()
-        torch.testing.assert_close(own[order], wanted)
+        points, expected = centres[2 * label : 2 * label + 2], means[2 * label : 2 * label + 2]
+        order = points.flatten(1).mean(1).argsort()
+        torch.testing.assert_close(points[order], expected)
 
 
 def test_pixels_give_samples_nearest_to_the_centres():
     images, labels = clusters()
-    found = made(images, labels, prototypes="pixels")
+    centres = centres_of(images, labels, prototypes="pixels")
     for label in range(2):
-        own = images[labels == label].float() / 255
-        distance = torch.cdist(found[2 * label : 2 * label + 2].flatten(1), own.flatten(1))
-        assert torch.equal(distance.min(1).values, torch.zeros(2))  # each is one of the class's samples
+        points = images[labels == label].float() / 255
+        distance = torch.cdist(centres[2 * label : 2 * label + 2].flatten(1), points.flatten(1))
+        assert torch.equal(distance.min(1).values, torch.zeros(2))  # each prototype is a sample of the class
         assert (distance.argmin(1) // 8).sort().values.tolist() == [0, 1]  # one of each cluster
 
 
 def test_samples_that_are_not_trusted_are_left_out():
     images, labels = clusters()
-    spoilt = labels.clone()
-    spoilt[8:16] = -1  # the second cluster of the first class
-    assert made(images, spoilt)[:2].max() < 0.15
-    spoilt[:7] = -1
-    with pytest.raises(UserError, match=r"^--ipc: 2: class 'ant' has 1 trusted sample; take fewer"):
-        made(images, spoilt)
-    spoilt[:8] = -1
+    partly_trusted = labels.clone()
+    partly_trusted[8:16] = -1  # the second cluster of the first class
+    assert centres_of(images, partly_trusted)[:2].max() < 0.15
+    partly_trusted[:7] = -1
+    with pytest.raises(UserError, match=r"^--ipc: 2: class 'ant' has 1 trusted sample; use fewer"):
+        centres_of(images, partly_trusted)
+    partly_trusted[:8] = -1
     with pytest.raises(UserError, match="class 'ant' has no trusted samples;"):
-        made(images, spoilt)
+        centres_of(images, partly_trusted)
 
 
 def test_outliers_are_those_far_from_their_neighbours():
@@ -67,18 +67,18 @@ def test_outliers_are_those_far_from_their_neighbours():
     points[[5, 17]] += 30 * torch.tensor([[1.0, 0, 0], [0, -1.0, 0]])
     assert (~inliers(points, 0.05, 1)).nonzero()[:, 0].tolist() == [5, 17]
     assert inliers(points, 0.0, 1).all()
-    assert inliers(points, 0.4, 39).sum() == 39  # as many stay as prototypes are wanted
+    assert inliers(points, 0.4, 39).sum() == 39  # at least as many points as prototypes stay
     images, labels = clusters(40)
     images[3] = 255
-    assert made(images, labels, 3, outliers=0.02)[:3].max() < 0.5 < made(images, labels, 3)[:3].max()
+    assert centres_of(images, labels, 3, outliers=0.02)[:3].max() < 0.5 < centres_of(images, labels, 3)[:3].max()
 
 
 def test_one_seed_gives_one_result():
     images, labels = clusters()
     before = torch.get_num_threads()
-    first = made(images, labels, ipc=3)
+    first = centres_of(images, labels, ipc=3)
     torch.set_num_threads(before + 1)
     try:
-        assert torch.equal(made(images, labels, ipc=3), first)
+        assert torch.equal(centres_of(images, labels, ipc=3), first)
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Another run as the start: which images stay, what is taken over, and what is refused."""
+"""Starting from another run: which images stay, which files are taken over, and which runs are refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tadperf.errors import UserError
 from tadperf.pipeline.distill import distill_task
 from tadperf.pipeline.package import INITIAL
 from tadperf.pipeline.prepare import prepare
-from tadperf.refine import detector, start
-from tadperf.refine.loop import load, untouched
+from tadperf.refine import networks, start
+from tadperf.refine.rounds import load_state, unchanged_images
 from tadperf.run.folder import Run, stored_config
 from tadperf.trust.state import TrustState
 
@@ -32,32 +32,32 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def distilled(place: Path, config: Config) -> dict[str, Any]:
-    with Run.create(place, config) as run:
+def distilled(folder: Path, config: Config) -> dict[str, Any]:
+    with Run.create(folder, config) as run:
         return distill_task(prepare(config), run, tested=False)
 
 
 @pytest.fixture(scope="module")
 def matched(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("start") / "run"
-    distilled(place, merge("digits", None, (), TINY))
-    return place
+    folder = tmp_path_factory.mktemp("start") / "run"
+    distilled(folder, merge("digits", None, (), TINY))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def refined(matched) -> Path:
-    place = matched.parent / "refined"
-    distilled(place, start.config_of(matched))
-    return place
+    folder = matched.parent / "refined"
+    distilled(folder, start.config_of(matched))
+    return folder
 
 
-def test_images_that_hold_stay_as_they_were_and_the_others_are_made_again(matched, refined):
-    before, after = (artifact.load(place / "distilled.safetensors") for place in (matched, refined))
-    state = load(refined / "checkpoints" / "refine.safetensors")
-    same = untouched(state)
+def test_accepted_images_stay_and_the_others_are_generated_again(matched, refined):
+    before, after = (artifact.load(folder / "distilled.safetensors") for folder in (matched, refined))
+    state = load_state(refined / "checkpoints" / "refine.safetensors")
+    same = unchanged_images(state)
     assert torch.equal(artifact.load(refined / INITIAL).images, before.images)
     assert torch.equal(after.images[same], before.images[same])
-    assert torch.equal(after.labels[same], before.labels[same])  # learned, soft
+    assert torch.equal(after.labels[same], before.labels[same])  # learned soft labels
     assert 0 < int((~same).sum()) < 20
     assert (after.images[~same] != before.images[~same]).flatten(1).any(1).all()
     assert after.labels.shape == (20, 10)
@@ -66,21 +66,21 @@ def test_images_that_hold_stay_as_they_were_and_the_others_are_made_again(matche
     assert state.records[-1]["anomalous"] <= state.records[0]["anomalous"]
 
 
-def test_the_trusted_view_is_the_runs(matched, refined):
-    first, second = (TrustState.load(place / "trust.safetensors") for place in (matched, refined))
+def test_the_trusted_view_comes_from_the_run(matched, refined):
+    first, second = (TrustState.load(folder / "trust.safetensors") for folder in (matched, refined))
     assert torch.equal(first.working, second.working)
     assert (refined / "labels.csv").read_bytes() == (matched / "labels.csv").read_bytes()
     assert not (refined / "trust").exists()
 
 
-def test_detector_and_diffusion_model_are_taken_where_they_were_trained_as_asked(refined, tmp_path, monkeypatch):
+def test_detector_and_diffusion_model_are_taken_over_if_their_config_is_the_same(refined, tmp_path, monkeypatch):
     from tadperf.refine.models import train
 
-    monkeypatch.setattr(train, "begin", None)
+    monkeypatch.setattr(train, "initial_training", None)
     config = start.config_of(refined)
     trained = []
-    learn = detector.train
-    monkeypatch.setattr(detector, "train", lambda *given: trained.append(given) or learn(*given))
+    train_detector = networks.train_detector
+    monkeypatch.setattr(networks, "train_detector", lambda *given: trained.append(given) or train_detector(*given))
     distilled(tmp_path / "same", config)
     assert not trained
     own = (refined / "detector.safetensors").read_bytes()
@@ -91,7 +91,7 @@ def test_detector_and_diffusion_model_are_taken_where_they_were_trained_as_asked
     assert (tmp_path / "other" / "detector.safetensors").read_bytes() != own
 
 
-def test_a_run_without_images_has_them_made(matched, tmp_path):
+def test_a_run_without_images_gets_new_ones(matched, tmp_path):
     shutil.copytree(matched, tmp_path / "killed", ignore=shutil.ignore_patterns("distilled*", "DONE", "result.json"))
     distilled(tmp_path / "made", start.config_of(tmp_path / "killed"))
     assert artifact.load(tmp_path / "made" / "distilled.safetensors").labels.dtype == torch.int64
@@ -105,48 +105,48 @@ def refused(folder: Path, tmp_path: Path, config: Config | None = None) -> str:
     return str(caught.value)
 
 
-def test_what_is_refused(matched, tmp_path):
-    assert "there is no config.json in it" in refused(tmp_path, tmp_path)
+def test_runs_that_cannot_be_refined_are_refused(matched, tmp_path):
+    assert "config.json is missing" in refused(tmp_path, tmp_path)
     early = tmp_path / "early"
     shutil.copytree(matched, early, ignore=shutil.ignore_patterns("trust.safetensors", "distilled*"))
-    assert "was killed before it knew what to trust; continue it with" in refused(early, tmp_path)
+    assert "it ended before the stage trust; continue it with" in refused(early, tmp_path)
     state = TrustState.load(matched / "trust.safetensors")
     replace(state, given=state.given.flip(0)).save(early / "trust.safetensors")
-    assert "its trusted view is of other labels" in refused(early, tmp_path)
+    assert "its labels differ from the labels of the data" in refused(early, tmp_path)
     verdict = state.verdict.masked_fill(state.working == 3, 3)
     replace(state, verdict=verdict).save(early / "trust.safetensors")
     assert "class '3' has only 0 samples to start from" in refused(early, tmp_path)
     state.save(early / "trust.safetensors")
-    made = artifact.load(matched / "distilled.safetensors")
-    replace(made, data=made.data | {"fingerprint": "other"}).save(early / "distilled.safetensors")
-    assert "its synthetic images were made from other data" in refused(early, tmp_path)
+    distilled_set = artifact.load(matched / "distilled.safetensors")
+    replace(distilled_set, data=distilled_set.data | {"fingerprint": "other"}).save(early / "distilled.safetensors")
+    assert "its synthetic images were distilled from other data" in refused(early, tmp_path)
 
 
-def test_only_what_belongs_to_refinement_may_differ(matched):
+def test_only_sections_of_refinement_may_differ(matched):
     before = start.config_of(matched)
     start.refuse_change(before, merge(None, None, ["refine.beta=0.9", "detector.epochs=9"], None, before))
-    with pytest.raises(UserError, match=r"match\.ipc: 3: the run to be refined was made with 2"):
+    with pytest.raises(UserError, match=r"match\.ipc: 3: the run to refine used 2"):
         start.refuse_change(before, merge(None, None, ["match.ipc=3"], None, before))
-    assert stored_config(matched) != before  # which is generative, and names the run
+    assert stored_config(matched) != before  # generative, with refine.start set
 
 
 @pytest.mark.parametrize(("field", "taken"), [("refine.beta=0.9", True), ("seed=1", False)])
-def test_a_run_inherits_what_it_would_learn_alike(tmp_path, field, taken):
+def test_a_run_inherits_what_it_would_train_identically(tmp_path, field, taken):
     config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
     other = merge("digits", None, [field], TINY | {"synthesis": "generative", "match.ipc": 1})
     distilled(tmp_path / "first", config)
     task, sets = prepare(other), []
-    for place in (tmp_path / "alone", tmp_path / "heir"):
-        with Run.create(place, other) as run:
-            if place.name == "heir":
+    for folder in (tmp_path / "alone", tmp_path / "heir"):
+        with Run.create(folder, other) as run:
+            if folder.name == "heir":
                 start.inherit(tmp_path / "first", task, run)
-                assert all((place / name).exists() == taken for name in ("trust", "diffusion", "detector.safetensors"))
+                assert all((folder / name).exists() == taken for name in ("trust", "diffusion", "detector.safetensors"))
             distill_task(task, run, tested=False)
-        sets.append((place / "distilled.safetensors").read_bytes())
+        sets.append((folder / "distilled.safetensors").read_bytes())
     assert sets[0] == sets[1]
 
 
-def test_nothing_is_inherited_from_an_unfinished_run_or_of_other_samples(tmp_path):
+def test_nothing_is_inherited_from_an_unfinished_run_or_from_other_samples(tmp_path):
     config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
     distilled(tmp_path / "first", config)
     task = prepare(config)

@@ -1,4 +1,4 @@
-"""The picture of a distilled set holds every image, enlarged, in the row of its class."""
+"""The picture of a distilled set shows every image, enlarged, in the row of its class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tadperf.artifact import DistilledSet
 from tadperf.config import NetConfig
 from tadperf.data.normalise import Normaliser
 from tadperf.nets.training import Recipe
-from tadperf.report.grid import CELL, GAP, MARGIN, MEGAPIXELS, draw_grid, save_grid
+from tadperf.report.drawing import MARGIN, MEGAPIXELS
+from tadperf.report.grid import CELL, GAP, draw_grid, save_grid
 
 
 def distilled(pixels: torch.Tensor, labels: torch.Tensor, classes: int) -> DistilledSet:
@@ -19,12 +20,12 @@ def distilled(pixels: torch.Tensor, labels: torch.Tensor, classes: int) -> Disti
     normaliser = Normaliser(torch.zeros(channels), torch.ones(channels))
     return DistilledSet(
         normaliser(pixels), labels, 0.01, tuple(f"class {c}" for c in range(classes)), normaliser, "none",
-        NetConfig(), Recipe(1, 1, 0.1, 0.0, 0.0, "none"), {}, 0, {}, {"name": "made up"},  # pyright: ignore[reportCallIssue]
+        NetConfig.model_validate({}), Recipe(1, 1, 0.1, 0.0, 0.0, "none"), {}, 0, {}, {"name": "made up"},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_image_stands_in_the_row_of_its_class(tmp_path, channels):
+def test_each_image_is_in_the_row_of_its_class(tmp_path, channels):
     pixels = torch.randint(0, 256, (6, channels, 8, 8), dtype=torch.uint8)
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
     save_grid(tmp_path / "g.png", distilled(pixels, labels, 3))
@@ -37,10 +38,10 @@ def test_each_image_stands_in_the_row_of_its_class(tmp_path, channels):
         band = picture[top + label * step : top + label * step + side]
         (place,) = (x for x in range(picture.shape[1] - side) if np.array_equal(band[:, x : x + side], image))
         left.add(place - column * step)
-    assert len(left) == 1  # all rows begin at the same place
+    assert len(left) == 1  # all rows start at the same x
 
 
-def test_a_large_set_stays_a_picture_one_can_open():
+def test_the_picture_of_a_large_set_has_a_limited_size():
     labels = torch.arange(200 * 20) % 200
     picture = draw_grid(distilled(torch.zeros(200 * 20, 1, 32, 32, dtype=torch.uint8), labels, 200))
     assert picture.width * picture.height < 1.2 * MEGAPIXELS * 1e6

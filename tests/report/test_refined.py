@@ -1,4 +1,4 @@
-"""The picture of a refinement holds both states of every image and marks the anomalous ones."""
+"""The picture of a refinement shows every image before and after, and marks the anomalous ones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tadperf.report.grid import CELL
-from tadperf.report.refined import draw_refined, save_refined
+from tadperf.report.drawing import MARGIN
+from tadperf.report.refined import CELL, HEAD, draw_refined, save_refined
 
 
 def marks(picture: np.ndarray) -> tuple[bool, bool]:
-    """Whether there is text of the colour of mistaken images, and of unsure ones; its edges are blended with white."""
+    """Whether the picture has text in red (another class) and in orange (low confidence); text edges are lighter."""
     red, green, blue = picture.astype(int).transpose(2, 0, 1)
     return bool((red - green > 100).any()), bool((green - blue > 60).any())
 
 
-def test_images_stand_beside_each_other_with_their_verdicts(tmp_path):
+def test_both_panels_show_every_image_with_its_prediction(tmp_path):
     generator = torch.Generator().manual_seed(0)
     before = torch.randint(0, 255, (4, 1, 8, 8), dtype=torch.uint8, generator=generator)
     after = before.clone()
@@ -39,15 +39,16 @@ def test_images_stand_beside_each_other_with_their_verdicts(tmp_path):
         ]
 
     lefts = [places(image) for image in before]
-    assert [len(found) for found in lefts] == [2, 1, 1, 2]
+    assert [len(positions) for positions in lefts] == [2, 1, 1, 2]
     assert all(len(places(image)) == 1 for image in after[1:3])
-    assert lefts[0][1] - lefts[0][0] == places(after[1])[0] - lefts[1][0]  # the same place in the other panel
+    assert lefts[0][1] - lefts[0][0] == places(after[1])[0] - lefts[1][0]  # the same column in the other panel
     middle = lefts[0][1] - 10
-    assert marks(picture[:, :middle]) == (True, True)
-    assert marks(picture[:, middle:]) == (False, False)
+    rows = picture[MARGIN + HEAD :]  # without the legend
+    assert marks(rows[:, :middle]) == (True, True)
+    assert marks(rows[:, middle:]) == (False, False)
 
 
-def test_a_large_set_stays_a_picture_one_can_open():
+def test_the_picture_of_a_large_set_has_a_limited_size():
     labels = torch.arange(100 * 50) % 100
     images = torch.zeros(100 * 50, 3, 32, 32, dtype=torch.uint8)
     logits = torch.zeros(100 * 50, 100)

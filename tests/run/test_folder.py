@@ -1,4 +1,4 @@
-"""The run folder: atomic files, refusals, resume after a kill, measured stages."""
+"""The run folder: atomic files, refused folders and files, resume after a kill, measured stages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +35,12 @@ TENSORS = {
 }
 
 
-def lines(run: Run) -> list[dict]:
+def records(run: Run) -> list[dict[str, Any]]:
+    """Returns the records of metrics.jsonl."""
     return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_files_follow_the_umask_and_leave_nothing_behind(tmp_path):
+def test_files_follow_the_umask_and_no_temporary_file_remains(tmp_path):
     before = os.umask(0o027)
     try:
         write_bytes(tmp_path / "a", b"one", b"two")
@@ -59,10 +61,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_kill_while_writing_never_shows_half_a_file(tmp_path):
+def test_a_kill_while_writing_never_leaves_half_a_file(tmp_path):
     file = tmp_path / "a"
     script = f"""
-from tadperf.runs import write_bytes
+from tadperf.files import write_bytes
 print("ready", flush=True)
 while True:
     for letter in (b"x", b"y"):
@@ -80,19 +82,19 @@ while True:
     assert file.read_bytes() in (b"x" * 3_000_000, b"y" * 3_000_000)
 
 
-def test_json_is_strict(tmp_path):
+def test_json_has_no_nan_and_no_infinity(tmp_path):
     value = {"nan": float("nan"), "tensor": torch.tensor([1.5, float("inf")]), "path": Path("a/b"), "tuple": (1, True)}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"nan": None, "tensor": [1.5, None], "path": "a/b", "tuple": [1, True]}
 
 
-def test_tensors_come_back_as_they_were(tmp_path):
+def test_tensors_and_metadata_are_read_as_written(tmp_path):
     file = tmp_path / "t.safetensors"
     save_tensors(file, TENSORS, {"who": "tadperf", "é": '{"a": "\\n"}'})
     tensors, metadata = load_tensors(file)
     assert metadata == {"who": "tadperf", "é": '{"a": "\\n"}'}
-    for name, tensor in load_file(file).items():  # the library's own reader
+    for name, tensor in load_file(file).items():  # the reader of the library
         assert tensor.dtype == TENSORS[name].dtype
         assert torch.equal(tensor, TENSORS[name])
         assert torch.equal(tensor, tensors[name])
@@ -116,18 +118,18 @@ def test_a_damaged_tensor_file_is_refused(tmp_path, keep):
     file = tmp_path / "t.safetensors"
     save_tensors(file, TENSORS)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"^file: .*t.safetensors: is truncated or not a safetensors file"):
+    with pytest.raises(UserError, match=r"^file: .*t.safetensors: truncated, or not a safetensors file"):
         load_tensors(file)
 
 
-def test_absent_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
         load_tensors(tmp_path / "none")
     with pytest.raises(UserError, match=r"^file: "):
         load_tensors(tmp_path)
 
 
-def test_a_new_run_describes_itself(tmp_path):
+def test_a_new_run_stores_its_config_and_environment(tmp_path):
     with Run.create(tmp_path / "deep" / "run", CONFIG) as run:
         stored = stored_config(run.path)
         env = json.loads((run.path / "env.json").read_text())
@@ -139,7 +141,7 @@ def test_a_new_run_describes_itself(tmp_path):
     assert time.strftime("%Y-%m-%d") in env["date"] or time.strftime("%H:%M") == "00:00"
 
 
-def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
+def test_an_existing_folder_is_refused_and_not_changed(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     for resume, field in ((False, "--out"), (True, "--resume")):
         with pytest.raises(UserError) as caught:
@@ -148,7 +150,7 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_nothing_to_resume(tmp_path):
+def test_resume_needs_a_folder(tmp_path):
     with pytest.raises(UserError, match="there is no such run folder"):
         Run.create(tmp_path / "run", CONFIG, resume=True)
     assert not (tmp_path / "run").exists()
@@ -158,7 +160,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^--out: .*not a folder that can be written"):
         Run.create(tmp_path / "file" / "run", CONFIG)
-    if os.geteuid() != 0:  # root may write everywhere
+    if os.geteuid() != 0:  # root can write everywhere
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(UserError, match="can be written"):
             Run.create(tmp_path / "locked" / "run", CONFIG)
@@ -166,7 +168,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         Run.create("/proc/run", CONFIG)
 
 
-def test_a_resumed_run_may_not_change_what_was_asked(tmp_path):
+def test_a_resumed_run_must_have_the_same_config(tmp_path):
     Run.create(tmp_path / "run", CONFIG).close()
     other = merge(sets=["match.ipc=1"], base=CONFIG)
     with pytest.raises(UserError, match=r"^match.ipc: 1: the run in .* was started with 10"):
@@ -183,6 +185,21 @@ def test_a_damaged_config_is_refused(tmp_path):
         Run.create(tmp_path / "run", CONFIG, resume=True)
 
 
+def test_a_run_without_a_schema_version_opens_and_a_newer_one_is_refused(tmp_path):
+    Run.create(tmp_path / "run", CONFIG).close()
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    assert values.pop("schema") == 1
+    for name in ("image_column", "label_column"):  # fields that an old run does not have
+        del values["data"][name]
+    file.write_text(json.dumps(values))
+    assert stored_config(tmp_path / "run") == CONFIG
+    Run.create(tmp_path / "run", CONFIG, resume=True).close()
+    file.write_text(json.dumps({**values, "schema": 2}))
+    with pytest.raises(UserError, match=r"^--resume: .*config.json: has schema version 2"):
+        Run.create(tmp_path / "run", CONFIG, resume=True)
+
+
 def test_a_run_killed_before_its_first_file_can_be_resumed(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
@@ -195,10 +212,10 @@ def test_a_run_killed_before_its_first_file_can_be_resumed(tmp_path):
 def test_two_processes_cannot_share_a_folder(tmp_path):
     script = f"""
 import os, sys, time
-from tadperf.merge import merge
-from tadperf.runs import Run
+from tadperf.config.merge import merge
+from tadperf.run.folder import Run
 run = Run.create({str(tmp_path / "run")!r}, merge("digits"))
-if os.fork() == 0:  # a worker that outlives its parent must not keep the folder
+if os.fork() == 0:  # a worker that outlives its parent must not keep the folder locked
     print("locked", flush=True)
     time.sleep(60)
 time.sleep(60)
@@ -216,19 +233,19 @@ time.sleep(60)
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_metrics_survive_a_torn_line_and_a_rewind(tmp_path):
+def test_metrics_survive_an_incomplete_line_and_a_rewind(tmp_path):
     with Run.create(tmp_path / "run", CONFIG) as run:
         run.log("experts", 9, accuracy=0.5)
         for step in range(4):
             run.log("matching", step, loss=float("nan") if step == 1 else torch.tensor(step / 2))
-        assert [r["step"] for r in lines(run)] == [9, 0, 1, 2, 3]  # readable while the run is going on
+        assert [r["step"] for r in records(run)] == [9, 0, 1, 2, 3]  # readable during the run
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "matching", "st')
     with Run.create(run.path, CONFIG, resume=True) as run:
-        assert len(lines(run)) == 5
+        assert len(records(run)) == 5
         run.rewind("matching", 1)
         run.log("matching", 2, loss=7)
-    assert lines(run) == [
+    assert records(run) == [
         {"stage": "experts", "step": 9, "accuracy": 0.5},
         {"stage": "matching", "step": 0, "loss": 0.0},
         {"stage": "matching", "step": 1, "loss": None},
@@ -236,7 +253,7 @@ def test_metrics_survive_a_torn_line_and_a_rewind(tmp_path):
     ]
 
 
-def test_a_stage_adds_up_over_resumes(tmp_path):
+def test_the_seconds_of_a_stage_add_up_over_resumes(tmp_path):
     with Run.create(tmp_path / "run", CONFIG) as run:
         with run.stage("data"):
             block = bytearray(200 * 2**20)
@@ -251,20 +268,20 @@ def test_a_stage_adds_up_over_resumes(tmp_path):
         stages = run.stages()
     assert json.loads((run.path / "stages.json").read_text()) == stages
     assert 0.1 <= stages["matching"]["seconds"] < 5
-    if Path("/proc/self/clear_refs").exists():  # peaks of a stage, not of the process's life
+    if Path("/proc/self/clear_refs").exists():  # the peak of the stage, not of the process
         assert stages["data"]["peak_memory_mb"] > 200
         assert stages["matching"]["peak_memory_mb"] < stages["data"]["peak_memory_mb"] - 150
 
 
-def test_a_stage_counts_its_largest_child(tmp_path):
+def test_the_peak_memory_includes_the_largest_child_process(tmp_path):
     with Run.create(tmp_path / "run", CONFIG) as run, run.stage("experts"):
-        size = max(600 * 2**20, children_peak() + 2**27)  # the system counts earlier tests' children too
+        size = max(600 * 2**20, children_peak() + 2**27)  # the system also counts the children of earlier tests
         hungry = f"x = bytearray({size}); x[::4096] = b'x' * len(x[::4096])"
         subprocess.run([sys.executable, "-c", hungry], check=True)
     assert run.stages()["experts"]["peak_memory_mb"] > 600
 
 
-def test_a_killed_stage_keeps_the_time_it_has_saved(tmp_path, monkeypatch):
+def test_a_killed_stage_keeps_its_saved_time(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "SAVE_STAGES_EVERY", 0.0)
     with Run.create(tmp_path / "run", CONFIG) as run, run.stage("matching"):
         time.sleep(0.02)
@@ -272,10 +289,63 @@ def test_a_killed_stage_keeps_the_time_it_has_saved(tmp_path, monkeypatch):
         assert json.loads((run.path / "stages.json").read_text())["matching"]["seconds"] >= 0.02
 
 
-def test_a_finished_run_gives_its_result_again(tmp_path):
+def test_the_result_of_a_finished_run_can_be_read(tmp_path):
     with Run.create(tmp_path / "run", CONFIG) as run:
         assert finished_result(run.path, CONFIG) is None
         run.finish({"accuracy": 0.5})
     assert finished_result(run.path, CONFIG) == {"accuracy": 0.5}
     with pytest.raises(UserError, match=r"^seed: 1: "):
         finished_result(run.path, merge(sets=["seed=1"], base=CONFIG))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00"])
+def test_damaged_files_are_refused_in_one_line(tmp_path, text):
+    with Run.create(tmp_path / "run", CONFIG) as run:
+        run.log("experts", 1)
+        with run.stage("experts"):
+            pass
+        run.finish({"accuracy": 0.5})
+
+    def read_and_resume() -> None:
+        finished_result(run.path, CONFIG)
+        Run.create(run.path, CONFIG, resume=True)
+
+    for name in ("config.json", "stages.json", "env.json", "result.json"):
+        file = run.path / name
+        before = file.read_bytes()
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"^--resume: .*{name}: ") as caught:
+            read_and_resume()
+        assert "\n" not in str(caught.value)
+        file.write_bytes(before)
+    Run.create(run.path, CONFIG, resume=True).close()  # no failed attempt has kept the lock
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"stage": "matching"}', '{"stage": "matching", "step": "x"}'])
+def test_a_damaged_line_of_the_metrics_is_refused(tmp_path, line):
+    with Run.create(tmp_path / "run", CONFIG) as run:
+        run.log("matching", 1)
+        with open(run.path / "metrics.jsonl", "a") as file:
+            file.write(line + "\n")
+        with pytest.raises(UserError, match=r"^--resume: .*metrics.jsonl: has a damaged line: '.*'; delete this line"):
+            run.rewind("matching", 0)
+
+
+def test_a_missing_result_is_refused(tmp_path):
+    with Run.create(tmp_path / "run", CONFIG) as run:
+        run.finish({})
+    (run.path / "result.json").unlink()
+    with pytest.raises(UserError, match=r"result.json: is missing; delete the file DONE beside it"):
+        finished_result(run.path, CONFIG)
+
+
+def test_a_failed_start_unlocks_the_folder(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_json", full)
+    with pytest.raises(UserError, match=r"^--out: .*: cannot be written: No space left on device"):
+        Run.create(tmp_path / "run", CONFIG)
+    monkeypatch.undo()
+    Run.create(tmp_path / "run", CONFIG, resume=True).close()
+    assert not folder._held_locks

@@ -1,4 +1,4 @@
-"""Label issues from a model's probabilities, in cleanlab's form."""
+"""find_label_issues: label errors from a model's probabilities, with cleanlab's arguments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import inspect
 
 import numpy as np
 import pytest
+import torch
 
-from tadperf.trust.audit import find_label_issues
+from tadperf.config.merge import merge
+from tadperf.data.open import open_data
+from tadperf.trust.audit import audit, find_label_issues
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(count: int = 600, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Labels with 20 % errors, probabilities and features of a fair model, and which labels are wrong."""
+    """Labels with 20 % errors, probabilities and features of a simulated model, and a mask of the wrong labels."""
     rng = np.random.default_rng(seed)
     clean = np.arange(count) % classes
     centres = rng.normal(size=(classes, 8)) * 2
@@ -26,7 +29,7 @@ def model(count: int = 600, classes: int = 4, seed: int = 0) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("with_features", [False, True])
-def test_wrong_labels_are_found_in_both_forms(with_features):
+def test_wrong_labels_are_found_as_mask_and_as_indices(with_features):
     labels, p, z, wrong = model()
     features = z if with_features else None
     mask = find_label_issues(labels, p, features)
@@ -40,7 +43,7 @@ def test_wrong_labels_are_found_in_both_forms(with_features):
     assert wrong[order[: len(order) // 2]].all()
 
 
-def test_frac_noise_keeps_the_worst_and_a_class_keeps_its_least():
+def test_frac_noise_and_min_examples_per_class():
     labels, p, _, _ = model()
     order = find_label_issues(labels, p, return_indices_ranked_by="self_confidence")
     half = find_label_issues(labels, p, return_indices_ranked_by="self_confidence", frac_noise=0.5)
@@ -52,7 +55,7 @@ def test_frac_noise_keeps_the_worst_and_a_class_keeps_its_least():
 
 
 def test_arguments_are_those_of_cleanlab():
-    """Of version 2.9, in order, with its defaults; ours has `features` after the probabilities."""
+    """Names, order and defaults of version 2.9; ours has `features` after the probabilities."""
     names = {name: p.default for name, p in inspect.signature(find_label_issues).parameters.items()}
     assert list(names)[:3] == ["labels", "pred_probs", "features"]
     assert dict(list(names.items())[3:]) == {
@@ -65,18 +68,69 @@ def test_arguments_are_those_of_cleanlab():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": np.array([0, 9, 1])}, "labels: 9 at sample 1: expected 0 to 1"),
-        ({"labels": np.array([0.0, 1.0, 1.0])}, r"labels: float64 \(3,\): expected integers \(3,\)"),
-        ({"pred_probs": np.ones((3, 1))}, r"pred_probs: float64 \(3, 1\): expected floats \[N, C\]"),
-        ({"pred_probs": np.full((3, 2), np.nan)}, "pred_probs: a value that is not finite at sample 0"),
-        ({"features": np.ones((2, 4))}, r"features: float64 \(2, 4\): expected floats \[3, D\]"),
-        ({"multi_label": True}, "multi_label: True: expected False"),
-        ({"return_indices_ranked_by": "loss"}, "return_indices_ranked_by: 'loss': expected None or one of"),
-        ({"frac_noise": 2.0}, r"frac_noise: 2.0: expected a share in \[0, 1\]"),
+        ({"labels": np.array([0, 9, 1])}, "labels: 9 at sample 1: must be in 0..1"),
+        ({"labels": np.array([0.0, 1.0, 1.0])}, r"labels: float64 \[3\]: must be integers \[3\]"),
+        ({"pred_probs": np.ones((3, 1))}, r"pred_probs: float64 \[3, 1\]: must be floats \[N, C\]"),
+        ({"pred_probs": np.full((3, 2), np.nan)}, "pred_probs: NaN or infinite value at sample 0"),
+        ({"features": np.ones((2, 4))}, r"features: float64 \[2, 4\]: must be floats \[3, D\]"),
+        ({"multi_label": True}, "multi_label: True: must be False"),
+        ({"return_indices_ranked_by": "loss"}, "return_indices_ranked_by: 'loss': must be None or one of"),
+        ({"filter_by": "nonsense"}, "filter_by: 'nonsense': must be one of prune_by_noise_rate, "),
+        ({"min_examples_per_class": -1}, "min_examples_per_class: -1: must be 0 or more"),
+        (
+            {"pred_probs": np.log(np.full((3, 2), 0.5))},
+            r"pred_probs: -0.693\d* at sample 0: must be in \[0, 1\]; apply",
+        ),
+        (
+            {"pred_probs": np.array([[1.5, -0.5], [0.5, 0.5], [0, 1]])},
+            r"pred_probs: 1.5 at sample 0: must be in \[0, 1\]",
+        ),
+        ({"pred_probs": np.full((3, 2), 0.6)}, "pred_probs: sum 1.2 at sample 0: every row must sum to 1"),
+        ({"pred_probs": [[0.5, 0.5], [1.0]]}, "pred_probs: list: must be a rectangular array of numbers"),
+        ({"labels": ["cat", "dog", "cat"]}, r"labels: <U3 \[3\]: must be an array of numbers"),
+        ({"frac_noise": 2.0}, r"frac_noise: 2.0: must be a share in \[0, 1\]"),
     ],
     ids=str,
 )
 def test_wrong_use(change, message):
-    given = {"labels": np.array([0, 1, 1]), "pred_probs": np.full((3, 2), 0.5), **change}
+    arguments = {"labels": np.array([0, 1, 1]), "pred_probs": np.full((3, 2), 0.5), **change}
     with pytest.raises(ValueError, match=message):
-        find_label_issues(**given)
+        find_label_issues(**arguments)
+
+
+def test_ignored_arguments_of_cleanlab_warn():
+    labels, p, _, _ = model()
+    expected = find_label_issues(labels, p, n_jobs=2, verbose=True)  # neither argument could change a result
+    ignored = {"filter_by": "both", "confident_joint": np.eye(4), "num_to_remove_per_class": [1, 1, 1, 1]}
+    with pytest.warns(UserWarning, match="ignores filter_by, num_to_remove_per_class, confident_joint: tadperf has"):
+        assert np.array_equal(find_label_issues(labels, p, **ignored), expected)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_arrays_of_every_kind_give_the_same_result(features):
+    labels, p, z, _ = model(200)
+    p, z = p.astype("float32"), z.astype("float32")
+    expected = find_label_issues(labels, p, z if features else None)
+    reverse = find_label_issues(labels[::-1], p[::-1], z[::-1] if features else None)
+    lists = find_label_issues(labels.tolist(), p.tolist(), z.tolist() if features else None)
+    tensors = (torch.from_numpy(part).requires_grad_() for part in (p, z))
+    p_tensor, z_tensor = tensors
+    read_only = p.astype(">f4")
+    read_only.flags.writeable = False
+    assert np.array_equal(lists, expected)
+    assert np.array_equal(find_label_issues(labels.astype("uint8"), p_tensor, z_tensor if features else None), expected)
+    assert np.array_equal(find_label_issues(labels, read_only, z if features else None), expected)
+    if not features:  # with features, the draws of the folds depend on the order of the samples
+        assert np.array_equal(reverse[::-1], expected)
+
+
+def test_audit_restores_threads_and_tf32():
+    data = open_data("digits").train.subset(torch.arange(60))
+    config = merge("digits", options={"trust.rounds": 1, "trust.proxies": 1, "trust.epochs": 1, "net.width": 4})
+    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    audit(data, config)
+    assert before == (
+        torch.get_num_threads(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )

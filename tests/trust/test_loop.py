@@ -1,4 +1,4 @@
-"""The dual loop on small sets: what it finds, that it repeats, resumes, and never sees the truth."""
+"""The dual loop on small sets: it finds wrong labels, repeats, resumes and never sees clean labels."""
 
 from __future__ import annotations
 
@@ -16,34 +16,38 @@ from tadperf.data.images import normalise_images
 from tadperf.data.noise import add_noise
 from tadperf.data.normalise import fit_normaliser
 from tadperf.data.open import open_data
+from tadperf.nets.problem import Problem
 from tadperf.report.trust_growth import draw_trust_growth
-from tadperf.trust import audit, metrics
+from tadperf.trust import audit
 from tadperf.trust.loop import DualLoopResult, assign_verdicts, dual_loop
-from tadperf.trust.proxies import ProxyOutputs, compact
+from tadperf.trust.metrics import compare_with_clean
+from tadperf.trust.proxies import ProxyOutputs, compact_features
 from tadperf.trust.state import DTYPES, TrustState, as_given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NET = NetConfig(depth=2, width=16)  # pyright: ignore[reportCallIssue]
+NET = NetConfig.model_validate({"depth": 2, "width": 16})
 SMALL: dict[str, Any] = {"rounds": 2, "proxies": 2, "epochs": 8, "batch": 32}
 
 
 def digits(noise: str, count: int = 400, classes: int = 10) -> Dataset:
     """The first digits of the first classes."""
-    whole = open_data("digits").train
-    index = (whole.labels < classes).nonzero().squeeze(1)[:count]
-    part = whole.subset(index)
+    train = open_data("digits").train
+    part = train.subset((train.labels < classes).nonzero().squeeze(1)[:count])
     part = Dataset(part.images, part.labels, part.class_names[:classes], "digits", part.labels, part.source)
     return add_noise(part, noise, 0)
 
 
 def run(data: Dataset, folder: Path | None = None, seed: int = 0, **values: Any) -> DualLoopResult:
-    config = TrustConfig(**{**SMALL, **values})
     images = normalise_images(fit_normaliser(data.images), data.images)
-    place = torch.device("cpu")
-    return dual_loop(images, data.labels, data.class_names, NET, config, "crop", seed, place, folder)
+    problem = Problem(images, data.labels, data.class_names, NET, "crop", seed, torch.device("cpu"))
+    return dual_loop(problem, trust_config(**{**SMALL, **values}), folder)
 
 
-def same(a: TrustState, b: TrustState) -> bool:
+def trust_config(**values: Any) -> TrustConfig:
+    return TrustConfig.model_validate(values)
+
+
+def equal(a: TrustState, b: TrustState) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in DTYPES)
 
 
@@ -54,48 +58,48 @@ def noisy() -> tuple[Dataset, DualLoopResult]:
 
 
 def test_the_view_is_far_cleaner_than_the_labels(noisy):
-    data, outcome = noisy
+    data, result = noisy
     assert data.clean_labels is not None
-    figures = metrics(outcome.state, data.clean_labels)
+    figures = compare_with_clean(result.state, data.clean_labels)
     assert figures["view_accuracy"] > 0.95  # of the labels as given: 0.7
     assert figures["coverage"] > 0.8
     assert figures["relabel_accuracy"] > 0.9
     wrong = data.labels != data.clean_labels
-    worst = outcome.state.worst()[: int(wrong.sum())]
+    worst = result.state.worst()[: int(wrong.sum())]
     assert float(wrong[worst].float().mean()) > 0.9
 
 
-def test_clean_labels_are_kept():
+def test_right_labels_are_trusted():
     data = digits("none", 600)
     assert data.clean_labels is not None
-    figures = metrics(run(data, rounds=1).state, data.clean_labels)
+    figures = compare_with_clean(run(data, rounds=1).state, data.clean_labels)
     assert figures["recall"] > 0.97
 
 
-def test_one_seed_gives_one_result_and_a_killed_run_goes_on(noisy, tmp_path):
-    data, outcome = noisy
-    assert same(run(data, tmp_path).state, outcome.state)
+def test_one_seed_gives_one_result_and_a_killed_run_continues(noisy, tmp_path):
+    data, result = noisy
+    assert equal(run(data, tmp_path).state, result.state)
     files = sorted(tmp_path.iterdir())
     files[-1].unlink()
-    assert len(files) == len(outcome.rounds) == 2
+    assert len(files) == len(result.rounds) == 2
     resumed = run(data, tmp_path)
-    assert [same(a, b) for a, b in zip(resumed.rounds, outcome.rounds, strict=True)] == [True, True]
-    assert not same(run(data, seed=1, rounds=1).state, outcome.rounds[0])
+    assert [equal(a, b) for a, b in zip(resumed.rounds, result.rounds, strict=True)] == [True, True]
+    assert not equal(run(data, seed=1, rounds=1).state, result.rounds[0])
 
 
 def test_clean_labels_never_leak():
-    """Another truth, the same labels: the state is the same, bit for bit."""
+    """With other clean labels and the same given labels, the state is the same, bit for bit."""
     data = digits("symmetric:0.3", 200)
     assert data.clean_labels is not None
     shuffled = data.clean_labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
     config = merge("digits", options={"trust.rounds": 1, "trust.proxies": 2, "trust.epochs": 3, "net.width": 8})
     first = audit(data, config)
-    assert same(first, audit(data.with_labels(data.labels, shuffled), config))
-    assert same(first, audit(data.with_labels(data.labels, None), config))
+    assert equal(first, audit(data.with_labels(data.labels, shuffled), config))
+    assert equal(first, audit(data.with_labels(data.labels, None), config))
     assert not first.trusted.all()
 
 
-def test_off_trusts_all_and_the_oracle_is_elsewhere():
+def test_off_trusts_all_and_oracle_is_refused():
     data = digits("symmetric:0.3", 60)
     with pytest.raises(ValueError, match="the loop takes no clean labels"):
         run(data, mode="oracle")
@@ -113,12 +117,12 @@ def test_off_trusts_all_and_the_oracle_is_elsewhere():
     ],
     ids=str,
 )  # fmt: skip
-def test_every_part_can_be_left_out_and_matters(values):
+def test_every_part_can_be_switched_off_and_changes_the_result(values):
     data = digits("asymmetric:0.3", 240, 4)
     small: dict[str, Any] = {"epochs": 3, "rounds": 2}
-    whole, part = run(data, **small).state, run(data, **{**small, **values}).state
-    if "recall" not in values:  # nothing to recall here; its own test is below
-        assert not same(whole, part)
+    full, part = run(data, **small).state, run(data, **{**small, **values}).state
+    if "recall" not in values:  # this set has nothing to recall; another test covers it
+        assert not equal(full, part)
     codes = set(part.verdict.tolist())
     assert 1 not in codes or values != {"recall": False}
     assert 2 not in codes or values != {"relabel": False}
@@ -128,7 +132,7 @@ def test_every_part_can_be_left_out_and_matters(values):
 def test_few_classes(classes):
     data = digits("symmetric:0.2", 150, classes)
     assert data.clean_labels is not None
-    assert metrics(run(data).state, data.clean_labels)["view_accuracy"] > 0.93
+    assert compare_with_clean(run(data).state, data.clean_labels)["view_accuracy"] > 0.93
 
 
 def test_more_than_half_flipped_ends_in_a_valid_state():
@@ -139,7 +143,7 @@ def test_more_than_half_flipped_ends_in_a_valid_state():
 
 
 def clouds(classes: int, each: int, noise: float, size: int = 64) -> tuple[ProxyOutputs, torch.Tensor, torch.Tensor]:
-    """What proxies would see of Gaussian clouds: the probabilities of a fair classifier, and the points."""
+    """Simulated proxy outputs for Gaussian clouds, the given labels and the clean labels."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.arange(classes).repeat_interleave(each)
     centres = torch.randn(classes, size, generator=generator)
@@ -148,64 +152,64 @@ def clouds(classes: int, each: int, noise: float, size: int = 64) -> tuple[Proxy
     labels = torch.where(flip, (clean + 1) % classes, clean)
     p = (points @ centres.T / 8).softmax(1)
     losses = -p.gather(1, labels.unsqueeze(1)).squeeze(1).log()
-    return ProxyOutputs(losses, p, compact(points, size, 0)), labels, clean
+    return ProxyOutputs(losses, p, compact_features(points, size, 0)), labels, clean
 
 
-def test_a_thousand_classes_of_twenty():
-    seen, labels, clean = clouds(1000, 20, 0.2)
-    begun = time.process_time()
-    state = assign_verdicts(seen, as_given(labels, tuple(map(str, range(1000)))), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
-    assert time.process_time() - begun < 40  # of one thread; 5 s on a quiet AMD Zen 5
-    figures = metrics(state, clean)
+def test_a_thousand_classes_with_twenty_samples_each():
+    outputs, labels, clean = clouds(1000, 20, 0.2)
+    start = time.process_time()
+    state = assign_verdicts(outputs, as_given(labels, tuple(map(str, range(1000)))), 1, trust_config(), 0)
+    assert time.process_time() - start < 40  # on one thread; 5 s on a quiet AMD Zen 5
+    figures = compare_with_clean(state, clean)
     assert figures["view_accuracy"] > 0.97
     assert figures["coverage"] > 0.95
 
 
-def test_untrusted_samples_are_recalled_where_anchors_and_neighbours_find_their_label():
-    seen, labels, clean = clouds(4, 100, 0.2)
+def test_untrusted_samples_are_recalled_if_anchors_and_neighbours_agree_with_their_label():
+    outputs, labels, clean = clouds(4, 100, 0.2)
     doubtful = torch.zeros(400, dtype=torch.bool)
     doubtful[::25] = True
     right = labels == clean
-    seen = seen._replace(losses=torch.where(doubtful & right, 6.0, seen.losses))
+    outputs = outputs._replace(losses=torch.where(doubtful & right, 6.0, outputs.losses))
     before = as_given(labels, ("a", "b", "c", "d"))
-    state = assign_verdicts(seen, before, 1, TrustConfig(memory=False), 0)  # pyright: ignore[reportCallIssue]
+    state = assign_verdicts(outputs, before, 1, trust_config(memory=False), 0)
     untrusted = doubtful & right & (state.verdict != 0)
     assert (state.verdict[untrusted] == 1).float().mean() > 0.9
     assert untrusted.sum() > 5
-    without = assign_verdicts(seen, before, 1, TrustConfig(recall=False), 0)  # pyright: ignore[reportCallIssue]
+    without = assign_verdicts(outputs, before, 1, trust_config(recall=False), 0)
     assert (without.verdict[untrusted] == 3).all()
 
 
-def test_the_dynamic_threshold_takes_fewer_samples_of_classes_that_overlap():
-    """Two modes of losses, 2.3 deviations apart."""
-    seen, labels, clean = clouds(4, 200, 0.4)
+def test_the_dynamic_threshold_trusts_fewer_samples_if_modes_overlap():
+    """The two modes of losses are 2.3 standard deviations apart."""
+    outputs, labels, clean = clouds(4, 200, 0.4)
     noise = torch.randn(800, generator=torch.Generator().manual_seed(1))
-    seen = seen._replace(losses=torch.where(labels == clean, 1.0, 2.4) + 0.6 * noise)
+    outputs = outputs._replace(losses=torch.where(labels == clean, 1.0, 2.4) + 0.6 * noise)
     before, counts = as_given(labels, ("a", "b", "c", "d")), []
     for dynamic in (True, False):
-        config = TrustConfig(graph=False, dynamic_threshold=dynamic)  # pyright: ignore[reportCallIssue]
-        counts.append(int((assign_verdicts(seen, before, 1, config, 0).verdict == 0).sum()))
+        config = trust_config(graph=False, dynamic_threshold=dynamic)
+        counts.append(int((assign_verdicts(outputs, before, 1, config, 0).verdict == 0).sum()))
     assert 0 < counts[0] < counts[1] - 50
 
 
-def test_a_class_of_five_is_judged_with_the_others():
-    seen, labels, clean = clouds(4, 100, 0.2)
+def test_a_class_of_five_is_split_with_the_other_classes():
+    outputs, labels, clean = clouds(4, 100, 0.2)
     keep = torch.ones(400, dtype=torch.bool)
     keep[5:100] = False
-    part = ProxyOutputs(*(field[keep] for field in seen))
-    state = assign_verdicts(part, as_given(labels[keep], ("a", "b", "c", "d")), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
-    assert metrics(state, clean[keep])["view_accuracy"] > 0.95
+    part = ProxyOutputs(*(field[keep] for field in outputs))
+    state = assign_verdicts(part, as_given(labels[keep], ("a", "b", "c", "d")), 1, trust_config(), 0)
+    assert compare_with_clean(state, clean[keep])["view_accuracy"] > 0.95
 
 
 def test_diverged_proxies_are_an_error():
-    seen, labels, _ = clouds(3, 30, 0.2)
-    seen.losses[5] = torch.nan
-    with pytest.raises(ValueError, match="losses: nan at sample 5, and 1 such in all"):
-        assign_verdicts(seen, as_given(labels, ("a", "b", "c")), 1, TrustConfig(), 0)  # pyright: ignore[reportCallIssue]
+    outputs, labels, _ = clouds(3, 30, 0.2)
+    outputs.losses[5] = torch.nan
+    with pytest.raises(ValueError, match="losses: nan at sample 5"):
+        assign_verdicts(outputs, as_given(labels, ("a", "b", "c")), 1, trust_config(), 0)
 
 
-def test_growth_picture(noisy):
-    _, outcome = noisy
-    drawn = draw_trust_growth(outcome.rounds)
+def test_trust_growth_picture(noisy):
+    _, result = noisy
+    drawn = draw_trust_growth(result.rounds)
     colours = {colour for _, colour in drawn.getcolors(2**20)}  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
     assert {(27, 94, 150), (240, 173, 64)} <= colours

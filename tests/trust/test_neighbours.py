@@ -1,4 +1,4 @@
-"""Labels spread over neighbours, against dense algebra and on points whose classes are known."""
+"""Neighbour estimates, against dense algebra and on points with known classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.trust import neighbours
-from tadperf.trust.neighbours import affinity, estimate_from_neighbours, estimate_transition, nearest_neighbours, spread
+from tadperf.trust.neighbours import (
+    affinity,
+    estimate_from_neighbours,
+    estimate_transition,
+    nearest_neighbours,
+    spread_labels,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,12 +40,12 @@ def test_neighbours_are_exact_in_any_block_size(monkeypatch):
     values, index = similarity.topk(5, 1)
     for block in (1, 1000, 2**24):
         monkeypatch.setattr(neighbours, "BLOCK", block)
-        found, where = nearest_neighbours(z, 5)
-        torch.testing.assert_close(found, values, rtol=0, atol=1e-6)
-        assert torch.equal(where, index)
+        similarities, neighbour = nearest_neighbours(z, 5)
+        torch.testing.assert_close(similarities, values, rtol=0, atol=1e-6)
+        assert torch.equal(neighbour, index)
 
 
-def test_affinity_and_spread_are_those_of_dense_matrices():
+def test_affinity_and_spread_equal_dense_algebra():
     z, labels = points(3, 20)
     similarity, index = nearest_neighbours(z, neighbours.NEIGHBOURS)
     w = torch.zeros(60, 60).scatter_(1, index, similarity.clamp(min=0) ** 3)
@@ -48,36 +54,38 @@ def test_affinity_and_spread_are_those_of_dense_matrices():
     s = affinity(z)
     torch.testing.assert_close(s.to_dense(), dense)
     y = F.one_hot(labels, 3).float()
-    for reach, found in zip((0.5, 0.8), spread(s, y, (0.5, 0.8)), strict=True):
-        torch.testing.assert_close(found, torch.linalg.solve(torch.eye(60) - reach * dense, y), rtol=1e-2, atol=2e-3)
+    for reach, total in zip((0.5, 0.8), spread_labels(s, y, (0.5, 0.8)), strict=True):
+        torch.testing.assert_close(total, torch.linalg.solve(torch.eye(60) - reach * dense, y), rtol=1e-2, atol=2e-3)
 
 
-def test_what_a_sample_sees_does_not_hold_its_own_label(monkeypatch):
-    """Another label on one sample changes what the others see, not what it sees itself; both for folds and two hops."""
+def test_a_sample_does_not_see_its_own_label(monkeypatch):
+    """A changed label changes what other samples see, but not what the sample itself sees; with folds and two steps."""
     z, clean = points(3, 30)
     s, other = affinity(z), clean.clone()
     other[4] = (clean[4] + 1) % 3
-    for large in (2**25, 0):
-        monkeypatch.setattr(neighbours, "LARGE", large)
-        pairs = zip(neighbours.others_labels(s, clean, 3, 0), neighbours.others_labels(s, other, 3, 0), strict=True)
+    for limit in (2**25, 0):
+        monkeypatch.setattr(neighbours, "FOLD_SIZE", limit)
+        pairs = zip(
+            neighbours.neighbour_labels(s, clean, 3, 0), neighbours.neighbour_labels(s, other, 3, 0), strict=True
+        )
         for (_, before), (_, after) in pairs:
             torch.testing.assert_close(before[4], after[4], rtol=1e-4, atol=1e-5)
             assert (before - after).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("rate", "kind", "least"), [(0.4, "pair", 0.97), (0.5, "symmetric", 0.97), (0, "pair", 0.99)])
-def test_true_classes_are_read_through_the_noise(rate, kind, least):
+def test_true_classes_are_found_despite_noise(rate, kind, least):
     z, clean = points(5, 120)
     labels = noisy(clean, rate, kind)
-    found = estimate_from_neighbours(z, labels, 5, 0)
-    assert float((found.posterior.argmax(1) == clean).float().mean()) >= least
-    torch.testing.assert_close(found.posterior.sum(1), torch.ones(600))
+    estimate = estimate_from_neighbours(z, labels, 5, 0)
+    assert float((estimate.posterior.argmax(1) == clean).float().mean()) >= least
+    torch.testing.assert_close(estimate.posterior.sum(1), torch.ones(600))
     if kind == "pair":
-        assert float((found.transition.diagonal() - (1 - rate)).abs().max()) < 0.12
+        assert float((estimate.transition.diagonal() - (1 - rate)).abs().max()) < 0.12
 
 
-def test_pair_flips_are_read_by_the_transition_and_not_by_the_vote():
-    """Clouds that touch, 40 % flipped: the most frequent label of a neighbourhood is often a wrong one."""
+def test_the_transition_matrix_beats_the_vote_for_pair_flips():
+    """The clouds touch and 40 % are flipped, so the most frequent label of a neighbourhood is often wrong."""
     z, clean = points(5, 120, 0.8)
     labels = noisy(clean, 0.4, "pair")
     right = [
@@ -87,32 +95,32 @@ def test_pair_flips_are_read_by_the_transition_and_not_by_the_vote():
     assert right[0] > right[1] + 0.1
 
 
-def test_more_than_half_flipped_reads_the_flipped_class():
-    """Beyond 50 % the wrong label is the class's most likely one: nobody can tell, and nothing breaks."""
+def test_with_more_than_half_flipped_the_flipped_class_is_found():
+    """Above 50 % the wrong label is the most likely one. No method can find out; the result stays finite."""
     z, clean = points(4, 100)
-    found = estimate_from_neighbours(z, noisy(clean, 0.6, "pair"), 4, 0)
-    assert found.posterior.isfinite().all()
-    assert float((found.posterior.argmax(1) == (clean + 1) % 4).float().mean()) > 0.9
+    estimate = estimate_from_neighbours(z, noisy(clean, 0.6, "pair"), 4, 0)
+    assert estimate.posterior.isfinite().all()
+    assert float((estimate.posterior.argmax(1) == (clean + 1) % 4).float().mean()) > 0.9
 
 
-def test_two_hops_serve_where_classes_are_many(monkeypatch):
+def test_two_steps_are_enough_for_many_classes(monkeypatch):
     z, clean = points(20, 20, 0.3)
     labels = noisy(clean, 0.3, "symmetric")
-    monkeypatch.setattr(neighbours, "LARGE", 0)
-    monkeypatch.setattr(neighbours, "ROWS", 20 * 100)
-    found = estimate_from_neighbours(z, labels, 20, 0)
-    assert float((found.posterior.argmax(1) == clean).float().mean()) > 0.95
+    monkeypatch.setattr(neighbours, "FOLD_SIZE", 0)
+    monkeypatch.setattr(neighbours, "SELECTION_SIZE", 20 * 100)
+    estimate = estimate_from_neighbours(z, labels, 20, 0)
+    assert float((estimate.posterior.argmax(1) == clean).float().mean()) > 0.95
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_few_samples(count):
     z = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
-    found = estimate_from_neighbours(z, torch.arange(count) % 2, 2, 0)
-    assert found.posterior.isfinite().all()
-    assert found.posterior.shape == (count, 2)
+    estimate = estimate_from_neighbours(z, torch.arange(count) % 2, 2, 0)
+    assert estimate.posterior.isfinite().all()
+    assert estimate.posterior.shape == (count, 2)
 
 
-def test_transition_is_counted_drawn_to_symmetric_and_keeps_its_diagonal():
+def test_transition_by_counting_with_a_prior_and_a_largest_diagonal():
     clean = torch.arange(3).repeat(400)
     labels = noisy(clean, 0.3, "pair")
     t = estimate_transition(F.one_hot(clean, 3).float(), labels, 0.0)

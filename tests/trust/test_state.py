@@ -1,24 +1,25 @@
-"""The state of trust: its view, its counts, its files."""
+"""TrustState: its view, its counts and its files."""
 
 from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
+from random import Random
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tadperf.errors import UserError
-from tadperf.trust import metrics
-from tadperf.trust.metrics import round_metrics
+from tadperf.trust.metrics import compare_with_clean, round_metrics
 from tadperf.trust.state import TrustState, as_given
 
 NAMES = ("cat", "dog", "it's, a bird")
 
 
 def state() -> TrustState:
-    """One sample of each verdict, and one more trusted."""
+    """One sample for each verdict, and a second trusted one."""
     return TrustState(
         torch.tensor([0, 1, 2, 1, 0]), torch.tensor([0, 1, 0, 1, 0]),
         torch.tensor([0, 1, 2, 3, 0], dtype=torch.uint8), torch.tensor([1.0, 0.5, 0.75, 0.0, 0.25]),
@@ -27,7 +28,7 @@ def state() -> TrustState:
     )  # fmt: skip
 
 
-def test_view_counts_and_pairs():
+def test_view_counts_and_pairs_by_hand():
     view = state().view()
     assert view.index.tolist() == [0, 1, 2, 4]
     assert view.labels.tolist() == [0, 1, 0, 0]
@@ -53,21 +54,60 @@ def test_saved_and_loaded(tmp_path):
     assert (tmp_path / "trust.safetensors").read_bytes() == first
 
 
-def test_a_foreign_or_damaged_file_is_refused(tmp_path):
+def test_another_or_incomplete_file_is_refused(tmp_path):
     from tadperf.files import save_tensors
 
     file = tmp_path / "x.safetensors"
     save_tensors(file, {"given": torch.zeros(3)})
-    with pytest.raises(UserError, match="is no trust file of schema 1"):
+    with pytest.raises(UserError, match="not a trust file of schema 1"):
         TrustState.load(file)
     save_tensors(file, {"given": torch.zeros(3, dtype=torch.int64)}, {"tadperf_trust": "1", "class_names": "[]"})
-    with pytest.raises(UserError, match="its 'working' is missing or of a wrong type or length"):
+    with pytest.raises(UserError, match="is damaged: 'working' is missing"):
         TrustState.load(file)
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         TrustState.load(tmp_path / "none")
 
 
-def test_exported_worst_first(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"given": torch.zeros(5)}, r"given: float32 \[5\]: must be int64 \[5\]"),
+        ({"score": torch.zeros(4)}, r"score: float32 \[4\]: must be float32 \[5\]"),
+        ({"working": torch.tensor([0, 1, 3, 1, 0])}, r"working: 3 at sample 2: must be in 0\.\.2"),
+        ({"suggested": torch.tensor([0, -1, 0, 2, 0])}, r"suggested: -1 at sample 1: must be in 0\.\.2"),
+        ({"verdict": torch.full((5,), 4, dtype=torch.uint8)}, r"verdict: 4 at sample 0: must be in 0\.\.3"),
+        ({"reliability": torch.full((5,), math.nan)}, r"reliability: nan at sample 0: must be in \[0, 1\]"),
+        ({"class_names": ("cat", "dog")}, r"given: 2 at sample 2: must be in 0\.\.1"),
+    ],
+)
+def test_wrong_values_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(state(), **changes)
+
+
+def test_a_mutated_file_is_read_or_refused_in_one_line(tmp_path):
+    """600 files with one to eight random bytes changed: each gives a valid state or a UserError of one line."""
+    file = tmp_path / "trust.safetensors"
+    state().save(file)
+    original, random = file.read_bytes(), Random(0)
+    refused = 0
+    for _ in range(600):
+        mutated = bytearray(original)
+        for _ in range(random.randint(1, 8)):
+            mutated[random.randrange(len(mutated))] = random.randrange(256)
+        file.write_bytes(mutated)
+        try:
+            loaded = TrustState.load(file)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            loaded.table()
+            loaded.pairs()
+    assert 300 < refused < 600
+
+
+def test_export_writes_the_most_suspicious_sample_first(tmp_path):
     state().export(tmp_path / "labels.csv")
     with (tmp_path / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -92,15 +132,17 @@ def test_as_given_and_oracle():
     assert oracle.pairs() == [("dog", "it's, a bird", 1)]
 
 
-def test_figures_against_the_truth():
-    figures = metrics(state(), torch.tensor([0, 1, 0, 2, 1]))
+def test_comparison_with_clean_labels():
+    figures = compare_with_clean(state(), torch.tensor([0, 1, 0, 2, 1]))
     assert figures == {
         "view_accuracy": 0.75, "coverage": pytest.approx(0.8), "precision": 0.5, "recall": 0.5,
         "recalled_accuracy": 1.0, "relabel_accuracy": 1.0, "issue_precision": 1.0,
         "issue_recall": pytest.approx(2 / 3), "suggested_accuracy": 0.8,
     }  # fmt: skip
-    nothing = metrics(as_given(torch.zeros(2, dtype=torch.int64), NAMES), torch.zeros(2, dtype=torch.int64))
-    assert math.isnan(nothing["relabel_accuracy"])
+    no_relabels = compare_with_clean(
+        as_given(torch.zeros(2, dtype=torch.int64), NAMES), torch.zeros(2, dtype=torch.int64)
+    )
+    assert math.isnan(no_relabels["relabel_accuracy"])
     log = round_metrics([state(), state()])
     assert [entry["round"] for entry in log] == [1, 2]
     assert "precision" not in log[0]

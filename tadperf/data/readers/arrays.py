@@ -1,112 +1,113 @@
-"""Images and labels as arrays: .npz, .safetensors, and MNIST's idx files."""
+"""Reads images and labels that are stored as arrays: .npz and .safetensors."""
 
 from __future__ import annotations
 
 import json
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tadperf.data import mapped
-from tadperf.data.layout import Content, Layout, as_numpy, index_labels
-from tadperf.data.pixels import from_array, stacked
+from tadperf.data.layout import Content, Layout, ReadOptions, as_numpy, index_labels
+from tadperf.data.npy import MAGIC, read_npy, read_npy_header
+from tadperf.data.parsing import parser_errors
+from tadperf.data.pixels import from_array, stack_parts
 from tadperf.errors import UserError
-from tadperf.progress import Progress, silent
+from tadperf.progress import Progress
 
-CHUNK = 1024  # images of a larger array in memory at a time
-Rows = tuple[int, Iterator[np.ndarray | Tensor]]  # how many images, and they in parts
+CHUNK = 1024  # images of a larger array in memory at a time; not tuned
+Parts = tuple[int, Iterator[np.ndarray | Tensor]]  # the number of images, and the images in parts
 
-# Keys of images and labels, as people name them.
+# Names of images and labels that people use.
 KEYS = {
     "train": (("images", "x", "x_train", "train_images"), ("labels", "y", "y_train", "train_labels")),
     "test": (("x_test", "test_images"), ("y_test", "test_labels")),
 }
 
 
-def read_npz(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
-    """An .npz file: images/x and labels/y, or x_train, y_train, x_test, y_test, or train_images, train_labels, ...
+def read_npz(path: Path, options: ReadOptions) -> Layout:
+    """Reads an .npz file: images or x with labels or y; x_train, y_train, x_test, y_test; train_images, ...
 
-    Also clean_labels (of the train split) and class_names (text). Pickled objects are refused: they could run code.
+    Also reads clean_labels (of the train split) and class_names (text). Raises UserError on a damaged file and on
+    pickled objects, which could run code.
     """
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError("data", path, f"not a whole .npz file ({error}); write it with numpy.savez") from None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise UserError("data", path, "holds one array; images and labels are wanted (numpy.savez)")
+    with parser_errors(".npz file", path, "write it with numpy.savez"):
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                raise UserError("data", path, "holds one array; store images and labels with numpy.savez")
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
 
     def get(key: str) -> np.ndarray:
-        try:
-            return file[key]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            remedy = "store plain arrays of numbers or text" if "pickle" in str(error) else "copy the file again"
-            raise UserError("data", f"{path}: {key}", f"cannot be read ({error}); {remedy}") from None
+        member, name = members[key], f"{path}: {key}"
+        with parser_errors("array", name), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            return read_npy(file, name, member.compress_size, member.compress_type != zipfile.ZIP_STORED)
 
-    names = tuple(map(str, get("class_names").tolist())) if "class_names" in file.files else None
+    def parts(key: str) -> Parts | None:
+        return _member_parts(path, key, members[key]) if mapped.is_large((members[key].file_size,)) else None
 
-    def rows(key: str) -> Rows | None:
-        assert file.zip is not None
-        size = file.zip.getinfo(f"{key}.npy").file_size
-        return _member_rows(path, f"{key}.npy") if mapped.large((size,)) else None
-
-    return _layout(get, file.files, names, path, rows, progress)
+    names = _text_names(get("class_names"), path) if "class_names" in members else None
+    return _layout(get, members, names, path, parts, options.progress)
 
 
-def read_safetensors(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
-    """A .safetensors file with the keys of `read_npz`; class_names as a JSON list in the metadata.
+def read_safetensors(path: Path, options: ReadOptions) -> Layout:
+    """Reads a .safetensors file with the keys of `read_npz`. class_names is a JSON list in the metadata.
 
     uint8 images [N, C, H, W] stay memory-mapped.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        file = safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError("data", path, f"not a whole .safetensors file ({error}); copy it again") from None
-    with file:
+    with parser_errors(".safetensors file", path), safe_open(path, "pt") as file:
         keys, text = list(file.keys()), (file.metadata() or {}).get("class_names")
-        tensors = {key: file.get_tensor(key) for key in keys}
-    try:
-        names = None if text is None else tuple(map(str, json.loads(text)))
-    except (ValueError, TypeError):
-        raise UserError("data", f"{path}: class_names", "must be a JSON list of names") from None
+    names = None
+    if text is not None:
+        with parser_errors("JSON list of names", f"{path}: class_names", "store class_names as a JSON list"):
+            values = json.loads(text)
+            if not isinstance(values, list):
+                raise ValueError(f"a JSON {type(values).__name__}")
+            names = tuple(map(str, values))
 
-    def rows(key: str) -> Rows | None:
-        tensor = tensors[key]  # mapped; as it is where it has our type and form
+    def get(key: str) -> Tensor:
+        with parser_errors("tensor", f"{path}: {key}"), safe_open(path, "pt") as file:
+            return file.get_tensor(key)
+
+    def parts(key: str) -> Parts | None:
+        tensor = get(key)  # memory-mapped; used as it is if it has the right type and shape
         if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] in (1, 3):
             return None
-        return (len(tensor), iter(tensor.split(CHUNK))) if mapped.large(tensor.shape) else None
+        return (len(tensor), iter(tensor.split(CHUNK))) if mapped.is_large(tensor.shape) else None
 
-    return _layout(tensors.__getitem__, keys, names, path, rows, progress)
+    return _layout(get, keys, names, path, parts, options.progress)
 
 
-def _member_rows(path: Path, member: str) -> Rows | None:
-    """Number and parts of an array in an .npz file, read one after the other; None where it is not in C order."""
+def _text_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
+    if names.ndim != 1 or names.dtype.kind not in "US":
+        kind = f"{names.dtype} {list(names.shape)}"
+        raise UserError("data", f"{path}: class_names", f"an array of {kind}; must be [C] text")
+    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names.tolist())
+
+
+def _member_parts(path: Path, key: str, member: zipfile.ZipInfo) -> Parts | None:
+    """Returns the images of an array in an .npz file in parts. Returns None for an array in Fortran order."""
+    name, compressed = f"{path}: {key}", member.compress_type != zipfile.ZIP_STORED
 
     def parts() -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            shape, _, dtype = _npy_header(file)
-            size = math.prod(shape[1:]) * dtype.itemsize
-            for start in range(0, shape[0], CHUNK):
-                data = bytearray(file.read(min(CHUNK, shape[0] - start) * size))
-                yield np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+        with parser_errors("array", name), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            header = read_npy_header(file, name, member.compress_size, compressed, in_parts=True)
+            size = math.prod(header.shape[1:]) * header.dtype.itemsize
+            for start in range(0, header.shape[0], CHUNK):
+                data = bytearray(file.read(min(CHUNK, header.shape[0] - start) * size))
+                yield np.frombuffer(data, header.dtype).reshape(-1, *header.shape[1:])
 
-    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-        shape, fortran, dtype = _npy_header(file)
-    return None if fortran or dtype.hasobject or not shape else (shape[0], parts())
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+    with parser_errors("array", name), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        header = read_npy_header(file, name, member.compress_size, compressed, in_parts=True)
+    return None if header.order == "F" or not header.shape else (header.shape[0], parts())
 
 
 def _layout(
@@ -114,29 +115,31 @@ def _layout(
     keys: Collection[str],
     names: tuple[str, ...] | None,
     path: Path,
-    rows: Callable[[str], Rows | None],
+    parts: Callable[[str], Parts | None],
     progress: Progress,
 ) -> Layout:
-    found = {}
+    """Finds the arrays of each split among the keys. `parts` returns an array in parts if it is large, else None."""
+    pairs = {}
     for split, (image_keys, label_keys) in KEYS.items():
-        image, label = (next((key for key in wanted if key in keys), None) for wanted in (image_keys, label_keys))
+        image, label = (next((key for key in known if key in keys), None) for known in (image_keys, label_keys))
         if image and label:
-            found[split] = image, label
-    if not found:
-        held = ", ".join(sorted(keys)) or "nothing"
-        raise UserError("data", path, f"has no images and labels (or x_train, y_train, x_test, y_test), only {held}")
-    names, labels = index_labels({split: as_numpy(get(label)) for split, (_, label) in found.items()}, names, str(path))
+            pairs[split] = image, label
+    if not pairs:
+        names_found = ", ".join(sorted(keys))[:200] or "nothing"
+        remedy = f"has no images and labels (or x_train, y_train, x_test, y_test), only {names_found}"
+        raise UserError("data", path, remedy)
+    names, labels = index_labels({split: as_numpy(get(label)) for split, (_, label) in pairs.items()}, names, str(path))
 
     def read(split: str) -> Content:
-        key = found[split][0]
-        parts, name = rows(key), f"{path}: {key}"  # parts only of what is too large to be read as a whole
-        images = stacked(parts[1], parts[0], name, path, progress) if parts else from_array(get(key), name)
+        key = pairs[split][0]
+        large, name = parts(key), f"{path}: {key}"
+        images = stack_parts(large[1], large[0], name, path, progress) if large else from_array(get(key), name)
         clean = None
         if split == "train" and "clean_labels" in keys:
             clean = index_labels({split: as_numpy(get("clean_labels"))}, names, f"{path}: clean_labels")[1][split]
-        for what, other in (("labels", labels[split]), ("clean_labels", clean)):
-            if other is not None and len(other) != len(images):
-                raise UserError("data", path, f"{len(images)} images but {len(other)} {what} in the {split} split")
+        for kind, values in (("labels", labels[split]), ("clean_labels", clean)):
+            if values is not None and len(values) != len(images):
+                raise UserError("data", path, f"{len(images)} images but {len(values)} {kind} in the {split} split")
         return Content(images, labels[split], clean)
 
-    return Layout(names, {split: lambda split=split: read(split) for split in found})
+    return Layout(names, {split: lambda split=split: read(split) for split in pairs})

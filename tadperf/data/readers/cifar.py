@@ -1,12 +1,13 @@
-"""CIFAR-10 and CIFAR-100 in the form their authors publish: Python pickles, in a folder or a tar archive.
+"""Reads CIFAR-10 and CIFAR-100 as their authors publish them: Python pickles, in a folder or a tar archive.
 
-A pickle can run any code. These hold NumPy arrays and plain containers, so nothing else is let in.
+A pickle can run any code. These pickles hold NumPy arrays and plain containers, so anything else is refused.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,24 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from tadperf.data.layout import Content, Layout, index_labels
+from tadperf.data.layout import Content, Layout, ReadOptions, index_labels
+from tadperf.data.parsing import parser_errors, reason, require_size
 from tadperf.errors import UserError
-from tadperf.progress import Progress, silent
 
 CIFAR10 = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
 CIFAR100 = {"train": ("train",), "test": ("test",)}
 
 
 def holds_cifar(path: Path) -> bool:
-    """Whether a folder holds the pickles of CIFAR-10 or CIFAR-100."""
-    return any((path / name).is_file() for name in ("data_batch_1", "test_batch", "batches.meta", "meta"))
+    """Returns whether a folder holds the pickles of CIFAR-10 or CIFAR-100."""
+    names = ("data_batch_1", "test_batch", "batches.meta", "meta", "train", "test")
+    return any((path / name).is_file() for name in names)
 
 
-def read_cifar(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
-    """A folder, or a .tar.gz, with data_batch_1..5, test_batch, batches.meta, or with train, test, meta (fine labels).
+def read_cifar(path: Path, options: ReadOptions) -> Layout:
+    """Reads a folder or .tar.gz: data_batch_1..5, test_batch, batches.meta, or train, test, meta (fine labels).
 
-    Without the meta file classes are named "0".."C-1". Raises UserError on a missing or damaged file, and on a pickle
-    that holds anything but arrays and plain containers; code in it does not run.
+    Without the meta file the classes are named "0".."C-1". Raises UserError on a missing or damaged file, and on a
+    pickle that holds anything but arrays and plain containers. No code in a pickle runs.
     """
     files = _in_tar(path) if path.is_file() else {f.name: f.read_bytes for f in sorted(path.iterdir()) if f.is_file()}
     batches, meta, key, classes = CIFAR10, "batches.meta", "label_names", 10
@@ -40,29 +42,30 @@ def read_cifar(path: Path, image_size: int | None, progress: Progress = silent) 
         batches, meta, key, classes = CIFAR100, "meta", "fine_label_names", 100
     names = tuple(map(str, range(classes)))
     if meta in files:
-        names = tuple(map(_text, _field(_load(files[meta](), path / meta), (key,), path / meta)))
-    found = {split: wanted for split, wanted in batches.items() if any(name in files for name in wanted)}
-    if not found:
+        names = _class_names(_field(_load(files[meta](), path / meta), (key,), path / meta), path / meta)
+    splits = {split: parts for split, parts in batches.items() if any(name in files for name in parts)}
+    if not splits:
         raise UserError("data", path, "holds neither data_batch_1..5 and test_batch nor train and test of CIFAR")
 
     def read(split: str) -> Content:
         images, labels = [], []
-        for name in found[split]:
+        for name in splits[split]:
             if name not in files:
-                raise UserError("data", path / name, "is missing beside the other batches; add it")
+                raise UserError("data", path / name, "is missing; the other batches are there: add it")
             batch = _load(files[name](), path / name)
             images.append(_pixels(_field(batch, ("data",), path / name), path / name))
-            labels.append(np.asarray(_field(batch, ("fine_labels", "labels"), path / name)))
+            labels.append(_labels(_field(batch, ("fine_labels", "labels"), path / name), path / name))
             if len(images[-1]) != len(labels[-1]):
                 raise UserError("data", path / name, f"{len(images[-1])} images but {len(labels[-1])} labels")
         _, indexed = index_labels({split: np.concatenate(labels)}, names, str(path))
         return Content(torch.from_numpy(np.concatenate(images)), indexed[split])
 
-    return Layout(names, {split: lambda split=split: read(split) for split in found})
+    return Layout(names, {split: lambda split=split: read(split) for split in splits})
 
 
 def restricted_load(data: bytes) -> Any:
-    """Unpickles an array, plain containers, or a dict of such; raises pickle.UnpicklingError on any other name."""
+    """Unpickles arrays and plain containers. Raises pickle.UnpicklingError on anything else, and runs no code."""
+    _require_small_memo(data)
     content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
     if isinstance(content, dict):
         return {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
@@ -70,7 +73,7 @@ def restricted_load(data: bytes) -> Any:
 
 
 class _Dtype:
-    """Stands for a pickled numpy.dtype: numbers only. NumPy's own would take its state, flags and all, unchecked."""
+    """Stands in for a pickled numpy.dtype of numbers. NumPy's own class would not check the state in the pickle."""
 
     def __init__(self, spec: str, *flags: object):
         self.dtype = np.dtype(str(spec))
@@ -82,15 +85,25 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for a pickled numpy.ndarray, and makes the array from its shape, type and bytes."""
+    """Stands in for a pickled numpy.ndarray: makes the array from the shape, type and bytes in the pickle."""
 
     def __init__(self, *empty: object):
         self.array = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, fortran, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data  # a str of Python 2 is its bytes
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 pickles bytes as str
         self.array = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def _require_small_memo(data: bytes) -> None:
+    """Refuses an index into the memo that no honest pickle has: Python would allocate memory up to this index."""
+    try:
+        for code, argument, _ in pickletools.genops(data):
+            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+                raise pickle.UnpicklingError("it asks for a huge memo")
+    except ValueError:
+        return  # damaged: the unpickler says where
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -99,10 +112,10 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# How NumPy pickles an array; and bytes, which protocol 2 of Python 3 spells _codecs.encode(text, "latin1").
+# What NumPy's pickles name. Python 3 pickles bytes in protocol 2 as _codecs.encode(text, "latin1").
 _KNOWN = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): None,  # an argument of _reconstruct, never called
+    ("numpy", "ndarray"): None,  # an argument of _reconstruct; it is never called
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _latin1,
 }
@@ -110,23 +123,31 @@ _KNOWN = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        place = module.replace("numpy._core", "numpy.core"), name  # as NumPy 2 and 1 spell it
-        if place not in _KNOWN:
+        known = module.replace("numpy._core", "numpy.core"), name  # the spellings of NumPy 2 and 1
+        if known not in _KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _KNOWN[place]
+        return _KNOWN[known]
 
 
 def _load(data: bytes, file: Path) -> dict[str, Any]:
-    """One pickled dict, its keys as text."""
+    """Unpickles a dict and converts its keys to text."""
     try:
         content = restricted_load(data)
     except pickle.UnpicklingError as error:
-        raise UserError("data", file, f"refused as unsafe ({error}); take the original file") from None
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError("data", file, f"damaged pickle ({type(error).__name__}: {error}); copy it again") from None
+        raise UserError("data", file, f"refused as unsafe ({reason(error)}); use the original file") from None
+    except Exception as error:  # a damaged pickle can raise nearly any exception
+        raise UserError(
+            "data", file, f"damaged pickle ({type(error).__name__}: {reason(error)}); copy it again"
+        ) from None
     if not isinstance(content, dict):
         raise UserError("data", file, f"holds a {type(content).__name__}, not the dict of a CIFAR batch")
     return {_text(key): value for key, value in content.items()}
+
+
+def _class_names(names: object, file: Path) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)):
+        raise UserError("data", file, f"class names are a {type(names).__name__}, not a list; use the original file")
+    return tuple(map(_text, names))
 
 
 def _text(value: object) -> str:
@@ -137,7 +158,15 @@ def _field(batch: dict[str, Any], keys: tuple[str, ...], file: Path) -> Any:
     for key in keys:
         if key in batch:
             return batch[key]
-    raise UserError("data", file, f"has no {' or '.join(keys)}, only {', '.join(batch)}; take the original file")
+    raise UserError("data", file, f"has no {' or '.join(keys)}, only {', '.join(batch)[:200]}; use the original file")
+
+
+def _labels(values: object, file: Path) -> np.ndarray:
+    with parser_errors("list of labels", file, "use the original file"):
+        array = np.asarray(values)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"{array.dtype} {list(array.shape)}")
+    return array
 
 
 def _pixels(data: object, file: Path) -> np.ndarray:
@@ -148,15 +177,14 @@ def _pixels(data: object, file: Path) -> np.ndarray:
 
 
 def _in_tar(path: Path) -> dict[str, Callable[[], bytes]]:
-    """The files of an archive by their last name, each read into memory when asked for: nothing is written to disk."""
-    try:
-        with tarfile.open(path) as archive:
-            members = [member for member in archive.getmembers() if member.isfile()]
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError("data", path, f"not a whole tar archive ({error}); copy it again") from None
+    """Returns a reader for each file of an archive, by its last name. Nothing is written to disk."""
+    with parser_errors("tar archive", path), tarfile.open(path) as archive:
+        members = [member for member in archive.getmembers() if member.isfile()]
 
     def read(member: tarfile.TarInfo) -> bytes:
-        with tarfile.open(path) as archive:
+        name = path / member.name
+        require_size(name, (member.size,), 1, path.stat().st_size, compressed=True)
+        with parser_errors("file in a tar archive", name, file=path), tarfile.open(path) as archive:
             file = archive.extractfile(member)
             assert file is not None  # a regular file
             return file.read()

@@ -7,23 +7,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tadperf.data.layout import Content, Layout
-from tadperf.progress import Progress, silent
+from tadperf.data.layout import Content, Layout, ReadOptions
 
 DIGITS_TRAIN = 1400  # of scikit-learn's 1797 digits; the other 397 are the test split
 
 
-def read_digits(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
-    """scikit-learn's digits, built in: 1400 train and 397 test images of 8 x 8, the values 0..16 scaled to 0..255.
+def read_digits(path: Path, options: ReadOptions) -> Layout:
+    """Returns scikit-learn's digits: 1400 train and 397 test images of 8 x 8, with values 0..16 scaled to 0..255.
 
-    The split is stratified by class, and fixed: it does not follow the user's seed.
+    The split is stratified by class and fixed: it does not depend on the user's seed.
     """
     from sklearn.datasets import load_digits
 
     values, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8))
     labels = torch.from_numpy(classes.astype(np.int64))
-    order = np.random.RandomState(0).permutation(len(classes))  # the legacy generator is frozen for good
+    order = np.random.RandomState(0).permutation(len(classes))  # NumPy never changes the values of its legacy generator
     share = np.bincount(classes) * DIGITS_TRAIN / len(classes)
     take = np.floor(share).astype(int)
     take[np.argsort(take - share, kind="stable")[: DIGITS_TRAIN - take.sum()]] += 1  # largest remainders

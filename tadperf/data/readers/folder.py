@@ -1,64 +1,165 @@
-"""Image folders: one folder per class."""
+"""Reads image folders: one folder per class."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from tadperf.data.layout import SPLITS, Content, Layout, choose_splits
-from tadperf.data.pixels import decode
-from tadperf.errors import UserError
-from tadperf.progress import Progress, silent
+from tadperf.data.decode import SUFFIXES, BitDepth, Encoded, decode
+from tadperf.data.layout import Content, Layout, ReadOptions
+from tadperf.data.splits import choose_splits, look_like_splits, nfc, split_of_folder
+from tadperf.errors import UserError, warn_user
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+MAX_DESCENT = 2  # folders with nothing but one folder in them that are passed through
+LISTED = 8  # kinds of files that a warning names
 
 
-def read_folder(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
-    """A folder per class, under train/ and test/ (validation/, valid/, val/), or right in `path` (then no test split).
+def read_folder(path: Path, options: ReadOptions) -> Layout:
+    """Reads a folder per class, below split folders (`splits.WORDS`) or directly in `path` (then no test split).
 
-    Classes are numbered in the order of their names; what starts with a dot is passed over. Raises UserError where
-    there is no image, and where the test split has a class that train has not.
+    Classes are in the order of their names, and images in the order of their paths. Names that start with a dot are
+    ignored; other files that are no images are counted in a warning. Raises UserError if there is no image, if a split
+    is ambiguous, and if the test split has a class that train does not have.
     """
     if not path.is_dir():
-        raise UserError("data", path, "is a file; an image folder is wanted")
-    folders = {folder.name.lower(): folder for folder in _visible_folders(path)}
-    chosen = choose_splits({name: folders[name] for name in SPLITS if name in folders})
-    roots = {split: folders[name] for split, name in chosen.items()} or {"train": path}
-    classes = {split: {folder.name: folder for folder in _visible_folders(root)} for split, root in roots.items()}
+        raise UserError("data", path, "is a file; an image folder is a folder with a folder per class")
+    roots = _split_roots(path)
+    classes = {split: _classes(root) for split, root in roots.items()}
     names = tuple(classes.get("train", classes.get("test", {})))
-    for split, found in classes.items():
-        other = next((name for name in found if name not in names), None)
+    for split, folders in classes.items():
+        other = next((name for name in folders if name not in names), None)
         if other is not None:
             raise UserError("data", roots[split] / other, "is a class that train does not have; use the same folders")
+    skipped: Counter[str] = Counter()
     files = {
-        split: [(file, c) for c, name in enumerate(names) if name in found for file in _images(found[name])]
-        for split, found in classes.items()
+        split: [(file, c) for c, name in enumerate(names) for file in _images(folders.get(name, []), skipped)]
+        for split, folders in classes.items()
     }
-    for split, found in files.items():
-        if not found:
-            kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
-            raise UserError("data", roots[split], f"no image found; put {kinds} files in one folder per class")
+    for split, images in files.items():
+        if not images:
+            message = "no image found; put the images (jpg, png, tif, ...) of each class into a folder of its own"
+            raise UserError("data", roots[split], message)
+    _report_skipped(path, skipped + _outside_of_classes(set(roots.values())))
+    depth = BitDepth(lambda: (_encoded(file) for images in files.values() for file, _ in images))
 
     def read(split: str) -> Content:
-        encoded = ((str(file), file) for file, _ in files[split])
-        found = [file for file, _ in files[split]]
-        images = decode(encoded, len(found), image_size, found, progress)
-        return Content(images, torch.tensor([c for _, c in files[split]]))
+        paths = [file for file, _ in files[split]]
+        encoded = map(_encoded, paths)
+        images = decode(encoded, len(paths), options.image_size, paths, depth, options.progress)
+        file_names = tuple(display_name(file.relative_to(path).as_posix()) for file in paths)
+        return Content(images, torch.tensor([c for _, c in files[split]]), file_names=file_names)
 
     return Layout(names, {split: lambda split=split: read(split) for split in files})
 
 
+def display_name(name: str) -> str:
+    """Returns a file name as text in Unicode form NFC. Bytes that are not UTF-8 become escapes: "caf\\xe9.png"."""
+    return nfc(os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def _encoded(file: Path) -> Encoded:
+    return Encoded(str(file), file)
+
+
+def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
+    """Returns the folders that hold the class folders of "train" and "test"."""
+    folders = _visible_folders(path)
+    splits: dict[str, list[Path]] = {}
+    others = []
+    for folder in folders:
+        split = split_of_folder(folder.name) if _is_split_folder(folder) else None
+        splits.setdefault(split, []).append(folder) if split else others.append(folder)
+    for split, candidates in splits.items():
+        if len(candidates) > 1:
+            listed = " and ".join(folder.name for folder in candidates)
+            raise UserError("data", path, f"{listed} are both {split} splits by their names; keep or rename one")
+    if splits and ("train" in splits or not others):
+        chosen = choose_splits(splits)
+        unused = [folder.name for folder in others] + [
+            splits[name][0].name for name in splits if name not in chosen.values()
+        ]
+        if unused:
+            warn_user(f"data: {path}: folders that are not used: {', '.join(sorted(unused)[:LISTED])}")
+        return {split: _nested(splits[name][0]) for split, name in chosen.items()}
+    suspects = look_like_splits(folder.name for folder in folders)
+    if suspects and all(_is_split_folder(path / name) for name in suspects):
+        raise UserError("data", path, f"{', '.join(suspects)} look like splits; rename them to train and test")
+    if len(folders) == 1 and descent < MAX_DESCENT and len(_visible_folders(folders[0])) > 1:
+        return _split_roots(folders[0], descent + 1)
+    return {"train": path}
+
+
+def _is_split_folder(folder: Path) -> bool:
+    """Returns whether a folder can be a split: it has folders in it, or nothing. A class named "train" holds images."""
+    return bool(_visible_folders(folder)) or not any(_is_image(entry.name) for entry in os.scandir(folder))
+
+
+def _nested(folder: Path) -> Path:
+    """Returns the folder inside if a split folder holds only another one of the same split: seg_train/seg_train."""
+    inside = _visible_folders(folder)
+    same = len(inside) == 1 and split_of_folder(inside[0].name) == split_of_folder(folder.name)
+    return inside[0] if same and _visible_folders(inside[0]) else folder
+
+
+def _classes(root: Path) -> dict[str, list[Path]]:
+    """Returns the folders of each class. Two folders whose names differ in their Unicode form only are one class."""
+    classes: dict[str, list[Path]] = {}
+    for folder in _visible_folders(root):
+        classes.setdefault(display_name(folder.name), []).append(folder)
+    return dict(sorted(classes.items()))
+
+
 def _visible_folders(path: Path) -> list[Path]:
-    folders = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(folders, key=lambda folder: folder.name)
+    with os.scandir(path) as entries:
+        return [path / name for name in sorted(e.name for e in entries if _is_visible(e.name) and e.is_dir())]
 
 
-def _images(folder: Path) -> list[Path]:
-    """The images at any depth below a class's folder, in order of their paths."""
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and _is_visible(name)
+
+
+def _images(folders: list[Path], skipped: Counter[str]) -> list[Path]:
+    """Returns the images at any depth below the folders of a class, sorted. Counts the other files by suffix."""
+    images = []
+    for file in (file for folder in folders for file in _walk(folder, ())):
+        if _is_image(file.name):
+            images.append(file)
+        else:
+            skipped[file.suffix.lower() or "no suffix"] += 1
+    return sorted(images)
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """Yields the visible files below a folder. Follows symbolic links, except to a folder that it is in already."""
+    status = folder.stat()
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _is_visible(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _walk(folder / entry.name, (*above, place))
+            else:
+                yield folder / entry.name
+
+
+def _outside_of_classes(roots: set[Path]) -> Counter[str]:
+    names = [entry.name for root in roots for entry in root.iterdir() if _is_image(entry.name) and entry.is_file()]
+    return Counter({"images outside of a class folder": len(names)}) if names else Counter()
+
+
+def _report_skipped(path: Path, skipped: Counter[str]) -> None:
+    if skipped:
+        listed = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(LISTED))
+        more = f" and {len(skipped) - LISTED} other kinds" if len(skipped) > LISTED else ""
+        warn_user(f"data: {path}: {skipped.total()} files are not used: {listed}{more}")

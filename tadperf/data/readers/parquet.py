@@ -1,4 +1,4 @@
-"""Parquet files in the Hugging Face hub's schema: an image column, a label column, splits by name."""
+"""Reads parquet files in the schema of the Hugging Face hub: an image column, a label column, splits by file name."""
 
 from __future__ import annotations
 
@@ -10,59 +10,92 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tadperf.data.layout import Content, Layout, choose_splits, index_labels, split_of
-from tadperf.data.pixels import decode
+from tadperf.data.decode import BitDepth, Encoded, decode
+from tadperf.data.layout import Content, Layout, ReadOptions, index_labels
+from tadperf.data.parsing import parser_errors
+from tadperf.data.splits import choose_splits, split_of_file, split_of_folder
 from tadperf.errors import UserError
-from tadperf.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LABELS = ("label", "labels", "fine_label", "fine_labels", "target", "class", "y")  # tried in this order
-BATCH = 1024  # rows read at a time
+# Known column names, the first match wins.
+IMAGES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
+LABELS = (
+    "label", "labels", "fine_label", "fine_labels", "target", "targets", "class", "classes", "y", "category",
+    "class_id", "class_label", "category_id", "label_id", "cls",
+)  # fmt: skip
+IDS = ("id", "ids", "index", "idx", "image_id", "width", "height", "__index_level_0__")  # numbers, but not labels
+BATCH = 1024  # rows read at a time; not tuned
 
 
-def read_parquet(path: Path, image_size: int | None, progress: Progress = silent) -> Layout:
-    """A parquet file, or a folder of them: images as struct {bytes, path} or bytes, labels as integers or names.
+def read_parquet(path: Path, options: ReadOptions) -> Layout:
+    """Reads a parquet file or a folder of them: images as struct {bytes, path} or bytes, labels as integers or names.
 
-    Columns and class names come from the hub's metadata in the schema, else from the Arrow types. Splits come from the
-    file's or the folder's name. Raises UserError on a damaged file, a missing shard, and where no column fits.
+    Columns: those of the options, else of the hub's metadata, else known names, else the only one that fits. Splits: by
+    the names of files and folders. Raises UserError on a damaged file, on a missing shard, if no column or several
+    columns fit, and if a folder holds several data sets.
     """
-    files = _splits(path)
+    files = _split_files(path)
     schema = _open(next(iter(files.values()))[0]).schema_arrow
     features = _features(schema)
-    image, label = _image_column(schema, features, path), _label_column(schema, features, path)
-    class_names = tuple(features.get(label, {}).get("names") or ()) or None
-    columns = {name: _column(shards, label) for name, shards in files.items()}
-    chosen = choose_splits({name: values for name, values in columns.items() if not _unlabelled(values)})
+    image = _image_column(schema, features, path, options.image_column)
+    label = _label_column(schema, features, path, options.label_column)
+    columns = {split: _read_column(shards, label) for split, shards in files.items()}
+    if options.label_column is None and label not in LABELS and label not in features:
+        _require_few_classes(columns, label, path)
+    class_names = tuple(map(str, features.get(label, {}).get("names") or ())) or None
+    chosen = choose_splits(split for split, values in columns.items() if not _is_unlabelled(values))
     if not chosen:
         raise UserError("data", path, f"every label in column {label!r} is -1; this file holds no labels")
     names, labels = index_labels({split: columns[name] for split, name in chosen.items()}, class_names, str(path))
+    depth = BitDepth(lambda: (row for name in chosen.values() for row in _encoded(files[name], image)))
 
     def read(split: str) -> Content:
         shards = files[chosen[split]]
-        images = decode(_encoded(shards, image), len(labels[split]), image_size, shards, progress)
+        rows = _encoded(shards, image)
+        images = decode(rows, len(labels[split]), options.image_size, shards, depth, options.progress)
         return Content(images, labels[split])
 
     return Layout(names, {split: lambda split=split: read(split) for split in chosen})
 
 
-def _splits(path: Path) -> dict[str, list[Path]]:
-    """The files of each split, in order of their names."""
+def _split_files(path: Path) -> dict[str, list[Path]]:
+    """Returns the files of each split, in order of their names."""
     if path.is_file():
-        return {split_of(path.stem) or "train": [path]}
-    found: dict[str, list[Path]] = {}
+        return {split_of_file(path.stem) or "train": [path]}
     files = [file for file in sorted(path.rglob("*.parquet")) if "/." not in f"/{file.relative_to(path).as_posix()}"]
     if not files:
         raise UserError("data", path, "holds no .parquet file")
+    _require_one_set(path, files)
+    splits: dict[str, list[Path]] = {}
+    unknown = []
     for file in files:
         parts = (file.stem, *reversed(file.relative_to(path).parent.parts))
-        split = next(filter(None, map(split_of, parts)), None)
-        if split:
-            found.setdefault(split, []).append(file)
-    for shards in found.values():
+        split = next(filter(None, map(split_of_file, parts)), None)
+        splits.setdefault(split, []).append(file) if split else unknown.append(file)
+    if splits and unknown:
+        remedy = "names no split, but other files do; name it train or test, or move it away"
+        raise UserError("data", unknown[0], remedy)
+    for shards in splits.values():
         _require_all_shards(shards)
-    return found or {"train": files}
+    return splits or {"train": files}
+
+
+def _require_one_set(path: Path, files: list[Path]) -> None:
+    """Raises UserError if the files lie in several folders that are no splits: a hub repository of several configs."""
+    sets = set()
+    for file in files:
+        parents = file.relative_to(path).parent.parts
+        sets.add("/".join(part for part in parents if not _is_split(part)) or ".")
+    if len(sets) > 1:
+        raise UserError(
+            "data", path, f"holds several data sets: {', '.join(sorted(sets)[:20])}; name one of the folders"
+        )
+
+
+def _is_split(folder: str) -> bool:
+    return split_of_folder(folder) is not None or (split_of_file(folder) is not None and "partial" in folder.lower())
 
 
 def _require_all_shards(files: list[Path]) -> None:
@@ -73,95 +106,118 @@ def _require_all_shards(files: list[Path]) -> None:
 
 
 def _open(file: Path) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with parser_errors("parquet file", file):
         return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from None
-
-
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError("data", file, f"not a whole parquet file ({str(error).splitlines()[0][:100]}); copy it again")
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """The hub's features by column, {} where the file has none."""
+    """Returns the hub's features by column, {} if the file has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _image_column(schema: pa.Schema, features: dict[str, Any], path: Path) -> str:
-    import pyarrow as pa
-
-    def holds_images(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    named = [field.name for field in schema if features.get(field.name, {}).get("_type") == "Image"]
-    fitting = named or [field.name for field in schema if holds_images(field.type)]
-    if not fitting or not holds_images(schema.field(fitting[0]).type):
+def _image_column(schema: pa.Schema, features: dict[str, Any], path: Path, chosen: str | None) -> str:
+    if chosen is not None:
+        return _chosen_column(schema, path, "data.image_column", chosen, _holds_images, "encoded images (bytes)")
+    typed = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
+    fitting = [name for name in typed or schema.names if _holds_images(schema.field(name).type)]
+    if not fitting:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise UserError("data", path, f"has no column of encoded images (bytes), only {columns[:200]}")
-    return fitting[0]
+    return _first_known(fitting, IMAGES, path, "images", "data.image_column")
 
 
-def _label_column(schema: pa.Schema, features: dict[str, Any], path: Path) -> str:
-    import pyarrow as pa
+def _label_column(schema: pa.Schema, features: dict[str, Any], path: Path, chosen: str | None) -> str:
+    if chosen is not None:
+        return _chosen_column(schema, path, "data.label_column", chosen, _holds_labels, "integers or class names")
+    typed = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    known = next((name for name in LABELS if name in (typed or schema.names)), None)
+    if known is not None and not _holds_labels(schema.field(known).type):
+        kind = schema.field(known).type
+        remedy = f"column {known!r} holds {kind}; labels must be integers or class names: convert it"
+        raise UserError("data", path, remedy)
+    fitting = [name for name in typed or schema.names if name not in IDS and _holds_labels(schema.field(name).type)]
+    if not fitting:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError("data", path, f"has no column of labels, only {columns[:200]}; set data.label_column")
+    return known or _first_known(fitting, LABELS, path, "labels", "data.label_column")
 
-    def holds_labels(kind: pa.DataType) -> bool:
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
-    named = [field.name for field in schema if features.get(field.name, {}).get("_type") == "ClassLabel"]
-    fitting = named or [field.name for field in schema if holds_labels(field.type)]
-    best = next((name for name in LABELS if name in fitting), None)
-    if best is None and len(named) != 1 and len(fitting) != 1:
-        columns = ", ".join(schema.names)
-        raise UserError("data", path, f"which column holds the labels? Name it 'label' (columns: {columns[:200]})")
+def _chosen_column(schema: pa.Schema, path: Path, field: str, name: str, fits: Any, content: str) -> str:
+    if name not in schema.names:
+        raise UserError(field, name, f"{path} has no such column, only {', '.join(schema.names)[:200]}")
+    if not fits(schema.field(name).type):
+        raise UserError(field, name, f"holds {schema.field(name).type}; must hold {content}")
+    return name
+
+
+def _first_known(fitting: list[str], known: tuple[str, ...], path: Path, content: str, option: str) -> str:
+    """Returns the column with a known name, or the only one. Raises UserError if there are several."""
+    best = next((name for name in known if name in fitting), None)
+    if best is None and len(fitting) > 1:
+        remedy = f"which column holds the {content}, {' or '.join(fitting)[:200]}? Use --set {option}=NAME"
+        raise UserError("data", path, remedy)
     return best or fitting[0]
 
 
-def _column(files: list[Path], column: str) -> np.ndarray:
+def _holds_images(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holds_labels(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _read_column(files: list[Path], column: str) -> np.ndarray:
     parts = []
     for file in files:
-        try:
+        with parser_errors("parquet file", file):
             values = _open(file).read([column]).column(column)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise _damaged(file, error) from None
-        if values.null_count:
-            raise UserError("data", file, f"{values.null_count} rows of column {column!r} have no label; remove them")
-        parts.append(np.asarray(values.to_pylist()))
+            if values.null_count:
+                remedy = f"{values.null_count} rows of column {column!r} have no label; remove them"
+                raise UserError("data", file, remedy)
+            parts.append(np.asarray(values.to_pylist()))
     return np.concatenate(parts)
 
 
-def _unlabelled(values: np.ndarray) -> bool:
-    """Whether every label is -1, as the hub has it where the labels of a test split are kept back."""
+def _require_few_classes(columns: dict[str, np.ndarray], label: str, path: Path) -> None:
+    """Raises UserError if a column that is only guessed to be the labels has a value of its own in most rows."""
+    values = np.concatenate(list(columns.values()))
+    if len(np.unique(values)) * 2 > len(values):
+        remedy = f"column {label!r} differs in most rows, so it is no label; use --set data.label_column=NAME"
+        raise UserError("data", path, remedy)
+
+
+def _is_unlabelled(values: np.ndarray) -> bool:
+    """Returns whether every label is -1: the hub's sign for a test split whose labels are secret."""
     return values.dtype.kind == "i" and bool((values == -1).all())
 
 
-def _encoded(files: list[Path], column: str) -> Iterator[tuple[str, bytes]]:
-    """Each image's name for messages ("file row i") and its bytes, a batch of rows in memory at a time."""
+def _encoded(files: list[Path], column: str) -> Iterator[Encoded]:
+    """Yields each image as "file row i" with its bytes. Holds one batch of rows in memory."""
     import pyarrow as pa
 
     for file in files:
         row = 0
-        try:
+        with parser_errors("parquet file", file):
             for batch in _open(file).iter_batches(BATCH, columns=[column]):
                 values = batch.column(0)
                 if pa.types.is_struct(values.type):
                     values = values.field("bytes")
                 for value in values.to_pylist():
-                    if value is None:
-                        raise UserError("data", f"{file} row {row}", "no bytes of an image; embed the files")
-                    yield f"{file} row {row}", value
+                    if not isinstance(value, bytes):
+                        raise UserError("data", f"{file} row {row}", "no bytes of an image; embed the image files")
+                    yield Encoded(f"{file} row {row}", value)
                     row += 1
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(file, error) from None

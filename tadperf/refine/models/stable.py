@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +11,20 @@ from torch import Tensor
 from tadperf.config import RefineConfig
 from tadperf.errors import UserError
 from tadperf.refine.models import sampling
-from tadperf.refine.models.base import DiffusionModel, Target, load_pipeline, speed_up
+from tadperf.refine.models.base import DiffusionModel, Target, compile_part, load_pipeline
 
-LATENTS = 4  # channels that the pipeline takes for latents; an image of any other number it would encode
+LATENTS = 4  # with this number of channels, the pipeline takes an image for latents; with any other, it encodes it
 
 
 def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
-    """Stable Diffusion (Rombach et al., 2022), its checkpoint in a folder or on the hub; classes by `refine.prompt`.
+    """Opens Stable Diffusion (Rombach et al., 2022) from a folder or the hub; `refine.prompt` describes the classes.
 
-    The latents are those of its VAE's mean, scaled. The safety checker is left out: it blackens images of 32 x 32.
+    Latents are the scaled mean of its VAE. The safety checker is off: it turns 32 x 32 images black.
     """
     try:
         import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        remedy = "needs the text encoder of transformers; install tadperf[stable-diffusion]"
+        remedy = "Stable Diffusion needs transformers; install tadperf[stable-diffusion]"
         raise UserError("refine.source", config.source, remedy) from None
     from diffusers import StableDiffusionImg2ImgPipeline
 
@@ -43,12 +44,12 @@ def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
     return as_diffusion_model(pipe, config, target)
 
 
-def as_diffusion_model(pipe, config: RefineConfig, target: Target) -> DiffusionModel:
-    """A loaded image-to-image pipeline as a source."""
+def as_diffusion_model(pipe: Any, config: RefineConfig, target: Target) -> DiffusionModel:
+    """Wraps a loaded image-to-image pipeline."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scale, dtype = pipe.vae.config.scaling_factor, pipe.vae.dtype
-    speed_up(pipe.unet, config, target, *sampling.denoising(config))
-    speed_up(pipe.vae.decoder, config, target, config.batch, 1)
+    compile_part(pipe.unet, config, target, *sampling.denoiser_calls(config))
+    compile_part(pipe.vae.decoder, config, target, config.batch, 1)
     prompts = [config.prompt.replace("{name}", name) for name in target.class_names]
 
     @torch.no_grad()
@@ -57,7 +58,7 @@ def as_diffusion_model(pipe, config: RefineConfig, target: Target) -> DiffusionM
         return pipe.vae.encode(x).latent_dist.mode().float() * scale
 
     def denoise(prototypes: Tensor, labels: Tensor, image_seeds: Sequence[int], strength: float) -> Tensor:
-        made = pipe(
+        images = pipe(
             [prompts[label] for label in labels.tolist()],
             image=prototypes.to(target.device, dtype),
             strength=strength,
@@ -66,6 +67,6 @@ def as_diffusion_model(pipe, config: RefineConfig, target: Target) -> DiffusionM
             generator=sampling.generators(image_seeds),
             output_type="pt",
         ).images
-        return sampling.to_pixels(made.float() * 2 - 1, target.shape)
+        return sampling.to_pixels(images.float() * 2 - 1, target.shape)
 
     return DiffusionModel(encode, denoise)

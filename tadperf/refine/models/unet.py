@@ -1,10 +1,12 @@
-"""A class-conditional UNet over pixels: diffusers' UNet2DModel with a null class, kept as a DDIMPipeline folder."""
+"""A class-conditional UNet over pixels: diffusers' UNet2DModel with a null class, saved as a DDIMPipeline folder."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +15,15 @@ from torch import Tensor
 from tadperf.config import DiffusionConfig, RefineConfig
 from tadperf.errors import UserError
 from tadperf.refine.models import sampling
-from tadperf.refine.models.base import DiffusionModel, Target, class_map, load_pipeline, speed_up
+from tadperf.refine.models.base import DiffusionModel, Target, class_map, compile_part, load_pipeline
 
-LEVELS = 5  # at most: each halves the side
+LEVELS = 5  # at most; each level halves the side; not tuned
 
 
-def build(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int, seed: int):
-    """An untrained UNet for images of `shape`; the class after the last stands for none (tadperf).
+def build(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int, seed: int) -> Any:
+    """Returns an untrained UNet for images of `shape`; class number `num_classes` means "no class" (tadperf).
 
-    Levels are added until the side is 4, with attention there alone; images are padded until every level halves.
+    Adds levels until the side is 4. Only that level has attention. Images are padded so that each level can halve them.
     """
     from diffusers import UNet2DModel
 
@@ -44,8 +46,11 @@ def build(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int
         )
 
 
-def schedulers():
-    """DDPM's noise levels to train by (Ho et al., 2020; cosine, Nichol and Dhariwal, 2021) and DDIM's to sample by."""
+def schedulers() -> tuple[Any, Any]:
+    """Returns a DDPM scheduler for training (Ho et al., 2020) and a DDIM scheduler for sampling.
+
+    The noise levels follow the cosine of Nichol and Dhariwal (2021).
+    """
     from diffusers import DDIMScheduler, DDPMScheduler
 
     training = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
@@ -53,36 +58,36 @@ def schedulers():
 
 
 def pad(x: Tensor, side: int) -> Tensor:
-    """Floats [B, C, H, W] with their edges repeated to [B, C, side, side]."""
+    """Pads floats [B, C, H, W] to [B, C, side, side] by repeating the edges."""
     below, right = side - x.shape[-2], side - x.shape[-1]
     return F.pad(x, (right // 2, right - right // 2, below // 2, below - below // 2), mode="replicate")
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pad`."""
+    """Undoes `pad`."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
 
 
 def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
-    """What `train` made, or another class-conditional DDPM or DDIM pipeline, in a folder or on the hub."""
+    """Opens a class-conditional DDPM or DDIM pipeline, such as a trained one, from a folder or the hub."""
     from diffusers import DDIMPipeline
 
     pipe = load_pipeline(config.source, DDIMPipeline)
-    return as_diffusion_model(pipe.unet, pipe.scheduler, config, target)  # pyright: ignore[reportAttributeAccessIssue]
+    return as_diffusion_model(pipe.unet, pipe.scheduler, config, target)
 
 
-def as_diffusion_model(unet, scheduler, config: RefineConfig, target: Target) -> DiffusionModel:
-    """A UNet with its sampling scheduler as a source; raises UserError where it does not fit the data."""
+def as_diffusion_model(unet: Any, scheduler: Any, config: RefineConfig, target: Target) -> DiffusionModel:
+    """Wraps a UNet and its scheduler. Raises UserError if the UNet does not fit the data."""
     channels, height, width = target.shape
     null = (unet.config.num_class_embeds or 1) - 1
     classes = class_map(config, target, null)
     side = unet.config.sample_size
     if unet.config.in_channels != channels or side < max(height, width):
-        takes = f"takes images of {unet.config.in_channels} x {side} x {side}"
+        takes = f"the model takes images of {unet.config.in_channels} x {side} x {side}"
         raise UserError("refine.source", config.source, f"{takes}, the data have {channels} x {height} x {width}")
     unet, sampler = unet.to(target.device).eval(), sampling.ddim(scheduler)
-    speed_up(unet, config, target, *sampling.denoising(config))
+    compile_part(unet, config, target, *sampling.denoiser_calls(config))
 
     def encode(images: Tensor) -> Tensor:
         return pad(sampling.to_range(images.to(target.device), channels, height), side)
@@ -90,25 +95,23 @@ def as_diffusion_model(unet, scheduler, config: RefineConfig, target: Target) ->
     @torch.no_grad()
     def denoise(prototypes: Tensor, labels: Tensor, image_seeds: Sequence[int], strength: float) -> Tensor:
         labels = classes[labels.to(target.device)]
-        both = torch.cat([labels, torch.full_like(labels, null)]) if config.guidance > 1 else labels
+        guided_labels = torch.cat([labels, torch.full_like(labels, null)]) if config.guidance > 1 else labels
 
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             if config.guidance == 1:
                 return unet(x, timestep, labels).sample
-            return sampling.guided(unet(torch.cat([x, x]), timestep, both).sample, config.guidance)
+            return sampling.apply_guidance(unet(torch.cat([x, x]), timestep, guided_labels).sample, config.guidance)
 
         start = prototypes.to(target.device)
-        drawn = sampling.noise(start.shape[1:], image_seeds).to(start)
-        x = sampling.from_noised(predict, sampler, start, drawn, config.steps, strength)
+        noise = sampling.image_noise(start.shape[1:], image_seeds).to(start)
+        x = sampling.denoise_from(predict, sampler, start, noise, config.steps, strength)
         return sampling.to_pixels(crop(x, height, width), target.shape)
 
     return DiffusionModel(encode, denoise)
 
 
-def save(folder: Path, unet, scheduler) -> None:
-    """Writes diffusers' own folder format, wholly or not at all."""
-    import shutil
-
+def save(folder: Path, unet: Any, scheduler: Any) -> None:
+    """Saves a folder in diffusers' format, completely or not at all."""
     from diffusers import DDIMPipeline
 
     partial = folder.with_name(folder.name + ".partial")

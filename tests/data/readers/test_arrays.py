@@ -89,17 +89,27 @@ def refused(tmp_path, words, **arrays):
 
 def test_npz_errors(tmp_path, pixels, classes):
     objects = np.array([{}, {}], dtype=object)
-    refused(tmp_path, "bad.npz: images: cannot be read .*store plain arrays", images=objects, labels=classes[:2])
-    refused(tmp_path, "bad.npz: labels: cannot be read .*store plain arrays", images=pixels, labels=np.array([1, None]))
+    refused(tmp_path, "bad.npz: images: holds pickled objects.*store plain arrays", images=objects, labels=classes[:2])
+    refused(
+        tmp_path,
+        "bad.npz: labels: holds pickled objects.*store plain arrays",
+        images=pixels,
+        labels=np.array([1, None]),
+    )
     refused(tmp_path, "only foo", foo=pixels)
     refused(tmp_path, "the train split is empty", images=pixels[:0], labels=classes[:0])
     refused(tmp_path, "12 images but 11 labels", images=pixels, labels=classes[1:])
     refused(tmp_path, "but 11 clean_labels", images=pixels, labels=classes, clean_labels=classes[1:])
     refused(tmp_path, r"0..255; scale them to 0\.\.1", images=pixels.astype(np.float32), labels=classes)
-    refused(tmp_path, "scale them", images=np.full((12, 8, 8), np.nan), labels=classes)
+    refused(tmp_path, "image 0 has a NaN or infinite pixel", images=np.full((12, 8, 8), np.nan), labels=classes)
     refused(tmp_path, "int64; must be uint8", images=pixels.astype(np.int64), labels=classes)
     refused(tmp_path, r"\[12, 192\]; must be", images=pixels.reshape(12, -1), labels=classes)
-    refused(tmp_path, r"\[12, 8, 8, 4\]", images=np.zeros((12, 8, 8, 4), np.uint8), labels=classes)
+    refused(
+        tmp_path,
+        r"\[12, 8, 8, 4\]: 4 channels \(colour and alpha, or CMYK\); store 3",
+        images=np.zeros((12, 8, 8, 4), np.uint8),
+        labels=classes,
+    )
     refused(tmp_path, "labels of float64", images=pixels, labels=classes / 2)
     refused(tmp_path, r"labels of int64 \[12, 3\]", images=pixels, labels=np.eye(3, dtype=int)[classes])
     refused(tmp_path, "label -1", images=pixels, labels=classes - 1)
@@ -110,7 +120,13 @@ def test_npz_errors(tmp_path, pixels, classes):
         labels=classes + 1,
         class_names=np.array(["a", "b", "c"]),
     )
-    refused(tmp_path, "label 'd'; is none", images=pixels[:1], labels=np.array(["d"]), class_names=np.array(["a", "b"]))
+    refused(
+        tmp_path,
+        "label 'd' is not one of the 2 classes",
+        images=pixels[:1],
+        labels=np.array(["d"]),
+        class_names=np.array(["a", "b"]),
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 30, 0.5, 0.99])
@@ -123,7 +139,7 @@ def test_truncated(tmp_path, pixels, classes, kind, keep):
         save_file({"images": torch.from_numpy(pixels), "labels": torch.from_numpy(classes)}, path)
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
-    with pytest.raises(UserError, match=f"not a whole .{kind} file"):
+    with pytest.raises(UserError, match=f"not a valid .{kind} file"):
         open_data(path)
 
 
@@ -132,7 +148,7 @@ def test_npz_damaged_inside(tmp_path, pixels, classes):
     data = bytearray((tmp_path / "set.npz").read_bytes())
     data[300:1500] = bytes(1200)
     (tmp_path / "set.npz").write_bytes(bytes(data))
-    with pytest.raises(UserError, match="copy the file again"):
+    with pytest.raises(UserError, match="images: not a valid array .*copy it again"):
         open_data(tmp_path / "set.npz")
 
 
@@ -146,7 +162,7 @@ def test_safetensors_errors(tmp_path, pixels):
         tmp_path / "b.safetensors",
         {"class_names": "x"},
     )
-    with pytest.raises(UserError, match="must be a JSON list"):
+    with pytest.raises(UserError, match="store class_names as a JSON list"):
         open_data(tmp_path / "b.safetensors")
 
 
@@ -183,12 +199,12 @@ def test_idx_errors(tmp_path, pixels, classes):
             open_data(tmp_path)
         assert caught.value.value == images
 
-    refuse("labels or images beside it is missing")
+    refuse("the other file of images and labels is missing")
     labels.write_bytes(gzip.compress(idx(classes)))
     whole = idx(pixels[..., 0])
     for cut in (-5, 100, 12):
-        refuse("not a whole gzip file", cut=cut)
-    refuse("700 bytes of 12 x 8 x 8", whole[: 16 + 700])
+        refuse("not a valid gzip file", cut=cut)
+    refuse("700 bytes where the header declares 12 x 8 x 8", whole[: 16 + 700])
     refuse("does not start as an idx3", whole[:10])
     refuse("does not start as an idx3", idx(classes))
     refuse("11 images but 12 labels", idx(pixels[1:, ..., 0]))

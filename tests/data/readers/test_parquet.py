@@ -102,7 +102,7 @@ def test_truncated(tmp_path, classes, encoded, keep):
     path = write(tmp_path / "set.parquet", encoded, classes.tolist())
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
-    with pytest.raises(UserError, match="not a whole parquet file") as caught:
+    with pytest.raises(UserError, match="not a valid parquet file") as caught:
         open_data(path)
     assert caught.value.value == path
 
@@ -119,7 +119,7 @@ def test_damaged_in_the_middle(tmp_path, classes):
 
 def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encoded):
     path = write(tmp_path / "a/set.parquet", [*encoded[:2], b"no image"], [0, 1, 0])
-    with pytest.raises(UserError, match="row 2: no image"):
+    with pytest.raises(UserError, match="row 2: cannot be decoded"):
         open_data(path)
     path = write(tmp_path / "b/set.parquet", [*encoded[:2], None], [0, 1, 0])
     with pytest.raises(UserError, match="row 2: no bytes"):
@@ -143,5 +143,5 @@ def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encode
     with pytest.raises(UserError, match=r"no column of encoded images.*a \(int64\), b \(int64\)"):
         open_data(tmp_path / "f.parquet")
     pq.write_table(pa.table({"i": encoded[:2], "a": [1, 2], "b": [1, 2]}), tmp_path / "g.parquet")
-    with pytest.raises(UserError, match="which column holds the labels"):
+    with pytest.raises(UserError, match="which column holds the labels, a or b. Use --set data.label_column=NAME"):
         open_data(tmp_path / "g.parquet")

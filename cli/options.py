@@ -1,0 +1,136 @@
+"""The options that commands share, each declared once, and the decorator that gives them to a command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from tadperf.config.options import CONFIG_OPTIONS, DATA_HELP, Option
+from tadperf.config.sources import ConfigSources
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        *CONFIG_OPTIONS,
+        Option("--data", "DATA", DATA_HELP, "data.path"),  # of a command whose argument is something else
+        Option("--devices", "K", "Divide the work over K processes here, on CUDA one per device."),
+        Option("--preset", "NAME", "Settings to start from; see 'tadperf config --list'."),
+        Option("--config", "FILE", "A TOML file; its settings win over the preset.", kind=Path),
+        Option("--set", "A.B=C", "Any setting; wins over the file; may be repeated.", kind=list),
+        Option("--out", "DIR", "Run folder; by default runs/<data>-....", kind=Path),
+        Option("--resume", "", "Continue the run in the folder.", kind=bool),
+        Option("--json", "", "Print one JSON object and nothing else on stdout.", kind=bool),
+        Option("--quiet", "", "No progress on stderr.", kind=bool),
+        Option("--debug", "", "Show the traceback of a failure.", kind=bool),
+    )
+}
+# Optional[...] and not `| None`: typer evaluates these types on Python 3.10 too.
+TYPES = {str: Optional[str], Path: Optional[Path], list: Optional[list[str]], bool: bool}  # noqa: UP045
+
+
+@dataclass
+class Invocation:
+    """The command line of this process, as far as error messages need it."""
+
+    debug: bool = False  # show the traceback of an unexpected error
+    typed: Mapping[str, str] | None = None  # dotted field -> the option that the user typed for it
+
+
+invocation = Invocation()
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """The values of the shared options. An option that the command lacks has the value of one that was not given."""
+
+    sources: ConfigSources
+    devices: str | None
+    out: Path | None
+    resume: bool
+    as_json: bool
+    quiet: bool
+
+
+def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command its options, in the order of its help text.
+
+    line: the names of shared options ("--ipc", "DATA") and of the function's own parameters ("compare"). The function
+    is called with `SharedOptions` and with its own parameters by name.
+    """
+    names = line.split()
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(function).parameters
+        own = [name for name in names if name in parameters]
+        shared = [OPTIONS[name] for name in names if name not in parameters]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            own_values = {name: values.pop(name) for name in own}
+            function(_shared_options(shared, values), **own_values)
+
+        del run.__wrapped__  # typer would read the parameters of the function itself
+        by_name = {name: parameters[name].replace(annotation=hints[name]) for name in own}
+        by_name |= {option.name: _parameter(option) for option in shared}
+        ordered = [by_name[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+        run.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportAttributeAccessIssue]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+        return run
+
+    return decorate
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """Returns the parameter that typer turns into the option."""
+    if option.name.startswith("-"):
+        info: Any = typer.Option(option.name, metavar=option.metavar or None, help=option.help)
+    else:
+        info = typer.Argument(metavar=option.metavar, help=option.help, show_default=False)
+    default = False if option.kind is bool else None
+    annotation = Annotated[TYPES[option.kind], info]
+    return inspect.Parameter(
+        _parameter_name(option), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _parameter_name(option: Option) -> str:
+    return option.name.lstrip("-").replace("-", "_").lower()
+
+
+def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedOptions:
+    """Collects the values of the shared options, and notes for error messages which of them the user typed."""
+    by_option = {option: values[_parameter_name(option)] for option in options}
+    given = {
+        option: str(value.resolve()) if isinstance(value, Path) else value  # a resumed run may start elsewhere
+        for option, value in by_option.items()
+        if option.field and value is not None and value != []
+    }
+    invocation.debug = bool(values.get("debug", False))
+    invocation.typed = {option.field: option.name for option in given}
+    fields = {option.field: value for option, value in given.items()}
+    sources = ConfigSources(values.get("preset"), values.get("config"), values.get("set") or (), fields)
+    return SharedOptions(
+        sources,
+        values.get("devices"),
+        values.get("out"),
+        values.get("resume", False),
+        values.get("json", False),
+        values.get("quiet", False),
+    )
+
+
+def typed_name(field: str) -> str:
+    """Returns what the user typed for the field of an error: "--data" for "data.path", "--ipc" for "match.ipc".
+
+    A field that no option of this command line has set keeps its name.
+    """
+    by_name = {option.name: option.field for option in CONFIG_OPTIONS} | {"data": "data.path"}
+    return (invocation.typed or {}).get(by_name.get(field, field), field)

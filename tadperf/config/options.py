@@ -1,0 +1,44 @@
+"""The options of the command line that set a field of the config. This table is the only place that ties them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Option(NamedTuple):
+    """An option ("--ipc") or an argument ("DATA") of the command line."""
+
+    name: str
+    metavar: str
+    help: str
+    field: str = ""  # the dotted field of the config that it sets; empty for an option that sets none
+    kind: type = str  # str, Path, bool or list. Numbers are text: the config checks them
+
+
+DATA_HELP = "'digits', or a file or folder of images: parquet, image folder, CIFAR pickles, npz, safetensors, idx.gz"
+CONFIG_OPTIONS = (
+    Option("DATA", "DATA", DATA_HELP, "data.path"),
+    Option("--format", "NAME", "Format of DATA; by default it is detected.", "data.format"),
+    Option("--image-size", "N", "Scale the shorter side to N, then crop the centre.", "data.image_size"),
+    Option("--labels", "FILE", "Labels to use instead: CSV, .npy, .pt:key.", "data.labels"),
+    Option("--noise", "KIND:P", "Add label noise: symmetric:P, asymmetric:P, instance:P.", "data.noise"),
+    Option("--ipc", "N", "Synthetic images per class.", "match.ipc"),
+    Option("--method", "NAME", "Distillation method: mtt, ftd or datm.", "match.method"),
+    Option("--compile", "MODE", "auto, on or off: torch.compile for the steps of matching.", "match.compile"),
+    Option("--trust", "MODE", "on, off, or oracle (uses the clean labels, and says so).", "trust.mode"),
+    Option("--synthesis", "KIND", "matching, generative (diffusion), or hybrid.", "synthesis"),
+    Option("--experts", "DIR", "Use the experts of another run.", "experts.path", Path),
+    Option("--repeats", "N", "Networks to train for each accuracy.", "evaluate.repeats"),
+    Option("--network", "NAME", "convnet, resnet18, alexnet or vgg11; may be repeated.", "evaluate.networks", list),
+    Option("--seed", "N", "Random seed: same seed, same result.", "seed"),
+    Option("--device", "NAME", "auto, cpu, cuda or cuda:i.", "device"),
+    Option("--batch", "N", "Images to generate at a time; limits the memory.", "refine.batch"),
+    Option("--backend", "NAME", "auto, eager, inductor, cudagraphs or tensorrt.", "refine.backend"),
+)
+_BY_FIELD = {option.field: option for option in CONFIG_OPTIONS}
+
+
+def option_name(field: str) -> str:
+    """Returns the option that sets a dotted field of the config, or the field itself if no option sets it."""
+    return _BY_FIELD[field].name if field in _BY_FIELD else field

@@ -1,0 +1,207 @@
+"""Reads labels from a CSV table and finds the sample that each row belongs to."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tadperf.data.dataset import Dataset
+from tadperf.data.parsing import is_lfs_pointer
+from tadperf.data.splits import nfc
+from tadperf.errors import UserError
+
+FIELD = "--labels"
+# Known words in a header, in lower case. The first label column that a table has is used.
+LABELS = (
+    "label", "given_label", "labels", "noisy_label", "target", "targets", "class", "class_name", "class_id",
+    "category", "y",
+)  # fmt: skip
+CLEAN = ("clean_label", "clean_labels", "true_label")
+FILES = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "image_path", "img", "name")
+INDICES = ("index", "idx", "")  # pandas writes its index without a name
+IDS = ("id", "image_id", "sample_id")  # a file name or an index, by its values
+AUDIT = ("verdict", "score", "given_label", "suggested_label", "reliability", "round")  # columns that tadperf writes
+SEPARATORS = (",", ";", "\t")
+SNIFFED_ROWS = 20
+
+
+class Table(NamedTuple):
+    """Columns by their names in lower case."""
+
+    columns: dict[str, list[str]]
+    rows: int
+
+
+def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list[str] | None]:
+    """Returns the labels and, if there are any, the clean labels of a CSV file in the order of the samples.
+
+    One column without a header, or columns with a header: a label (LABELS), optionally a clean label (CLEAN), and a
+    file name (FILES), an index 0..N-1 (INDICES) or either (IDS) that says which sample a row belongs to. Without one
+    of these, the rows are in the order of the samples. The separator is a comma, a semicolon or a tab. Raises UserError
+    on an unknown column, on a row without a sample and on a sample without a row.
+    """
+    table = _parse(path, spec, dataset)
+    columns = table.columns
+    label = next((name for name in LABELS if name in columns), None)
+    if label is None:
+        listed = ", ".join(columns)[:200]
+        raise UserError(FIELD, spec, f"has no column of labels, only {listed}; name it label")
+    known = {label, *CLEAN, *FILES, *INDICES, *IDS, *(AUDIT if "verdict" in columns else ("given_label",))}
+    unknown = next((name for name in columns if name not in known), None)
+    if unknown is not None:
+        remedy = f"column {unknown!r} is unknown; remove it, or name the columns label, clean_label, file, index"
+        raise UserError(FIELD, spec, remedy)
+    order = _order(table, spec, dataset)
+    clean = next((columns[name] for name in CLEAN if name in columns), None)
+    return [columns[label][k] for k in order], None if clean is None else [clean[k] for k in order]
+
+
+def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        separator = _separator(text)
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(FIELD, spec, f"not a CSV file in UTF-8 ({error})") from None
+    except OSError as error:
+        raise UserError(FIELD, spec, f"cannot be read ({error.strerror})") from None
+    if is_lfs_pointer(path):
+        raise UserError(FIELD, spec, "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+    if not rows:
+        raise UserError(FIELD, spec, "is empty")
+    header = [cell.strip().lower() for cell in rows[0]]
+    if not _is_header(header, rows, dataset):
+        if len(header) > 1:
+            raise UserError(FIELD, spec, "has several columns and no header; name them label, file, index, clean_label")
+        header, rows = ["label"], [["label"], *rows]
+    elif len(header) == 1:
+        header = ["label"]
+    wide = next((k for k, row in enumerate(rows) if len(row) != len(header)), None)
+    if wide is not None:
+        raise UserError(FIELD, spec, f"line {wide + 1} has {len(rows[wide])} columns; the header has {len(header)}")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise UserError(FIELD, spec, f"has two columns {twice!r}; remove one")
+    columns = {name: [row[k].strip() for row in rows[1:]] for k, name in enumerate(header)}
+    return Table(columns, len(rows) - 1)
+
+
+def _separator(text: str) -> str:
+    """Returns the separator that gives the first rows the same number of columns, at least two; else a comma."""
+    lines = text.splitlines()[:SNIFFED_ROWS]
+    best, columns = ",", 1
+    for separator in SEPARATORS:
+        counts = {len(row) for row in csv.reader(lines, delimiter=separator) if row}
+        if len(counts) == 1 and (count := counts.pop()) > columns:
+            best, columns = separator, count
+    return best
+
+
+def _is_header(cells: list[str], rows: list[list[str]], dataset: Dataset) -> bool:
+    """Returns whether the first row is a header: a known word, or in one column a text that is no label."""
+    known = {*LABELS, *CLEAN, *FILES, *INDICES[:-1], *IDS}
+    if set(cells) & known and not (len(cells) == 1 and _is_label(rows[0][0], dataset)):
+        return True
+    return len(cells) == 1 and not _is_label(rows[0][0], dataset) and len(rows) == len(dataset) + 1
+
+
+def _is_label(text: str, dataset: Dataset) -> bool:
+    text = text.strip()
+    return nfc(text) in map(nfc, dataset.class_names) or text.lstrip("+-").isdigit()
+
+
+def _order(table: Table, spec: str, dataset: Dataset) -> list[int]:
+    """Returns the row of each sample. All columns that say which sample a row belongs to must agree."""
+    orders: dict[str, list[int]] = {}
+    for name, values in table.columns.items():
+        by_file = name in FILES or (name in IDS and dataset.file_names is not None and not _is_index(values))
+        if by_file:
+            orders[name] = _rows_by_file(values, name, spec, dataset)
+        elif name in IDS or name in INDICES:
+            orders[name] = _rows_by_index(values, name, spec)
+    if len(orders) > 1 and orders.get("") == list(range(table.rows)):
+        del orders[""]  # pandas' row numbers say nothing about the samples
+    first = next(iter(orders), None)
+    if first is None:
+        return list(range(table.rows))
+    other = next((name for name, order in orders.items() if order != orders[first]), None)
+    if other is not None:
+        raise UserError(FIELD, spec, f"columns {first!r} and {other!r} name different samples; remove one of them")
+    return orders[first]
+
+
+def _is_index(values: list[str]) -> bool:
+    return all(value.isdigit() for value in values) and {int(value) for value in values} == set(range(len(values)))
+
+
+def _rows_by_index(values: list[str], column: str, spec: str) -> list[int]:
+    """Returns the row of each sample from a column that holds 0..N-1 in any order."""
+    title = f"column {column}" if column else "the column without a name"
+    try:
+        row = {int(text): k for k, text in enumerate(values)}
+    except ValueError:
+        raise UserError(FIELD, spec, f"{title} must hold integers") from None
+    missing = next((k for k in range(len(values)) if k not in row), None)
+    if missing is not None:
+        raise UserError(FIELD, spec, f"{title} must hold all of 0..{len(values) - 1}; {missing} is missing")
+    return [row[k] for k in range(len(values))]
+
+
+def _rows_by_file(values: list[str], column: str, spec: str, dataset: Dataset) -> list[int]:
+    """Returns the row of each sample from a column of file names.
+
+    A name is a path, or the end of one, with or without its suffix. It must mean one file only.
+    """
+    if dataset.file_names is None:
+        remedy = f"column {column!r} names files, but {dataset.name} has no file names; use a column index"
+        raise UserError(FIELD, spec, remedy)
+    names = [PurePosixPath(nfc(value.replace("\\", "/"))) for value in values]
+    row: dict[int, int] = {}
+    tables: dict[tuple[int, bool], dict[str, list[int]]] = {}
+    for k, name in enumerate(names):
+        parts = [part for part in name.parts if part not in ("/", ".")]
+        samples = _samples_of(parts, dataset.file_names, tables)
+        if len(samples) != 1:
+            files = [dataset.file_names[i] for i in samples[:2]]
+            problem = f"could be {' or '.join(files)}; write the folder too" if samples else "is no training image"
+            raise UserError(FIELD, spec, f"row {k + 1}: file {values[k]!r} {problem}")
+        if samples[0] in row:
+            raise UserError(FIELD, spec, f"rows {row[samples[0]] + 1} and {k + 1} name the same file {values[k]!r}")
+        row[samples[0]] = k
+    missing = next((i for i in range(len(dataset)) if i not in row), None)
+    if missing is not None:
+        count = f"{len(dataset) - len(row)} of {len(dataset)} training images have no row"
+        raise UserError(FIELD, spec, f"{count}, first {dataset.file_names[missing]!r}; add them")
+    return [row[i] for i in range(len(dataset))]
+
+
+def _samples_of(
+    parts: list[str], file_names: tuple[str, ...], tables: dict[tuple[int, bool], dict[str, list[int]]]
+) -> list[int]:
+    """Returns the samples whose path ends in these parts, else those that do so without their suffix.
+
+    The longest end of the given path that fits any file counts: "/home/me/data/train/a/1.png" finds "train/a/1.png".
+    """
+    deepest = max(name.count("/") for name in file_names) + 1
+    for length in range(min(len(parts), deepest), 0, -1):
+        for with_suffix in (True, False):
+            table = tables.get((length, with_suffix))
+            if table is None:
+                table = tables[length, with_suffix] = _ends(file_names, length, with_suffix)
+            samples = table.get("/".join(parts[-length:]))
+            if samples:
+                return samples
+    return []
+
+
+def _ends(file_names: tuple[str, ...], length: int, with_suffix: bool) -> dict[str, list[int]]:
+    """Returns the samples by the last parts of their paths."""
+    table: dict[str, list[int]] = {}
+    for i, name in enumerate(file_names):
+        path = PurePosixPath(name)
+        parts = (path if with_suffix else path.with_suffix("")).parts
+        if len(parts) >= length:
+            table.setdefault("/".join(parts[-length:]), []).append(i)
+    return table

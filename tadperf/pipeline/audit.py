@@ -1,0 +1,93 @@
+"""Audits the labels of a data set: opens the data, runs the dual loop, writes the list and the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tadperf.config import Config
+from tadperf.data.dataset import Dataset
+from tadperf.data.noise import add_noise
+from tadperf.data.open import open_data
+from tadperf.errors import UserError
+from tadperf.files import to_json_value
+from tadperf.progress import Progress, silent
+from tadperf.report.drawing import save_safely
+from tadperf.report.suspects import save_suspects
+from tadperf.trust.audit import audit
+from tadperf.trust.metrics import compare_with_clean
+from tadperf.trust.state import TrustState
+
+LIST_SUFFIXES = (".csv", ".parquet")
+WORST = 10  # samples in the result by index; the list holds all
+
+
+def audit_data(config: Config, progress: Progress = silent) -> tuple[Dataset, TrustState]:
+    """Opens the training split that `config` names, with its label noise, and audits it (`tadperf.trust.audit`)."""
+    data = config.data
+    train, _ = open_data(
+        data.path,
+        format=data.format,
+        image_size=data.image_size,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        progress=progress,
+    )
+    train = add_noise(train, data.noise, config.seed)
+    return train, audit(train, config, progress)
+
+
+def check_audit_file(path: Path) -> None:
+    """Raises UserError if the list or its picture cannot be written; called before the minutes of the audit."""
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        raise UserError("--out", path, f"must end in {' or '.join(LIST_SUFFIXES)}")
+    for file in (path, path.with_suffix(".png")):
+        if file.exists():
+            raise UserError("--out", file, "exists already; choose another name")
+    if not path.absolute().parent.is_dir():
+        raise UserError("--out", path, "its folder does not exist; make it first")
+
+
+def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, str]:
+    """Writes the list and a picture of the worst samples beside it; returns the paths of the files by name.
+
+    Raises UserError if the list cannot be written. If the picture fails, logs a warning.
+    """
+    try:
+        state.export(path)
+    except OSError as error:
+        raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
+    picture = path.with_suffix(".png")
+    paths = {"labels": str(path)}
+    return paths | ({"picture": str(picture)} if save_safely(save_suspects, picture, dataset, state) else {})
+
+
+def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[str, Any]:
+    """Returns the counts, the frequent confusions and the worst samples; the quality, if clean labels are known."""
+    order = state.worst()
+    worst = order[state.issues[order]][:WORST].tolist()
+    names = state.class_names
+    result: dict[str, Any] = {
+        "noise": config.data.noise,
+        "data": dataset.name,
+        "samples": len(state),
+        "issues": int(state.issues.sum()),
+        "by_class": state.counts(),
+        "pairs": [
+            {"suggested": suggested, "given": given, "samples": count} for suggested, given, count in state.pairs()
+        ],
+        "worst": [
+            {
+                "index": index,
+                "given": names[int(state.given[index])],
+                "suggested": names[int(state.suggested[index])],
+                "score": float(state.score[index]),
+            }
+            for index in worst
+        ],
+        "paths": {},
+    }
+    if dataset.clean_labels is not None:
+        result["against_clean_labels"] = to_json_value(compare_with_clean(state, dataset.clean_labels))
+    return result
