@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
-from tadperf.kernels.ops.diverse_pick import unit_rows
+from tadperf.kernels.shared import unit_rows
 
 
 @triton.jit

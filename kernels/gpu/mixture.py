@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tadperf.kernels import shared
 from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
-from tadperf.kernels.ops import mixture as constants
 
 HALF_LOG_TWO_PI = tl.constexpr(math.log(2 * math.pi) / 2)
-TINY = tl.constexpr(constants.TINY)
-SLACK = tl.constexpr(constants.SLACK)
-MAX_CUTS = tl.constexpr(constants.MAX_CUTS)
-SMALLEST_PART = tl.constexpr(constants.SMALLEST_PART)
+TINY = tl.constexpr(shared.TINY)
+SLACK = tl.constexpr(shared.SLACK)
+MAX_CUTS = tl.constexpr(shared.MAX_CUTS)
+SMALLEST_PART = tl.constexpr(shared.SMALLEST_PART)
 TILES = tl.constexpr(512)  # a product of 512 numbers up to 2 does not overflow, so one log serves all of them
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
-from tadperf.kernels.ops.per_sample import PerSample, empty_results
+from tadperf.kernels.shared import PerSample, empty_results
 
 # NaN must not be such a constant: Triton compares the constants of a kernel before each launch, and NaN != NaN.
 INF = tl.constexpr(float("inf"))

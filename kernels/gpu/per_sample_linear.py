@@ -17,7 +17,7 @@ from torch import Tensor
 from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.gpu.per_sample import INF, merge_lanes, write_results
-from tadperf.kernels.ops.per_sample import empty_results
+from tadperf.kernels.shared import empty_results
 
 PROGRAMS = 512  # about four for each multiprocessor of an H100 or H200; not tuned
 MAX_SPLITS = 64  # not tuned

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
-from tadperf.kernels.ops.reliability import Reliability, centre_and_directions
+from tadperf.kernels.shared import Reliability, centre_and_directions
 
 BLOCK = 2**23  # whitened floats in memory at a time, 32 MB; not tuned
 

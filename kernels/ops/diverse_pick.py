@@ -27,6 +27,7 @@ from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_memory
 from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
+from tadperf.kernels.shared import unit_rows
 
 registry.register("diverse_pick")
 
@@ -104,17 +105,6 @@ def diverse_pick_reference(
         index[anomaly], similarity[anomaly] = pool[best], largest[best]
         held[label] = torch.cat([held[label], units[anomaly, pool[best]].unsqueeze(0)])
     return DiversePick(index, similarity)
-
-
-def unit_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns features [..., D] scaled to length 1, and whether all features of a row are finite [...].
-
-    The scaled features are float32 (float64 for float64 features).
-    """
-    length = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=torch.float64)
-    units = features / torch.where(length > 0, length, 1)
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return units.to(dtype), length.isfinite().squeeze(-1)
 
 
 def _check(

@@ -36,14 +36,9 @@ from torch.nn.functional import logsigmoid
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_memory
 from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.shared import MAX_CUTS, SLACK, SMALLEST_PART, TINY
 
 registry.register("mixture")
-
-# The constants of the fit. Compiled code and Triton take them from here.
-SLACK = 1e-6  # a step may lower the mean log-density this much: the floor on the variances lowers it too, 2e-7 was seen
-TINY = 10 * torch.finfo(torch.float64).eps  # added to the weight of a component, as in sklearn: no division by 0
-MAX_CUTS = 20  # cuts by two-means; not tuned
-SMALLEST_PART = 50  # a part keeps at least one in 50 samples: 2 %
 
 
 class Mixture(NamedTuple):

@@ -15,7 +15,7 @@ softmax(x) - onehot(y), and 0 for an ignored row.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,9 @@ from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_like, check_memory
 from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
+from tadperf.kernels.shared import PerSample, empty_results
 
 registry.register("per_sample")
-
-
-class PerSample(NamedTuple):
-    """Results of `per_sample`, each in the batch shape of the logits. `prediction` is int64, the others are floats."""
-
-    loss: Tensor
-    confidence: Tensor
-    prediction: Tensor
-    margin: Tensor
-    entropy: Tensor
 
 
 def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
@@ -102,18 +93,6 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 def _out_of_range(labels: Tensor, classes: int) -> str:
     row = int(((labels < -1) | (labels >= classes)).flatten().nonzero()[0])
     return f"labels: {int(labels.flatten()[row])} at sample {row}: expected 0 to {classes - 1}, or -1 to ignore"
-
-
-def empty_results(labels: Tensor) -> PerSample:
-    """Returns uninitialised float32 results for labels [N], on the device of the labels."""
-    n = labels.shape
-    return PerSample(
-        loss=labels.new_empty(n, dtype=torch.float32),
-        confidence=labels.new_empty(n, dtype=torch.float32),
-        prediction=labels.new_empty(n, dtype=torch.int64),
-        margin=labels.new_empty(n, dtype=torch.float32),
-        entropy=labels.new_empty(n, dtype=torch.float32),
-    )
 
 
 def fill_native(

@@ -22,8 +22,6 @@ samples are from their anchors. Similarities that differ by less than about 1e-6
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -31,21 +29,9 @@ from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_memory
 from tadperf.kernels.dispatch import Route, route
 from tadperf.kernels.native import ELEMENT_TYPES
+from tadperf.kernels.shared import Reliability, centre_and_directions
 
 registry.register("reliability")
-
-
-class Reliability(NamedTuple):
-    """Results of `reliability`, each in the batch shape of the features. Classes are int64, values are floats."""
-
-    nearest: Tensor
-    distance: Tensor
-    second: Tensor
-    second_distance: Tensor
-    most_similar: Tensor
-    similarity: Tensor
-    second_similar: Tensor
-    second_similarity: Tensor
 
 
 def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
@@ -87,22 +73,6 @@ def reliability_reference(features: Tensor, anchors: Tensor, cholesky: Tensor) -
     blocks = [_block(z.to(dtype), centre, whitened, directions, cholesky) for z in rows.split(step)]
     results = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
     return Reliability(*(result.view(features.shape[:-1]) for result in results))
-
-
-def centre_and_directions(anchors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the mean anchor [D] and the anchors scaled to length 1 [C, D].
-
-    Anchors of length 0 stay zero. Anchors that are not finite become NaN and do not count in the mean.
-    """
-    exact = anchors.double()
-    usable = exact.isfinite().all(-1, keepdim=True)
-    exact = torch.where(usable, exact, 0)
-    centre = exact.sum(0) / usable.sum().clamp(min=1)
-    scale = exact.abs().amax(-1, keepdim=True)  # squares of the largest doubles would overflow
-    exact = exact / torch.where(scale > 0, scale, 1)
-    length = exact.norm(dim=-1, keepdim=True)
-    directions = torch.where(usable, exact / torch.where(length > 0, length, 1), float("nan"))
-    return centre.to(dtype), directions.to(dtype).contiguous()
 
 
 def _whiten(differences: Tensor, cholesky: Tensor) -> Tensor:
