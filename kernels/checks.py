@@ -39,9 +39,12 @@ def check_memory(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None or x.numel() == 0:
             continue
-        last = x.storage_offset() + sum([(size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)])
+        if x.is_contiguous():
+            span = x.numel()
+        else:
+            span = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
         available = x.untyped_storage().nbytes()
-        if (last + 1) * x.element_size() > available or x.data_ptr() == 0:
+        if (x.storage_offset() + span) * x.element_size() > available or x.data_ptr() == 0:
             raise ValueError(
                 f"{name}: {describe(x)}: its storage has {available} bytes of memory, too few; "
                 "it was freed or resized, restore it first"

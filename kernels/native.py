@@ -80,13 +80,12 @@ def call(operator: str, *arguments: Any, isa: int | None = None, threads: int | 
     """
     native = module()
     assert native is not None
+    # DLPack knows no lazily negated views (x.conj().imag). It has no gradients either: a capsule is always detached.
     return getattr(native, operator)(
-        *[_dlpack(value) if isinstance(value, Tensor) else value for value in arguments],
+        *[
+            to_dlpack(value.resolve_neg() if value.is_neg() else value) if isinstance(value, Tensor) else value
+            for value in arguments
+        ],
         isa_index() if isa is None else isa,
         torch.get_num_threads() if threads is None else threads,
     )
-
-
-def _dlpack(x: Tensor) -> Any:
-    # DLPack knows no lazily negated views (x.conj().imag). It has no gradients either: a capsule is always detached.
-    return to_dlpack(x.resolve_neg() if x.is_neg() else x)
