@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Nothing heavy is imp
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -77,8 +78,8 @@ def _prepare_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a stream that a test or a notebook has put there may lack it
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(stream, io.TextIOWrapper):  # a test or a notebook may have put another stream there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _show_data_warnings() -> None:
@@ -133,11 +134,12 @@ def _run() -> int:
 
 def _report_failure(error: Exception) -> int:
     """Prints an unexpected error, or wrong use that typer has found; returns the exit code."""
-    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own errors
+    format_message, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if format_message is not None and exit_code is not None:  # typer's own errors
         context = getattr(error, "ctx", None)
         help_command = f"{context.command_path if context else 'tadperf'} --help"
-        common.print_error(f"{error.format_message()} See: {help_command}")  # pyright: ignore[reportAttributeAccessIssue]
-        return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+        common.print_error(f"{format_message()} See: {help_command}")
+        return exit_code
     if options.invocation.debug:
         import traceback
 

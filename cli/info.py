@@ -29,7 +29,7 @@ def gather() -> dict[str, Any]:
 
     from tadperf.compute.device import describe_device
     from tadperf.compute.versions import versions
-    from tadperf.kernels import implementations, native  # pyright: ignore[reportMissingImports]
+    from tadperf.kernels import implementations, native
 
     devices = {"cpu": describe_device(torch.device("cpu"))}
     for index in range(torch.cuda.device_count()):

@@ -112,7 +112,7 @@ def launches(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int | 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function(*arguments)
         torch.cuda.synchronize()
-    device = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
+    device = torch.autograd.DeviceType.CUDA
     kernels = [
         event.name
         for event in profile.events() or ()

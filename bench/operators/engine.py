@@ -188,13 +188,12 @@ def working_providers(
             continue
         try:
             function = provider.build()
-            wrong = mismatch(truth, function(*inputs), bench, provider)
+            if wrong := mismatch(truth, function(*inputs), bench, provider):
+                errors[name] = wrong
+            else:
+                functions[name] = function
         except Exception as error:  # a provider that fails is a row; the others are measured
-            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-        if wrong:
-            errors[name] = wrong
-        else:
-            functions[name] = function
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return functions, errors
 
 
@@ -207,7 +206,7 @@ def measure(
         inputs = bench.inputs(size, dtype, device, 0)
         functions, errors = working_providers(bench, names, size, inputs)
         if device.type == "cuda":
-            from tadperf.bench.operators import cuda  # pyright: ignore[reportMissingImports]
+            from tadperf.bench.operators import cuda
 
             found = cuda.measure(bench, size, dtype, device, functions, repeats)
         else:
@@ -231,7 +230,7 @@ def _on_cpu(
     functions: Mapping[str, Callable[..., Any]],
     repeats: int,
 ) -> dict[str, Row]:
-    from tadperf.bench.operators import peak  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import peak
 
     copy, copy_bytes = large_copy(torch.device("cpu"))
     turns: dict[str, Callable[[], object]] = {name: lambda f=f: f(*inputs) for name, f in functions.items()}

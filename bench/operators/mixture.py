@@ -7,6 +7,7 @@ as its settings say.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def em(step: Step) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
     return posteriors
 
 
-def sklearn(scaled: bool = False, **settings: float) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
+def sklearn(scaled: bool = False, **settings: Any) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
     """scikit-learn's GaussianMixture(2), one group after another. scaled: scales losses to 0..1 as DivideMix does."""
     from sklearn.mixture import GaussianMixture
 
@@ -76,7 +77,7 @@ def sklearn(scaled: bool = False, **settings: float) -> Callable[[Tensor, Tensor
             members = (groups == group).nonzero().squeeze(1)
             x = losses[members].float().unsqueeze(1).numpy()
             x = (x - x.min()) / (x.max() - x.min()) if scaled else x
-            fitted = GaussianMixture(2, random_state=0, **settings).fit(x)  # pyright: ignore[reportArgumentType]
+            fitted = GaussianMixture(2, random_state=0, **settings).fit(x)
             lower = fitted.means_.argmin()  # pyright: ignore[reportOptionalMemberAccess]
             clean[members] = torch.from_numpy(fitted.predict_proba(x)[:, lower]).float()
         return {"posterior": clean}

@@ -59,7 +59,7 @@ def unet(size: int, width: int, levels: int, channels: int) -> Case:
     """A class-conditional UNet2DModel over pixels, as refine.source = "train" builds it."""
 
     def build() -> nn.Module:
-        from diffusers import UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
+        from diffusers import UNet2DModel
 
         return UNet2DModel(
             sample_size=size,
@@ -85,7 +85,7 @@ def detector(name: str, size: int, channels: int) -> Case:
     """A detector by the name of its network."""
 
     def build() -> nn.Module:
-        net = NetConfig(name=name)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        net = NetConfig.model_validate({"name": name})
         return architectures.build(net, (channels, size, size), 10, 0)
 
     return Case(build, lambda batch: ((torch.randn(batch, channels, size, size),), {}), {"cpu": 100, "cuda": 1000})
@@ -95,7 +95,7 @@ def dit_xl() -> Case:
     """DiT-XL/2 at 256 x 256: latents 4 x 32 x 32, each image with and without its class."""
 
     def build() -> nn.Module:
-        from diffusers import DiTTransformer2DModel  # pyright: ignore[reportPrivateImportUsage]
+        from diffusers import DiTTransformer2DModel
 
         return DiTTransformer2DModel(
             num_attention_heads=16,
@@ -119,7 +119,7 @@ def stable_diffusion() -> Case:
     """The UNet of Stable Diffusion 1.5 at 256 x 256: latents 4 x 32 x 32, 77 words of a prompt."""
 
     def build() -> nn.Module:
-        from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+        from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel(sample_size=32, cross_attention_dim=768, attention_head_dim=8)
 

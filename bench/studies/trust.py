@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for noise in options.noise:
         results: dict[str, list[dict[str, float]]] = {}
         head = f"digits, {noise}, seeds 0 to {options.seeds - 1}, {available_cores()} cores, {date.today()}"
+        text = ""
         for row in options.rows:
             results[row] = [run_variant(noise, seed, ROWS[row]) for seed in range(options.seeds)]
             text = f"{head}\n\n{table(results)}\n"

@@ -42,7 +42,7 @@ MIN_MASS = 1e-12  # guards divisions by zero
 SELECTION_SIZE = 2**20  # samples x classes from which reach and n are chosen
 FOLD_SIZE = 2**25  # limit of samples x classes x folds for the fold method: 128 MB, and the same for every reach
 BLOCK = 2**24  # similarities in a block: 64 MB
-REPORTED_SIZE = 2**16  # samples x classes from which on progress is reported: smaller estimates take seconds at most
+REPORTED_SIZE = 2**16  # samples x classes from which progress is reported
 
 
 class NeighbourEstimate(NamedTuple):

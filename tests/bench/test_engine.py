@@ -114,7 +114,7 @@ def test_threads_hold_within_the_block():
 
 @pytest.mark.parametrize("name", catalogue.NAMES)
 def test_every_provider_of_every_bench_agrees_with_the_reference(name, one_thread):
-    from tadperf.bench.operators import cases  # pyright: ignore[reportMissingImports]
+    from tadperf.bench.operators import cases
 
     bench = catalogue.load(name)
     assert bench.name == name

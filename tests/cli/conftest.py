@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
     """tadperf("distill", "--ipc", "0"): runs the command in an empty folder, with its exit code and output."""
-    from tadperf.cli import app  # pyright: ignore[reportMissingImports]
+    from tadperf.cli import app
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # the setting would stay for all later tests

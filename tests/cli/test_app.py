@@ -103,7 +103,7 @@ def test_the_command_line_is_frozen():
 @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"]])
 def test_help_is_instant(tmp_path, arguments):
     command = [sys.executable, "-m", "tadperf", *arguments]
-    seconds = []
+    seconds, out = [], ""
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         out = subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout

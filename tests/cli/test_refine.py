@@ -91,7 +91,7 @@ def checkpoints(tmp_path_factory) -> Path:
 
     place = tmp_path_factory.mktemp("checkpoints")
     (place / "empty").mkdir()
-    model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 7, 0)  # pyright: ignore[reportCallIssue]
+    model = unet.build(DiffusionConfig.model_validate({"width": 8}), (1, 8, 8), 7, 0)
     unet.save(place / "seven", model, unet.schedulers()[1])
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
