@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +67,8 @@ def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     names = line.split()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(function, include_extras=True)
-        parameters = inspect.signature(function).parameters
+        # typing.get_type_hints would wrap the type of each parameter with the default None on Python 3.10
+        parameters = inspect.signature(function, eval_str=True).parameters
         own = [name for name in names if name in parameters]
         shared = [OPTIONS[name] for name in names if name not in parameters]
 
@@ -79,7 +78,7 @@ def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             function(_shared_options(shared, values), **own_values)
 
         del run.__wrapped__  # typer would read the parameters of the function itself
-        by_name = {name: parameters[name].replace(annotation=hints[name]) for name in own}
+        by_name = {name: parameters[name] for name in own}
         by_name |= {option.name: _parameter(option) for option in shared}
         ordered = [by_name[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
         run.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportAttributeAccessIssue]

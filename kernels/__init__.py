@@ -1,28 +1,57 @@
-"""Fused operators for training on noisy labels; usable alone: imports torch and numpy, and nothing of tadperf."""
+"""Fused operators for training on noisy labels. Usable alone: imports torch and numpy, and nothing else of tadperf."""
 
 from __future__ import annotations
 
-from tadperf.kernels import gpu, native
-from tadperf.kernels.diverse_pick import DiversePick, diverse_pick, diverse_pick_reference
-from tadperf.kernels.mixture import Mixture, mixture, mixture_reference
-from tadperf.kernels.norm_relu_pool import norm_relu_pool, norm_relu_pool_reference
-from tadperf.kernels.per_sample import PerSample, per_sample, per_sample_reference
-from tadperf.kernels.per_sample_linear import per_sample_linear, per_sample_linear_reference
-from tadperf.kernels.reliability import Reliability, reliability, reliability_reference
-from tadperf.kernels.trajectory_distance import TrajectoryDistance, trajectory_distance, trajectory_distance_reference
+from tadperf.kernels.ops.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel
+from tadperf.kernels.ops.diverse_pick import DiversePick, diverse_pick, diverse_pick_reference
+from tadperf.kernels.ops.mixture import Mixture, mixture, mixture_reference
+from tadperf.kernels.ops.norm_relu_pool import (
+    norm_relu_pool,
+    norm_relu_pool_gradient,
+    norm_relu_pool_moments,
+    norm_relu_pool_reference,
+)
+from tadperf.kernels.ops.norm_relu_pool_dual import (
+    Affine,
+    Dual,
+    norm_relu_pool_dual,
+    norm_relu_pool_dual_gradient,
+    norm_relu_pool_dual_gradient_reference,
+    norm_relu_pool_dual_reference,
+)
+from tadperf.kernels.ops.per_sample import PerSample, per_sample, per_sample_reference
+from tadperf.kernels.ops.per_sample_linear import per_sample_linear, per_sample_linear_reference
+from tadperf.kernels.ops.reliability import Reliability, reliability, reliability_reference
+from tadperf.kernels.ops.trajectory_distance import (
+    TrajectoryDistance,
+    trajectory_distance,
+    trajectory_distance_reference,
+)
+from tadperf.kernels.registry import implementations
 
 __all__ = [
+    "Affine",
     "DiversePick",
+    "Dual",
     "Mixture",
     "PerSample",
     "Reliability",
     "TrajectoryDistance",
+    "conv3x3",
+    "conv3x3_input",
+    "conv3x3_kernel",
     "diverse_pick",
     "diverse_pick_reference",
     "implementations",
     "mixture",
     "mixture_reference",
     "norm_relu_pool",
+    "norm_relu_pool_dual",
+    "norm_relu_pool_dual_gradient",
+    "norm_relu_pool_dual_gradient_reference",
+    "norm_relu_pool_dual_reference",
+    "norm_relu_pool_gradient",
+    "norm_relu_pool_moments",
     "norm_relu_pool_reference",
     "per_sample",
     "per_sample_linear",
@@ -33,17 +62,3 @@ __all__ = [
     "trajectory_distance",
     "trajectory_distance_reference",
 ]
-
-
-def implementations() -> dict[str, dict[str, str]]:
-    """What runs where: {operator: {device: "native", "triton" or "reference"}}, for float32 tensors."""
-    cpu, triton = "native" if native.available() else "reference", "triton" if gpu.available() else "reference"
-    return {
-        "diverse_pick": {"cpu": cpu, "cuda": triton},
-        "mixture": {"cpu": cpu, "cuda": triton},
-        "norm_relu_pool": {"cpu": cpu, "cuda": triton},
-        "per_sample_linear": {"cpu": cpu, "cuda": triton},
-        "per_sample": {"cpu": cpu, "cuda": triton},
-        "reliability": {"cpu": cpu, "cuda": triton},
-        "trajectory_distance": {"cpu": cpu, "cuda": triton},
-    }

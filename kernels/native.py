@@ -1,4 +1,4 @@
-"""The compiled part: where it is, which instruction set it uses, and why it is absent where it is."""
+"""The compiled part of the operators: loads it, calls it, and says why it is absent."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from tadperf.kernels import thread_pool as threads_of
+
+# The element types that compiled code reads, on a CPU and in Triton. The C++ side of this table is `kind_of`.
+ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
+    """Returns the module, or None and the reason."""
     if os.environ.get("TADPERF_KERNELS") == "reference":
         return None, "switched off by TADPERF_KERNELS=reference"
     try:
-        return importlib.import_module("tadperf.kernels._native"), ""
+        native = importlib.import_module("tadperf.kernels._native")
     except ImportError as error:
         return None, f"not built or not loadable: {error}"
+    threads_of.configure(native)
+    return native, ""
 
 
 def module() -> ModuleType | None:
-    """The nanobind module, or None where it was not built or is switched off by TADPERF_KERNELS=reference."""
+    """Returns the nanobind module, or None if it was not built or TADPERF_KERNELS=reference switches it off."""
     return _load()[0]
 
 
@@ -29,24 +42,50 @@ def available() -> bool:
 
 
 def reason() -> str:
-    """Why the compiled part is absent, in one line; empty where it is present."""
+    """Returns in one line why the compiled part is absent, or an empty string if it is present."""
     return _load()[1]
+
+
+def thread_pool() -> str:
+    """Returns which threads compiled code uses and why: "libgomp of torch (path)", "own pool (why)", or "none"."""
+    native = module()
+    return "none" if native is None else threads_of.configure(native)
 
 
 @cache
 def isa_index() -> int:
-    """Place of the instruction set in use among `module().isas()`; -1 without the compiled part."""
+    """Index of the instruction set in use in `module().isas()`; -1 without the compiled part."""
     native = module()
     if native is None:
         return -1
     names = native.isas()
     wanted = os.environ.get("TADPERF_ISA", names[-1])
     if wanted not in names:
-        raise ValueError(f"TADPERF_ISA: {wanted}: this machine runs {', '.join(names)}")
+        raise ValueError(f"TADPERF_ISA: {wanted}: this machine supports {', '.join(names)}")
     return names.index(wanted)
 
 
 def isa() -> str | None:
-    """Instruction set in use, "baseline", "avx2" or "avx512": the best the machine runs, or TADPERF_ISA's."""
+    """Returns the instruction set in use: "baseline", "avx2" or "avx512". The default is the best of this machine."""
     native = module()
     return native.isas()[isa_index()] if native is not None else None
+
+
+def call(operator: str, *arguments: Any, isa: int | None = None, threads: int | None = None) -> Any:
+    """Calls a function of the compiled part with tensors and numbers.
+
+    Tensors must be on the CPU. They cross as DLPack capsules, 0.3 us each. The compiled function checks their types
+    and shapes, and takes no copies. isa: index of the instruction set; threads: how many to use. The defaults are
+    `isa_index()` and `torch.get_num_threads()`.
+    """
+    native = module()
+    assert native is not None
+    # DLPack knows no lazily negated views (x.conj().imag). It has no gradients either: a capsule is always detached.
+    return getattr(native, operator)(
+        *[
+            to_dlpack(value.resolve_neg() if value.is_neg() else value) if isinstance(value, Tensor) else value
+            for value in arguments
+        ],
+        isa_index() if isa is None else isa,
+        torch.get_num_threads() if threads is None else threads,
+    )

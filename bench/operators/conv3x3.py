@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tadperf.bench.operators import engine
-from tadperf.kernels.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel
+from tadperf.kernels import conv3x3, conv3x3_input, conv3x3_kernel
 
 SIZES = ((100, 32, 4), (100, 64, 8), (32, 64, 32), (32, 128, 8), (32, 128, 16), (100, 128, 16), (100, 256, 4))
 

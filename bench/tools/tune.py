@@ -1,4 +1,4 @@
-"""Chooses how Triton kernels are launched on this GPU: `tadperf bench --tune` keeps it in launch.user_file()."""
+"""Chooses how Triton kernels are launched on this GPU; `tadperf bench --tune` saves to launch_configs.user_file()."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tadperf.bench.operators import cuda
 from tadperf.bench.operators.engine import Bench, Size, mismatch
-from tadperf.kernels import launch
+from tadperf.kernels.gpu import launch_configs
 
 Entry = dict[str, int]
 GAIN = 0.98  # a better candidate needs less than this share of the best time; smaller gains are noise; not tuned
@@ -52,7 +52,7 @@ def launch_entries(function: Callable[[], object]) -> dict[tuple[str, int], Entr
         found[operator, size] = entry
         return entry
 
-    with launch.replaced(choose):
+    with launch_configs.override(choose):
         function()
     return found
 
@@ -72,7 +72,7 @@ def tune(bench: Bench, sizes: Sequence[Size], device: torch.device) -> Iterator[
             best[key] = descend(entry, partial(_cost, bench, function, sets, truth, best, key))
     for operator in {operator for operator, _ in best}:
         rows = [{"up_to": extent, **entry} for (name, extent), entry in sorted(best.items()) if name == operator]
-        yield operator, launch.write(operator, torch.cuda.get_device_name(device), rows)
+        yield operator, launch_configs.save(operator, torch.cuda.get_device_name(device), rows)
 
 
 def _cost(
@@ -89,7 +89,7 @@ def _cost(
     def choose(operator: str, size: int, entry: Entry) -> Entry:
         return candidate if (operator, size) == key else best.get((operator, size), entry)
 
-    with launch.replaced(choose):
+    with launch_configs.override(choose):
         try:
             wrong = mismatch(truth, function(*sets[0]), bench)
             return float("inf") if wrong else float(np.median(cuda.replayed(function, sets, 5)))

@@ -1,4 +1,4 @@
-// The arguments of one pass of conv3x3, shared by the module and the loops of each instruction set.
+// The arguments of one pass of conv3x3, shared by the binding and the loops of each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,29 @@ struct Conv3x3 {
   const float *u;     // [16, in, out], the transformed kernel
   float *y;           // [images, height, width, out]
   const float *grad;  // of y
-  float *of_u;        // [parts, 16, in, out]: each part's share of the gradient of u
+  float *of_u;        // [parts, 16, in, out]: the gradient of u, one share per part
   int64_t parts;
 
-  int64_t tiles() const { return (height + 1) / 2 * ((width + 1) / 2); }  // of an image
-  int64_t block() const { return tiles() < 64 ? 64 / tiles() : 1; }       // images whose maps stay in the cache
+  // Tiles of one image.
+  [[gnu::always_inline]] int64_t tiles() const { return (height + 1) / 2 * ((width + 1) / 2); }
+  // The number of images whose transformed tiles stay in the cache.
+  [[gnu::always_inline]] int64_t block() const { return tiles() < 64 ? 64 / tiles() : 1; }
 };
 
-// y of images begin..end.
+// Computes y of images begin..end.
 using Conv3x3Forward = void(const Conv3x3 &, int64_t begin, int64_t end);
-// of_u of parts begin..end: each of a fixed share of the images, so that sums do not depend on the threads.
+// Computes of_u of parts begin..end. A part is a fixed share of the images, so that sums do not depend on the threads.
 using Conv3x3Kernel = void(const Conv3x3 &, int64_t begin, int64_t end);
 
-namespace baseline { Conv3x3Forward conv3x3; Conv3x3Kernel conv3x3_kernel; }
-namespace avx2 { Conv3x3Forward conv3x3; Conv3x3Kernel conv3x3_kernel; }
-namespace avx512 { Conv3x3Forward conv3x3; Conv3x3Kernel conv3x3_kernel; }
+namespace baseline {
+Conv3x3Forward conv3x3;
+Conv3x3Kernel conv3x3_kernel;
+}  // namespace baseline
+namespace avx2 {
+Conv3x3Forward conv3x3;
+Conv3x3Kernel conv3x3_kernel;
+}  // namespace avx2
+namespace avx512 {
+Conv3x3Forward conv3x3;
+Conv3x3Kernel conv3x3_kernel;
+}  // namespace avx512

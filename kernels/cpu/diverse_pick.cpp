@@ -1,34 +1,33 @@
 // Rows scaled to length 1, and the largest cosine of each row with any image of a set.
 //
-// Each lane adds up the cosine with an image of its own, so that nothing is reduced across lanes, in tiles of rows by
-// blocks of images, so that each vector loaded serves several products. A cosine is added up in the same order wherever
-// in a tile it stands: equal rows get equal cosines.
+// Each lane adds up the cosine with its own image, so nothing is reduced across lanes. Tiles of rows by blocks of
+// images use each loaded vector for several products. The order of a cosine's sum does not depend on its place in a
+// tile: equal rows get equal cosines.
 #include "diverse_pick.h"
 
-#include "half.h"
+#include "common/load_store.h"
+#include "common/vector_math.h"
 
 namespace {
 
-typedef double f64 __attribute__((vector_size(8 * LANES)));
-
 constexpr int64_t CHUNK = 64 * LANES;
-constexpr int64_t RUN = 64;  // products added before their sum joins the others': keeps the rounding error small
-constexpr int TILE_ROWS = 6;  // by two blocks: 12 accumulators, which fit 16 registers
+constexpr int64_t RUN = 64;   // products per partial sum: keeps the rounding error small
+constexpr int TILE_ROWS = 6;  // times two blocks: 12 accumulators, which fit 16 registers
 
 template <int ROWS, int BLOCKS>
 inline void tile(const float *rows, const float *set, int64_t held, int64_t size, f32 *largest) {
   f32 sums[ROWS][BLOCKS]{};
   for (int64_t begin = 0; begin < size; begin += RUN) {
     int64_t end = size - begin < RUN ? size : begin + RUN;
-    f32 run[ROWS][BLOCKS]{};
-    for (int64_t at = begin; at < end; at++) {
+    f32 partial[ROWS][BLOCKS]{};
+    for (int64_t feature = begin; feature < end; feature++) {
       f32 image[BLOCKS];
-      for (int j = 0; j < BLOCKS; j++) memcpy(&image[j], set + (j * size + at) * LANES, sizeof image[j]);
+      for (int j = 0; j < BLOCKS; j++) image[j] = load(set + (j * size + feature) * LANES);
       for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < BLOCKS; j++) run[i][j] += rows[i * size + at] * image[j];
+        for (int j = 0; j < BLOCKS; j++) partial[i][j] += rows[i * size + feature] * image[j];
     }
     for (int i = 0; i < ROWS; i++)
-      for (int j = 0; j < BLOCKS; j++) sums[i][j] += run[i][j];
+      for (int j = 0; j < BLOCKS; j++) sums[i][j] += partial[i][j];
   }
   i32 lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
@@ -43,9 +42,9 @@ template <int ROWS>
 inline void rows_by_set(const float *rows, const float *set, int64_t held, int64_t size, float *out) {
   f32 largest[ROWS];
   for (f32 &x : largest) x = fill(-INF);
-  int64_t at = 0;
-  for (; at + LANES < held; at += 2 * LANES) tile<ROWS, 2>(rows, set + at * size, held - at, size, largest);
-  if (at < held) tile<ROWS, 1>(rows, set + at * size, held - at, size, largest);
+  int64_t image = 0;
+  for (; image + LANES < held; image += 2 * LANES) tile<ROWS, 2>(rows, set + image * size, held - image, size, largest);
+  if (image < held) tile<ROWS, 1>(rows, set + image * size, held - image, size, largest);
   for (int i = 0; i < ROWS; i++) {
     out[i] = largest[i][0];
     for (int j = 1; j < LANES; j++) out[i] = out[i] > largest[i][j] ? out[i] : largest[i][j];
@@ -53,27 +52,25 @@ inline void rows_by_set(const float *rows, const float *set, int64_t held, int64
 }
 
 inline f64 copy_and_square(const float *from, float *to, int64_t count) {
-  f32 v{};
+  f32 x{};
   __builtin_prefetch(from + AHEAD / 4);
-  memcpy(&v, from, 4 * count);
-  memcpy(to, &v, 4 * count);
-  f64 wide = __builtin_convertvector(v, f64);
+  memcpy(&x, from, 4 * count);
+  memcpy(to, &x, 4 * count);
+  f64 wide = __builtin_convertvector(x, f64);
   return wide * wide;
 }
 
 }  // namespace
 
-bool TADPERF_ISA::unit_row(const void *features, Kind kind, int64_t size, float *unit) {
+bool TADPERF_ISA::unit_row(const void *features, ElementType kind, int64_t size, float *unit) {
   float buffer[CHUNK];
   f64 squares{};
-  for (int64_t at = 0; at < size; at += CHUNK) {
-    int64_t count = size - at < CHUNK ? size - at : CHUNK, whole = count / LANES * LANES;
-    const float *x = read_floats(features, kind, at, count, buffer);
-    for (int64_t i = 0; i < whole; i += LANES) squares += copy_and_square(x + i, unit + at + i, LANES);
-    if (whole < count) squares += copy_and_square(x + whole, unit + at + whole, count - whole);
+  for (int64_t begin = 0; begin < size; begin += CHUNK) {
+    int64_t count = size - begin < CHUNK ? size - begin : CHUNK;
+    const float *x = read_floats(features, kind, begin, count, buffer);
+    each_vector_of(count, [&](int64_t i, int64_t n) { squares += copy_and_square(x + i, unit + begin + i, n); });
   }
-  double square = 0;
-  for (int i = 0; i < LANES; i++) square += squares[i];
+  double square = total(squares);
   double scale = square > 0 ? 1 / __builtin_sqrt(square) : 0;
   for (int64_t i = 0; i < size; i++) unit[i] = float(unit[i] * scale);
   return square < double(INF);
@@ -86,13 +83,23 @@ void TADPERF_ISA::join_set(const float *unit, int64_t size, float *set, int64_t 
 
 void TADPERF_ISA::largest_cosines(const float *units, int64_t count, const float *set, int64_t held, int64_t size,
                                   float *largest) {
-  for (; count >= TILE_ROWS; count -= TILE_ROWS, units += TILE_ROWS * size, largest += TILE_ROWS)
+  for (; count >= TILE_ROWS; count -= TILE_ROWS) {
     rows_by_set<TILE_ROWS>(units, set, held, size, largest);
+    units += TILE_ROWS * size;
+    largest += TILE_ROWS;
+  }
   switch (count) {
-    case 1: return rows_by_set<1>(units, set, held, size, largest);
-    case 2: return rows_by_set<2>(units, set, held, size, largest);
-    case 3: return rows_by_set<3>(units, set, held, size, largest);
-    case 4: return rows_by_set<4>(units, set, held, size, largest);
-    case 5: return rows_by_set<5>(units, set, held, size, largest);
+    case 1:
+      return rows_by_set<1>(units, set, held, size, largest);
+    case 2:
+      return rows_by_set<2>(units, set, held, size, largest);
+    case 3:
+      return rows_by_set<3>(units, set, held, size, largest);
+    case 4:
+      return rows_by_set<4>(units, set, held, size, largest);
+    case 5:
+      return rows_by_set<5>(units, set, held, size, largest);
+    default:
+      return;
   }
 }

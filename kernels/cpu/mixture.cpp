@@ -1,35 +1,33 @@
 // Passes over the losses of one group: their range, the part above a cut, one step of EM, and the posteriors.
 //
-// All in float64: where components overlap EM creeps, and a step's rounding comes back multiplied by up to 1e4.
+// Everything is float64: EM is slow if the components overlap, and then a step's rounding error is amplified by up to
+// 1e4.
 #include "mixture.h"
 
 #include <cmath>
 
-#include "simd.h"
+#include "common/vector_math.h"
 
 namespace {
 
-constexpr int WIDTH = LANES / 2;
-typedef double f64 __attribute__((vector_size(4 * LANES)));
-typedef int64_t long64 __attribute__((vector_size(4 * LANES)));
+constexpr int WIDTH = LANES / 2;  // doubles in a register
+typedef double doubles __attribute__((vector_size(8 * WIDTH)));
+typedef int64_t longs __attribute__((vector_size(8 * WIDTH)));
+typedef uint64_t bits64 __attribute__((vector_size(8 * WIDTH)));
 
-inline f64 fill64(double x) { return f64{} + x; }
-inline f64 absolute(f64 x) { return x < 0.0 ? -x : x; }
+inline doubles fill64(double x) { return doubles{} + x; }
+inline doubles absolute(doubles x) { return x < 0.0 ? -x : x; }
 
-// exp(x) for x <= 0, to 1e-14; exactly 1 at 0. Below -300 it stays at exp(-300), which no sum feels: denormal numbers
-// made losses of wide range take twice as long. Taylor's polynomial of degree 11.
-inline f64 exp_nonpositive(f64 x) {
+// exp(x) for x <= 0, to 1e-14; exactly 1 at 0. Below -300 it stays at exp(-300), too little to change a sum: denormal
+// numbers doubled the time for losses of a wide range. Taylor's polynomial of degree 11.
+inline doubles exp_nonpositive(doubles x) {
   x = x < -300.0 ? fill64(-300.0) : x;
   const double shift = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 leaves n + 1023, the exponent bits of 2^n
-  f64 z = x * 1.4426950408889634 + shift;
-  f64 n = z - shift;
-  long64 power_bits;
-  memcpy(&power_bits, &z, sizeof z);
-  power_bits <<= 52;
-  f64 power;
-  memcpy(&power, &power_bits, sizeof power);
-  f64 r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;  // ln 2 in two parts
-  f64 p = r * (1 / 39916800.0) + 1 / 3628800.0;
+  doubles z = x * 1.4426950408889634 + shift;
+  doubles n = z - shift;
+  doubles power = bit_cast<doubles>(bit_cast<bits64>(z) << 52);
+  doubles r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;  // ln 2 in two parts
+  doubles p = r * (1 / 39916800.0) + 1 / 3628800.0;
   p = p * r + 1 / 362880.0;
   p = p * r + 1 / 40320.0;
   p = p * r + 1 / 5040.0;
@@ -42,46 +40,49 @@ inline f64 exp_nonpositive(f64 x) {
   return (p * r + 1.0) * power;
 }
 
-inline double total(f64 x) {
-  double sum = 0;
-  for (int i = 0; i < WIDTH; i++) sum += x[i];
-  return sum;
-}
-
-// Calls f(vector, lanes in use) for the samples; lanes beyond the last sample repeat the first.
-template <class F> inline void each(const double *z, int64_t count, F f) {
+// Calls f(vector, lanes in use) for the samples. Lanes beyond the last sample repeat the first sample.
+template <class F>
+inline void each(const double *z, int64_t count, F f) {
   int64_t i = 0;
-  f64 x;
+  doubles x;
   for (; i + WIDTH <= count; i += WIDTH) {
     memcpy(&x, z + i, sizeof x);
-    f(x, ~long64{});
+    f(x, ~longs{});
   }
   if (i == count) return;
   x = fill64(z[0]);
-  long64 used{};
-  for (int lane = 0; i < count; i++, lane++) x[lane] = z[i], used[lane] = -1;
+  longs used{};
+  for (int lane = 0; i + lane < count; lane++) {
+    x[lane] = z[i + lane];
+    used[lane] = -1;
+  }
   f(x, used);
 }
 
+// The log-density of the mixture is density + log(excess).
 struct Shares {
-  f64 one, other;      // of components 0 and 1
-  f64 density, excess;  // the mixture's log-density is density + log(excess)
+  doubles of_0, of_1;
+  doubles density, excess;
 };
 
-inline Shares shares(f64 u, f64 w, const MixtureComponent *two) {
-  f64 a = two[0].height - u * u * two[0].half_precision, b = two[1].height - w * w * two[1].half_precision;
-  f64 d = a - b;
-  f64 e = exp_nonpositive(-absolute(d)), excess = e + 1.0;
-  f64 large = 1.0 / excess, small = e * large;  // never as 1 - large: both keep their digits
-  long64 lower = d >= 0.0;
-  return {lower ? large : small, lower ? small : large, lower ? a : b, excess};
+// The shares of components 0 and 1 in samples whose deviations from the two means are u and w.
+inline Shares shares(doubles u, doubles w, const MixtureComponent *two) {
+  doubles a = two[0].height - u * u * two[0].half_precision;
+  doubles b = two[1].height - w * w * two[1].half_precision;
+  doubles d = a - b;
+  doubles e = exp_nonpositive(-absolute(d));
+  doubles excess = e + 1.0;
+  doubles large = 1.0 / excess;
+  doubles small = e * large;  // not 1 - large, which would lose digits
+  longs a_is_larger = d >= 0.0;
+  return {a_is_larger ? large : small, a_is_larger ? small : large, a_is_larger ? a : b, excess};
 }
 
 }  // namespace
 
 MixtureRange TADPERF_ISA::mixture_extent(const double *z, int64_t count) {
-  f64 low = fill64(z[0]), high = low;
-  each(z, count, [&](f64 x, long64) {
+  doubles low = fill64(z[0]), high = low;
+  each(z, count, [&](doubles x, longs) {
     low = x < low ? x : low;
     high = x > high ? x : high;
   });
@@ -94,10 +95,10 @@ MixtureRange TADPERF_ISA::mixture_extent(const double *z, int64_t count) {
 }
 
 MixturePart TADPERF_ISA::mixture_above(const double *z, int64_t count, double cut, double centre) {
-  f64 number{}, first{}, second{};
-  each(z, count, [&](f64 x, long64 used) {
-    long64 above = (x > cut) & used;
-    f64 c = above ? x - centre : fill64(0);
+  doubles number{}, first{}, second{};
+  each(z, count, [&](doubles x, longs used) {
+    longs above = (x > cut) & used;
+    doubles c = above ? x - centre : fill64(0);
     number += above ? fill64(1) : fill64(0);
     first += c;
     second += c * c;
@@ -107,36 +108,39 @@ MixturePart TADPERF_ISA::mixture_above(const double *z, int64_t count, double cu
 
 MixtureSums TADPERF_ISA::mixture_step(const double *z, int64_t count, const MixtureComponent *two) {
   constexpr int64_t CHUNK = 512 * WIDTH;  // a product of 512 numbers up to 2 is far from overflow: one log for all
-  f64 sums[6]{}, density{};
+  doubles count_0{}, count_1{}, first_0{}, first_1{}, second_0{}, second_1{}, density{};
   double logs = 0;
   for (int64_t begin = 0; begin < count; begin += CHUNK) {
-    f64 product = fill64(1);
-    each(z + begin, count - begin < CHUNK ? count - begin : CHUNK, [&](f64 x, long64 used) {
-      f64 u = x - two[0].mean, w = x - two[1].mean;
-      Shares s = shares(u, w, two);
-      f64 one = used ? s.one : fill64(0), other = used ? s.other : fill64(0);
-      density += used ? s.density : fill64(0);
-      product *= used ? s.excess : fill64(1);
-      f64 first = one * u, second = other * w;
-      sums[0] += one, sums[1] += other;
-      sums[2] += first, sums[3] += second;
-      sums[4] += first * u, sums[5] += second * w;
+    doubles product = fill64(1);
+    each(z + begin, count - begin < CHUNK ? count - begin : CHUNK, [&](doubles x, longs used) {
+      doubles u = x - two[0].mean, w = x - two[1].mean;
+      Shares share = shares(u, w, two);
+      doubles of_0 = used ? share.of_0 : fill64(0), of_1 = used ? share.of_1 : fill64(0);
+      density += used ? share.density : fill64(0);
+      product *= used ? share.excess : fill64(1);
+      doubles moment_0 = of_0 * u, moment_1 = of_1 * w;
+      count_0 += of_0;
+      count_1 += of_1;
+      first_0 += moment_0;
+      first_1 += moment_1;
+      second_0 += moment_0 * u;
+      second_1 += moment_1 * w;
     });
     for (int i = 0; i < WIDTH; i++) logs += std::log(product[i]);
   }
-  return {{total(sums[0]), total(sums[1])},
-          {total(sums[2]), total(sums[3])},
-          {total(sums[4]), total(sums[5])},
+  return {{total(count_0), total(count_1)},
+          {total(first_0), total(first_1)},
+          {total(second_0), total(second_1)},
           total(density) + logs};
 }
 
 void TADPERF_ISA::mixture_posterior(const double *z, int64_t count, const MixtureComponent *two, MixtureRange held,
                                     float *out) {
   int64_t i = 0;
-  each(z, count, [&](f64 x, long64) {
+  each(z, count, [&](doubles x, longs) {
     x = x < held.lowest ? fill64(held.lowest) : x;
     x = x > held.highest ? fill64(held.highest) : x;
-    f64 p = shares(x - two[0].mean, x - two[1].mean, two).one;
-    for (int lane = 0; lane < WIDTH && i < count; lane++) out[i++] = float(p[lane]);
+    doubles of_0 = shares(x - two[0].mean, x - two[1].mean, two).of_0;
+    for (int lane = 0; lane < WIDTH && i < count; lane++) out[i++] = float(of_0[lane]);
   });
 }

@@ -1,17 +1,17 @@
-// Passes over the losses of one group, shared by the fit and the loops of each instruction set.
+// The passes over the losses of one group, shared by the fit and the loops of each instruction set.
 #pragma once
 
 #include <cstdint>
 
-// One Gaussian of a mixture: its log-density at z, but for -log(2 pi) / 2, is height - half_precision (z - mean)^2.
+// One Gaussian of a mixture. Its log-density at z is height - half_precision (z - mean)^2 - log(2 pi) / 2.
 struct MixtureComponent {
   double mean, half_precision, height;
 };
 
-// Sums over samples: what a component owns of them, of its deviations z - mean, and of their squares.
+// Sums over the samples, for each component k with r = its share of a sample: r, r (z - mean_k), r (z - mean_k)^2.
 struct MixtureSums {
   double count[2], first[2], second[2];
-  double log_density;  // of the mixture, but for log(2 pi) / 2 each
+  double log_density;  // of the mixture, without the term -log(2 pi) / 2 of each sample
 };
 
 struct MixtureRange {
@@ -26,7 +26,7 @@ struct MixturePart {
 using MixtureExtent = MixtureRange(const double *z, int64_t count);
 using MixtureAbove = MixturePart(const double *z, int64_t count, double cut, double centre);
 using MixtureStep = MixtureSums(const double *z, int64_t count, const MixtureComponent *two);
-// Probability of component 0 at z held between lowest and highest.
+// The probability of component 0 at z, with z clamped to `held`.
 using MixturePosterior = void(const double *z, int64_t count, const MixtureComponent *two, MixtureRange held,
                               float *out);
 
@@ -35,16 +35,16 @@ MixtureExtent mixture_extent;
 MixtureAbove mixture_above;
 MixtureStep mixture_step;
 MixturePosterior mixture_posterior;
-}
+}  // namespace baseline
 namespace avx2 {
 MixtureExtent mixture_extent;
 MixtureAbove mixture_above;
 MixtureStep mixture_step;
 MixturePosterior mixture_posterior;
-}
+}  // namespace avx2
 namespace avx512 {
 MixtureExtent mixture_extent;
 MixtureAbove mixture_above;
 MixtureStep mixture_step;
 MixturePosterior mixture_posterior;
-}
+}  // namespace avx512

@@ -1,222 +1,277 @@
-// Instance norm, ReLU and average pool of whole planes, and their gradient; every plane stays in the cache between passes.
+// Instance norm, ReLU and average pool of whole planes, and their gradient. Every plane stays in the cache between
+// passes.
 //
-// With d = x - mean and scale = rstd * weight, a pixel before the pool is max(0, d * scale + bias); backward asks again
-// which pixels were positive. The mean is corrected by the mean of what is left after it, so that a constant plane has
-// variance 0 exactly. Channels_last planes lie one channel to a lane; so do small contiguous planes, transposed on the
-// way in and out. Wide contiguous planes have adjacent pixels in the lanes. A plane's result depends on that plane alone.
+// With d = x - mean and scale = rstd * weight, a pixel before the pool is max(0, d * scale + bias). Backward computes
+// again which pixels were positive. Channels_last planes have one channel per lane. So have small contiguous planes,
+// which are transposed on the way in and out. Wide contiguous planes have adjacent pixels in the lanes. A plane's
+// result depends on that plane only.
 #include "norm_relu_pool_channels.h"
 
 namespace {
 
-// ---- small contiguous planes: LANES of them transposed, then as above
+// ---- small contiguous planes: LANES of them are transposed, then processed with one channel per lane
 
-template <class T> inline void store_columns(T *const *rows, int64_t c, const f32 in[4]) {
-  float columns[4][LANES];
-  memcpy(columns, in, sizeof columns);
+template <class T>
+inline void store_columns(T *const *rows, int64_t first, const f32 in[4]) {
 #if __has_builtin(__builtin_shufflevector)
-  typename Count<LANES>::type lanes;
-  f32 a = interleave<1, 0>(in[0], in[1], lanes), b = interleave<1, 0>(in[2], in[3], lanes), out[4];
-  out[0] = interleave<2, 0>(a, b, lanes), out[1] = interleave<2, 1>(a, b, lanes);
-  a = interleave<1, 1>(in[0], in[1], lanes), b = interleave<1, 1>(in[2], in[3], lanes);
-  out[2] = interleave<2, 0>(a, b, lanes), out[3] = interleave<2, 1>(a, b, lanes);
+  f32 by_row[4];
+  transpose_quads(in, by_row);
   for (int i = 0; i < 4; i++) {
     T quads[LANES];
-    store(quads, out[i]);
-    for (int row = i; row < LANES; row += 4) memcpy(rows[row] + c, quads + row - i, 4 * sizeof(T));
+    store(quads, by_row[i]);
+    for (int row = i; row < LANES; row += 4) memcpy(rows[row] + first, quads + row - i, 4 * sizeof(T));
   }
 #else
   for (int j = 0; j < 4; j++) {
     T column[LANES];
     store(column, in[j]);
-    for (int i = 0; i < LANES; i++) rows[i][c + j] = column[i];
+    for (int i = 0; i < LANES; i++) rows[i][first + j] = column[i];
   }
 #endif
 }
 
-// Rows of n pixels to and from a tile with one row to a lane. The last four overlap those before.
-template <class T> inline void transpose_in(const T *const *rows, int64_t n, f32 *tile) {
-  for (int64_t c = 0; c + 4 <= n; c += 4) load_columns(rows, c, tile + c);
-  if (n % 4 && n > 4) load_columns(rows, n - 4, tile + n - 4);
-  for (int64_t c = 0; n < 4 && c < n; c++) tile[c] = load_column(rows, c);
+// Copies LANES rows of `size` pixels to a tile with one row per lane. The last four columns may overlap those before.
+template <class T>
+inline void transpose_in(const T *const *rows, int64_t size, f32 *tile) {
+  for (int64_t column = 0; column + 4 <= size; column += 4) load_columns(rows, column, tile + column);
+  if (size % 4 && size > 4) load_columns(rows, size - 4, tile + size - 4);
+  for (int64_t column = 0; size < 4 && column < size; column++) tile[column] = load_column(rows, column);
 }
 
-template <class T> inline void transpose_out(const f32 *tile, int64_t n, T *const *rows) {
-  for (int64_t c = 0; c + 4 <= n; c += 4) store_columns(rows, c, tile + c);
-  if (n % 4 && n > 4) store_columns(rows, n - 4, tile + n - 4);
-  for (int64_t c = 0; n < 4 && c < n; c++) {
-    T column[LANES];
-    store(column, tile[c]);
-    for (int i = 0; i < LANES; i++) rows[i][c] = column[i];
+// Copies a tile back to its rows.
+template <class T>
+inline void transpose_out(const f32 *tile, int64_t size, T *const *rows) {
+  for (int64_t column = 0; column + 4 <= size; column += 4) store_columns(rows, column, tile + column);
+  if (size % 4 && size > 4) store_columns(rows, size - 4, tile + size - 4);
+  for (int64_t column = 0; size < 4 && column < size; column++) {
+    T elements[LANES];
+    store(elements, tile[column]);
+    for (int i = 0; i < LANES; i++) rows[i][column] = elements[i];
   }
 }
 
-template <class T> struct Planes {
-  T *rows[LANES];  // beyond the last plane, that plane again
+// The rows of `count` planes from `plane` on; the last plane is repeated up to LANES.
+template <class T>
+struct Planes {
+  T *rows[LANES];
   Planes(T *data, int64_t plane, int count, int64_t pixels) {
     for (int i = 0; i < LANES; i++) rows[i] = data + (plane + (i < count ? i : count - 1)) * pixels;
   }
 };
 
-template <int WINDOW, class T> inline void small_planes(const NormReluPool &a, int64_t begin, int64_t end) {
-  const int64_t pixels = a.height * a.width, pooled = (a.height / WINDOW) * (a.width / WINDOW);
-  f32 tile[MOST_PIXELS_TRANSPOSED], small[MOST_PIXELS_TRANSPOSED / (WINDOW * WINDOW)];
+// Constants and results of LANES planes, one channel per lane.
+struct PlaneRows {
   float weight[LANES], bias[LANES], mean[LANES], rstd[LANES], of_weight[LANES], of_bias[LANES];
-  NormReluPool t = a;
-  t.x = t.grad_x = tile, t.y = small, t.channels = LANES, t.stream = false;
-  if (a.grad_y) t.grad_y = small;
-  t.weight = weight, t.bias = bias, t.mean = mean, t.rstd = rstd, t.of_weight = of_weight, t.of_bias = of_bias;
+
+  void read(const NormReluPool &args, int64_t plane, int count) {
+    for (int i = 0; i < LANES; i++) {
+      int64_t p = plane + (i < count ? i : count - 1);
+      weight[i] = args.weight[p % args.channels];
+      bias[i] = args.bias[p % args.channels];
+      if (!args.grad_y) continue;
+      mean[i] = args.mean[p];
+      rstd[i] = args.rstd[p];
+    }
+  }
+
+  void write(const NormReluPool &args, int64_t plane, int count) const {
+    memcpy((args.grad_y ? args.of_weight : args.mean) + plane, args.grad_y ? of_weight : mean, sizeof(float) * count);
+    memcpy((args.grad_y ? args.of_bias : args.rstd) + plane, args.grad_y ? of_bias : rstd, sizeof(float) * count);
+  }
+};
+
+template <int WINDOW, class T>
+inline void small_planes(const NormReluPool &args, int64_t begin, int64_t end) {
+  const int64_t pixels = args.height * args.width, pooled = (args.height / WINDOW) * (args.width / WINDOW);
+  f32 tile[MOST_PIXELS_TRANSPOSED], small[MOST_PIXELS_TRANSPOSED / (WINDOW * WINDOW)];
+  PlaneRows rows;
+  NormReluPool transposed = args;  // one image of LANES channels
+  transposed.x = tile;
+  transposed.grad_x = tile;
+  transposed.y = small;
+  transposed.grad_y = args.grad_y ? small : nullptr;
+  transposed.channels = LANES;
+  transposed.stream = false;
+  transposed.weight = rows.weight;
+  transposed.bias = rows.bias;
+  transposed.mean = rows.mean;
+  transposed.rstd = rows.rstd;
+  transposed.of_weight = rows.of_weight;
+  transposed.of_bias = rows.of_bias;
   for (int64_t plane = begin; plane < end; plane += LANES) {
     const int count = int(end - plane < LANES ? end - plane : LANES);
-    for (int i = 0; i < LANES; i++) {
-      int64_t p = plane + (i < count ? i : count - 1), c = p % a.channels;
-      weight[i] = a.weight[c], bias[i] = a.bias[c];
-      if (a.grad_y) mean[i] = a.mean[p], rstd[i] = a.rstd[p];
-    }
-    transpose_in(Planes<const T>(static_cast<const T *>(a.x), plane, count, pixels).rows, pixels, tile);
-    if (a.grad_y)
-      transpose_in(Planes<const T>(static_cast<const T *>(a.grad_y), plane, count, pooled).rows, pooled, small);
-    channels<WINDOW, true, 1, float>(t, 0, 0);
-    if (a.grad_y) {
-      transpose_out(tile, pixels, Planes<T>(static_cast<T *>(a.grad_x), plane, count, pixels).rows);
-      memcpy(a.of_weight + plane, of_weight, sizeof(float) * count);
-      memcpy(a.of_bias + plane, of_bias, sizeof(float) * count);
-    } else {
-      transpose_out(small, pooled, Planes<T>(static_cast<T *>(a.y), plane, count, pooled).rows);
-      memcpy(a.mean + plane, mean, sizeof(float) * count);
-      memcpy(a.rstd + plane, rstd, sizeof(float) * count);
-    }
+    rows.read(args, plane, count);
+    transpose_in(Planes<const T>(static_cast<const T *>(args.x), plane, count, pixels).rows, pixels, tile);
+    if (args.grad_y)
+      transpose_in(Planes<const T>(static_cast<const T *>(args.grad_y), plane, count, pooled).rows, pooled, small);
+    channels<WINDOW, true, 1, float>(transposed, 0, 0);
+    if (args.grad_y)
+      transpose_out(tile, pixels, Planes<T>(static_cast<T *>(args.grad_x), plane, count, pixels).rows);
+    else
+      transpose_out(small, pooled, Planes<T>(static_cast<T *>(args.y), plane, count, pooled).rows);
+    rows.write(args, plane, count);
   }
 }
 
 // ---- contiguous planes whose width is a multiple of WINDOW * LANES
 
 #if __has_builtin(__builtin_shufflevector)
-template <int... I> inline f32 add_pairs(f32 a, f32 b, Indices<I...>) {
+template <int... I>
+inline f32 add_pairs(f32 a, f32 b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
+// Sums of adjacent lanes, of a and then of b.
 inline f32 add_pairs(f32 a, f32 b) { return add_pairs(a, b, typename Count<LANES>::type{}); }
-template <int HALF, int... I> inline f32 twice(f32 g, Indices<I...>) {
-  return __builtin_shufflevector(g, g, (HALF * LANES / 2 + I / 2)...);
+
+template <int HALF, int... I>
+inline f32 repeat_pairs(f32 x, Indices<I...>) {
+  return __builtin_shufflevector(x, x, (HALF * LANES / 2 + I / 2)...);
 }
-template <int HALF> inline f32 twice(f32 g) { return twice<HALF>(g, typename Count<LANES>::type{}); }
+// Each lane of the lower (HALF 0) or upper (HALF 1) half of x twice.
+template <int HALF>
+inline f32 repeat_pairs(f32 x) {
+  return repeat_pairs<HALF>(x, typename Count<LANES>::type{});
+}
 #else
 inline f32 add_pairs(f32 a, f32 b) {
   f32 out;
-  for (int i = 0; i < LANES / 2; i++) out[i] = a[2 * i] + a[2 * i + 1], out[i + LANES / 2] = b[2 * i] + b[2 * i + 1];
+  for (int i = 0; i < LANES / 2; i++) {
+    out[i] = a[2 * i] + a[2 * i + 1];
+    out[i + LANES / 2] = b[2 * i] + b[2 * i + 1];
+  }
   return out;
 }
-template <int HALF> inline f32 twice(f32 g) {
+template <int HALF>
+inline f32 repeat_pairs(f32 x) {
   f32 out;
-  for (int i = 0; i < LANES; i++) out[i] = g[HALF * LANES / 2 + i / 2];
+  for (int i = 0; i < LANES; i++) out[i] = x[HALF * LANES / 2 + i / 2];
   return out;
 }
 #endif
 
-template <class T> inline void wide_moments(const T *x, int64_t height, int64_t width, float eps, float &mean,
-                                                float &rstd) {
+template <class T>
+constexpr int64_t elements_ahead = AHEAD / int64_t{sizeof(T)};
+
+// As `moments`, with adjacent pixels in the lanes.
+template <class T>
+inline void wide_moments(const T *x, int64_t height, int64_t width, float eps, float &mean, float &rstd) {
   const int64_t pixels = height * width;
-  f32 sum{}, left{}, squares{};
+  f32 sum{}, differences{}, squares{};
   for (int64_t i = 0; i < height; i++) {
     f32 row{};
     for (int64_t j = 0; j < width; j += LANES) {
-      __builtin_prefetch(x + i * width + j + AHEAD / sizeof(T));
+      __builtin_prefetch(x + i * width + j + elements_ahead<T>);
       row += load(x + i * width + j);
     }
     sum += row;
   }
   mean = total(sum) / float(pixels);
   for (int64_t i = 0; i < height; i++) {
-    f32 row[2]{};
+    f32 row_differences{}, row_squares{};
     for (int64_t j = 0; j < width; j += LANES) {
       f32 d = load(x + i * width + j) - mean;
-      row[0] += d, row[1] += d * d;
+      row_differences += d;
+      row_squares += d * d;
     }
-    left += row[0], squares += row[1];
+    differences += row_differences;
+    squares += row_squares;
   }
-  const float rest = total(left) / float(pixels), variance = total(squares) / float(pixels) - rest * rest;
-  mean += rest;
+  const float correction = total(differences) / float(pixels);
+  const float variance = total(squares) / float(pixels) - correction * correction;
+  mean += correction;
   rstd = 1.0f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
 }
 
 template <int WINDOW, class T>
-inline void wide_pool(const NormReluPool &a, const T *x, T *y, const Affine &affine) {
-  auto at = [&](int64_t i, int64_t j) { return relu(load(x + i * a.width + j), affine); };
-  for (int64_t i = 0; i < a.height / WINDOW; i++)
-    for (int64_t j = 0; j < a.width / WINDOW; j += LANES) {
+inline void wide_pool(const NormReluPool &args, const T *x, T *y, const Affine &affine) {
+  auto pixels = [&](int64_t i, int64_t j) { return relu(load(x + i * args.width + j), affine); };
+  for (int64_t i = 0; i < args.height / WINDOW; i++)
+    for (int64_t j = 0; j < args.width / WINDOW; j += LANES) {
       f32 sum;
-      if (WINDOW == 1) sum = at(i, j);
-      else sum = add_pairs(at(2 * i, 2 * j) + at(2 * i + 1, 2 * j),
-                           at(2 * i, 2 * j + LANES) + at(2 * i + 1, 2 * j + LANES));
-      store(y + i * (a.width / WINDOW) + j, sum * (1.0f / (WINDOW * WINDOW)), a.stream);
+      if (WINDOW == 1)
+        sum = pixels(i, j);
+      else
+        sum = add_pairs(pixels(2 * i, 2 * j) + pixels(2 * i + 1, 2 * j),
+                        pixels(2 * i, 2 * j + LANES) + pixels(2 * i + 1, 2 * j + LANES));
+      store(y + i * (args.width / WINDOW) + j, sum * (1.0f / (WINDOW * WINDOW)), args.stream);
     }
 }
 
-// f(place in the plane, upstream gradient) for vectors of pixels, those that the pool drops left out.
-template <int WINDOW, class T, class F> inline void each_wide(const NormReluPool &a, const T *grad_y, F f) {
-  for (int64_t i = 0; i < a.height / WINDOW; i++)
-    for (int64_t j = 0; j < a.width / WINDOW; j += LANES) {
-      f32 g = load(grad_y + i * (a.width / WINDOW) + j) * (1.0f / (WINDOW * WINDOW));
+// Calls f(offset in the plane, upstream gradient) for vectors of pixels, without the pixels that the pool drops.
+template <int WINDOW, class T, class F>
+inline void each_wide(const NormReluPool &args, const T *grad_y, F f) {
+  for (int64_t i = 0; i < args.height / WINDOW; i++)
+    for (int64_t j = 0; j < args.width / WINDOW; j += LANES) {
+      f32 g = load(grad_y + i * (args.width / WINDOW) + j) * (1.0f / (WINDOW * WINDOW));
       if (WINDOW == 1) {
-        f(i * a.width + j, g);
+        f(i * args.width + j, g);
         continue;
       }
-      int64_t at = 2 * (i * a.width + j);
-      f32 left = twice<0>(g), right = twice<1>(g);
-      f(at, left), f(at + LANES, right), f(at + a.width, left), f(at + a.width + LANES, right);
+      int64_t offset = 2 * (i * args.width + j);
+      f32 left = repeat_pairs<0>(g), right = repeat_pairs<1>(g);
+      f(offset, left);
+      f(offset + LANES, right);
+      f(offset + args.width, left);
+      f(offset + args.width + LANES, right);
     }
 }
 
 template <int WINDOW, class T>
-inline void wide_gradient(const NormReluPool &a, const T *x, const T *grad_y, T *grad_x, int64_t plane,
+inline void wide_gradient(const NormReluPool &args, const T *x, const T *grad_y, T *grad_x, int64_t plane,
                           const Affine &affine) {
-  f32 sums[2]{};
-  each_wide<WINDOW>(a, grad_y, [&](int64_t at, f32 g) {
-    __builtin_prefetch(x + at + AHEAD / sizeof(T));
-    f32 d = load(x + at) - affine.mean, p = passed(g, d, affine);
-    sums[0] += p, sums[1] += p * d;
+  f32 sums{}, sums_d{};
+  each_wide<WINDOW>(args, grad_y, [&](int64_t offset, f32 g) {
+    __builtin_prefetch(x + offset + elements_ahead<T>);
+    f32 d = load(x + offset) - affine.mean;
+    f32 p = passed(g, d, affine);
+    sums += p;
+    sums_d += p * d;
   });
-  const float sum = total(sums[0]), sum_d = total(sums[1]), rstd = a.rstd[plane];
-  const Backward b = backward(fill(sum), fill(sum_d), fill(rstd), affine, float(a.height * a.width));
-  a.of_bias[plane] = sum, a.of_weight[plane] = sum_d * rstd;
-  auto write = [&](int64_t at, f32 g) {
-    f32 d = load(x + at) - affine.mean;
-    store(grad_x + at, of_pixel(passed(g, d, affine), d, b), a.stream);
+  const float sum = total(sums), sum_d = total(sums_d), rstd = args.rstd[plane];
+  const Backward back = backward(fill(sum), fill(sum_d), fill(rstd), affine, float(args.height * args.width));
+  args.of_bias[plane] = sum;
+  args.of_weight[plane] = sum_d * rstd;
+  auto write = [&](int64_t offset, f32 g) {
+    f32 d = load(x + offset) - affine.mean;
+    store(grad_x + offset, gradient_of_pixel(passed(g, d, affine), d, back), args.stream);
   };
-  each_wide<WINDOW>(a, grad_y, write);
-  for (int64_t at = a.height / WINDOW * WINDOW * a.width; at < a.height * a.width; at += LANES) write(at, f32{});
+  each_wide<WINDOW>(args, grad_y, write);
+  int64_t dropped = args.height / WINDOW * WINDOW * args.width;  // pixels from here on are not pooled
+  for (int64_t offset = dropped; offset < args.height * args.width; offset += LANES) write(offset, f32{});
 }
 
-template <int WINDOW, class T> inline void wide_planes(const NormReluPool &a, int64_t begin, int64_t end) {
-  const int64_t pixels = a.height * a.width, pooled = (a.height / WINDOW) * (a.width / WINDOW);
+template <int WINDOW, class T>
+inline void wide_planes(const NormReluPool &args, int64_t begin, int64_t end) {
+  const int64_t pixels = args.height * args.width, pooled = (args.height / WINDOW) * (args.width / WINDOW);
   for (int64_t plane = begin; plane < end; plane++) {
-    const T *x = static_cast<const T *>(a.x) + plane * pixels;
-    if (!a.grad_y) wide_moments(x, a.height, a.width, a.eps, a.mean[plane], a.rstd[plane]);
-    const float weight = a.weight[plane % a.channels], bias = a.bias[plane % a.channels];
-    const Affine affine{fill(a.mean[plane]), fill(a.rstd[plane] * weight), fill(bias)};
-    if (!a.grad_y) wide_pool<WINDOW>(a, x, static_cast<T *>(a.y) + plane * pooled, affine);
-    else
-      wide_gradient<WINDOW>(a, x, static_cast<const T *>(a.grad_y) + plane * pooled,
-                            static_cast<T *>(a.grad_x) + plane * pixels, plane, affine);
+    const T *x = static_cast<const T *>(args.x) + plane * pixels;
+    if (!args.grad_y) wide_moments(x, args.height, args.width, args.eps, args.mean[plane], args.rstd[plane]);
+    const float weight = args.weight[plane % args.channels], bias = args.bias[plane % args.channels];
+    const Affine affine{fill(args.mean[plane]), fill(args.rstd[plane] * weight), fill(bias)};
+    if (args.grad_y) {
+      const T *grad_y = static_cast<const T *>(args.grad_y) + plane * pooled;
+      wide_gradient<WINDOW>(args, x, grad_y, static_cast<T *>(args.grad_x) + plane * pixels, plane, affine);
+    } else {
+      wide_pool<WINDOW>(args, x, static_cast<T *>(args.y) + plane * pooled, affine);
+    }
   }
 }
 
-template <int WINDOW, class T> inline void part(const NormReluPool &a, int64_t begin, int64_t end) {
-  if (a.channels_last) return images<WINDOW, T>(a, begin, end);
-  if (a.width % (WINDOW * LANES) == 0) return wide_planes<WINDOW, T>(a, begin, end);
-  small_planes<WINDOW, T>(a, begin, end);
-}
-
-template <int WINDOW> inline void part_of(const NormReluPool &a, int64_t begin, int64_t end) {
-  if (a.kind == Kind::bfloat16) return part<WINDOW, bf16>(a, begin, end);
-  if (a.kind == Kind::float16) return part<WINDOW, f16>(a, begin, end);
-  part<WINDOW, float>(a, begin, end);
+template <int WINDOW>
+inline void part(const NormReluPool &args, int64_t begin, int64_t end) {
+  with_element(args.kind, [&](auto element) {
+    using T = decltype(element);
+    if (args.channels_last) return images<WINDOW, T>(args, begin, end);
+    if (args.width % (WINDOW * LANES) == 0) return wide_planes<WINDOW, T>(args, begin, end);
+    small_planes<WINDOW, T>(args, begin, end);
+  });
 }
 
 }  // namespace
 
-void TADPERF_ISA::norm_relu_pool(const NormReluPool &a, int64_t begin, int64_t end) {
-  a.window == 2 ? part_of<2>(a, begin, end) : part_of<1>(a, begin, end);
+void TADPERF_ISA::norm_relu_pool(const NormReluPool &args, int64_t begin, int64_t end) {
+  args.window == 2 ? part<2>(args, begin, end) : part<1>(args, begin, end);
 #if defined(__SSE__)
-  if (a.stream) _mm_sfence();
+  if (args.stream) _mm_sfence();
 #endif
 }

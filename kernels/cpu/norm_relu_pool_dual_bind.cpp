@@ -1,68 +1,105 @@
-// tadperf.kernels._native.norm_relu_pool_dual and its reverse: images shared out over threads with the GIL released.
-// Tensors come as addresses; types and shapes are checked by the caller in Python.
+// tadperf.kernels._native.norm_relu_pool_dual and its gradient. The images are shared among threads without the GIL.
 #include "norm_relu_pool_dual.h"
 
 #include <memory>
 
-#include "dispatch.h"
-#include "images.h"
-#include "parallel.h"
+#include "common/arrays.h"
+#include "common/dispatch.h"
+#include "common/images.h"
+#include "common/parallel.h"
 
 using namespace nb::literals;
 
 namespace {
 
+using Maps = Typed<const float, 4>;  // [images, channels, height, width] in channels_last
+using MapsOut = Typed<float, 4>;
+using Channels = Dense<const float, 1>;
+using Moments = Dense<float, 3>;  // [4, images, channels]
+
 void run(const NormReluPoolDual &a, int isa, int threads) {
   auto *part = pick<NormReluPoolDualPart>(isa, TADPERF_BY_ISA(norm_relu_pool_dual));
-  int64_t block = std::max<int64_t>(1, 8192 / (a.height * a.width * a.channels));  // some 10 us
+  int64_t block = std::max<int64_t>(1, 8192 / (a.height * a.width * a.channels));  // about 10 us
   parallel_for(a.images, block, threads, [&](int64_t begin, int64_t end) { part(a, begin, end); });
 }
 
-NormReluPoolDual described(uintptr_t x, uintptr_t x_dot, int64_t images, int64_t channels, int64_t height,
-                           int64_t width, bool pool, uintptr_t weight, uintptr_t bias, uintptr_t weight_dot,
-                           uintptr_t bias_dot, uintptr_t moments) {
-  if (channels < 1 || height < 1 || width < 1) throw nb::value_error("images must have pixels");
+template <class Array>
+void check_maps(const char *name, const Array &x, const NormReluPoolDual &a, int window) {
+  check_shape(name, x, {a.images, a.channels, a.height / window, a.width / window});
+  check_channels_last(name, x);
+}
+
+NormReluPoolDual arguments_for(const Maps &x, const Maps &x_dot, const Channels &weight, const Channels &bias,
+                               const Channels &weight_dot, const Channels &bias_dot, const Moments &moments,
+                               bool pool) {
   NormReluPoolDual a{};
-  a.x = at<float>(x), a.x_dot = at<float>(x_dot);
-  a.images = images, a.channels = channels, a.height = height, a.width = width, a.window = pool ? 2 : 1;
-  a.weight = at<float>(weight), a.bias = at<float>(bias);
-  a.weight_dot = at<float>(weight_dot), a.bias_dot = at<float>(bias_dot);
-  a.mean = at<float>(moments), a.rstd = a.mean + images * channels;
-  a.mean_dot = a.rstd + images * channels, a.slope = a.mean_dot + images * channels;
+  a.x = x.data();
+  a.x_dot = x_dot.data();
+  a.images = size_of(x, 0);
+  a.channels = size_of(x, 1);
+  a.height = size_of(x, 2);
+  a.width = size_of(x, 3);
+  a.window = pool ? 2 : 1;
+  if (a.channels < 1 || a.height < 1 || a.width < 1) throw nb::value_error("x: images must have pixels");
+  check_maps("x", x, a, 1);
+  check_maps("x_dot", x_dot, a, 1);
+  for (const Channels *values : {&weight, &bias, &weight_dot, &bias_dot})
+    check_shape("weight, bias and their tangents", *values, {a.channels});
+  check_shape("moments", moments, {4, a.images, a.channels});
+  a.weight = weight.data();
+  a.bias = bias.data();
+  a.weight_dot = weight_dot.data();
+  a.bias_dot = bias_dot.data();
+  a.mean = moments.data();
+  a.rstd = a.mean + a.images * a.channels;
+  a.mean_dot = a.rstd + a.images * a.channels;
+  a.slope = a.mean_dot + a.images * a.channels;
   return a;
 }
 
-void dual(uintptr_t x, uintptr_t x_dot, int64_t images, int64_t channels, int64_t height, int64_t width, bool pool,
-          uintptr_t weight, uintptr_t bias, uintptr_t weight_dot, uintptr_t bias_dot, uintptr_t moments, float eps,
-          uintptr_t y, uintptr_t y_dot, int isa, int threads) {
-  auto a = described(x, x_dot, images, channels, height, width, pool, weight, bias, weight_dot, bias_dot, moments);
-  a.eps = eps, a.y = at<float>(y), a.y_dot = at<float>(y_dot);
+void forward(Maps x, Maps x_dot, Channels weight, Channels bias, Channels weight_dot, Channels bias_dot,
+             Moments moments, MapsOut y, MapsOut y_dot, float eps, bool pool, int isa, int threads) {
+  NormReluPoolDual a = arguments_for(x, x_dot, weight, bias, weight_dot, bias_dot, moments, pool);
+  check_maps("y", y, a, a.window);
+  check_maps("y_dot", y_dot, a, a.window);
+  a.eps = eps;
+  a.y = y.data();
+  a.y_dot = y_dot.data();
   nb::gil_scoped_release release;
   run(a, isa, threads);
 }
 
-void reverse(uintptr_t x, uintptr_t x_dot, int64_t images, int64_t channels, int64_t height, int64_t width, bool pool,
-             uintptr_t weight, uintptr_t bias, uintptr_t weight_dot, uintptr_t bias_dot, uintptr_t moments,
-             uintptr_t grad, uintptr_t grad_dot, uintptr_t of_x, uintptr_t of_x_dot, uintptr_t of_weight_dot,
-             uintptr_t of_bias_dot, int isa, int threads) {
-  auto a = described(x, x_dot, images, channels, height, width, pool, weight, bias, weight_dot, bias_dot, moments);
-  a.grad = at<float>(grad), a.grad_dot = at<float>(grad_dot);
-  a.of_x = at<float>(of_x), a.of_x_dot = at<float>(of_x_dot);
+void gradient(Maps grad, Maps grad_dot, Maps x, Maps x_dot, Channels weight, Channels bias, Channels weight_dot,
+              Channels bias_dot, Moments moments, MapsOut grad_x, MapsOut grad_x_dot, Dense<float, 1> grad_weight_dot,
+              Dense<float, 1> grad_bias_dot, bool pool, int isa, int threads) {
+  NormReluPoolDual a = arguments_for(x, x_dot, weight, bias, weight_dot, bias_dot, moments, pool);
+  check_maps("grad", grad, a, a.window);
+  check_maps("grad_dot", grad_dot, a, a.window);
+  check_maps("grad_x", grad_x, a, 1);
+  check_maps("grad_x_dot", grad_x_dot, a, 1);
+  check_shape("grad_weight_dot", grad_weight_dot, {a.channels});
+  check_shape("grad_bias_dot", grad_bias_dot, {a.channels});
+  a.grad = grad.data();
+  a.grad_dot = grad_dot.data();
+  a.of_x = grad_x.data();
+  a.of_x_dot = grad_x_dot.data();
   nb::gil_scoped_release release;
-  std::unique_ptr<float[]> shares(new float[2 * images * channels]);
-  a.of_weight_dot = shares.get(), a.of_bias_dot = a.of_weight_dot + images * channels;
+  std::unique_ptr<float[]> partial(new float[2 * a.images * a.channels]);
+  a.of_weight_dot = partial.get();
+  a.of_bias_dot = a.of_weight_dot + a.images * a.channels;
   run(a, isa, threads);
-  add_images(a.of_weight_dot, images, channels, at<float>(of_weight_dot));
-  add_images(a.of_bias_dot, images, channels, at<float>(of_bias_dot));
+  add_images(a.of_weight_dot, a.images, a.channels, grad_weight_dot.data());
+  add_images(a.of_bias_dot, a.images, a.channels, grad_bias_dot.data());
 }
 
 }  // namespace
 
 void bind_norm_relu_pool_dual(nb::module_ &m) {
-  m.def("norm_relu_pool_dual", &dual, "x"_a, "x_dot"_a, "images"_a, "channels"_a, "height"_a, "width"_a, "pool"_a,
-        "weight"_a, "bias"_a, "weight_dot"_a, "bias_dot"_a, "moments"_a, "eps"_a, "y"_a, "y_dot"_a, "isa"_a,
-        "threads"_a, "Fill y, y_dot, and moments [4, images, channels].");
-  m.def("norm_relu_pool_dual_gradient", &reverse, "x"_a, "x_dot"_a, "images"_a, "channels"_a, "height"_a, "width"_a,
-        "pool"_a, "weight"_a, "bias"_a, "weight_dot"_a, "bias_dot"_a, "moments"_a, "grad"_a, "grad_dot"_a, "of_x"_a,
-        "of_x_dot"_a, "of_weight_dot"_a, "of_bias_dot"_a, "isa"_a, "threads"_a, "Fill the last four outputs.");
+  m.def("norm_relu_pool_dual", &forward, array("x"), array("x_dot"), array("weight"), array("bias"),
+        array("weight_dot"), array("bias_dot"), array("moments"), array("y"), array("y_dot"), "eps"_a, "pool"_a,
+        "isa"_a, "threads"_a, "Fills y, y_dot, and moments [4, images, channels].");
+  m.def("norm_relu_pool_dual_gradient", &gradient, array("grad"), array("grad_dot"), array("x"), array("x_dot"),
+        array("weight"), array("bias"), array("weight_dot"), array("bias_dot"), array("moments"), array("grad_x"),
+        array("grad_x_dot"), array("grad_weight_dot"), array("grad_bias_dot"), "pool"_a, "isa"_a, "threads"_a,
+        "Fills the four gradients.");
 }

@@ -1,7 +1,7 @@
-// The arguments of a trajectory distance and of its gradient, shared by the module and the loops.
+// The arguments of a trajectory distance and of its gradient, shared by the binding and the loops.
 #pragma once
 
-#include "rows.h"
+#include "common/element_types.h"
 
 struct TrajectoryDistance {
   Rows student, target, start;
@@ -9,16 +9,28 @@ struct TrajectoryDistance {
 
 struct TrajectoryGradient {
   TrajectoryDistance inputs;
-  TrajectoryDistance grads;  // data is null where not needed; a row that serves all gathers their sum, in float32
+  // data is null for a gradient that is not needed. A row that serves all rows gets the sum of their gradients, in
+  // float32.
+  TrajectoryDistance grads;
 };
 
-// One row's elements begin..end: squared distances of student and of start from target.
+// Squared distances of student and of start from target, over the elements begin..end of one row.
 using SquaredDistances = void(const TrajectoryDistance &, int64_t row, int64_t begin, int64_t end, double sums[2]);
 
-// One row's elements begin..end: of_distance * (student - target), of_way * (start - target), for target minus both.
-using TrajectoryGradients = void(const TrajectoryGradient &, int64_t row, int64_t begin, int64_t end,
-                                 float of_distance, float of_way);
+// The gradients of elements begin..end of one row. student: of_distance * (student - target); start: of_way * (start -
+// target); target: minus the sum of the two.
+using TrajectoryGradients = void(const TrajectoryGradient &, int64_t row, int64_t begin, int64_t end, float of_distance,
+                                 float of_way);
 
-namespace baseline { SquaredDistances squared_distances; TrajectoryGradients trajectory_gradients; }
-namespace avx2 { SquaredDistances squared_distances; TrajectoryGradients trajectory_gradients; }
-namespace avx512 { SquaredDistances squared_distances; TrajectoryGradients trajectory_gradients; }
+namespace baseline {
+SquaredDistances squared_distances;
+TrajectoryGradients trajectory_gradients;
+}  // namespace baseline
+namespace avx2 {
+SquaredDistances squared_distances;
+TrajectoryGradients trajectory_gradients;
+}  // namespace avx2
+namespace avx512 {
+SquaredDistances squared_distances;
+TrajectoryGradients trajectory_gradients;
+}  // namespace avx512

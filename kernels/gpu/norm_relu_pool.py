@@ -1,11 +1,11 @@
-"""Triton twin of norm_relu_pool: each program takes PLANES whole planes, whose windows lie in chunks of BLOCK.
+"""`norm_relu_pool` in Triton: each program handles PLANES planes, in chunks of BLOCK windows.
 
-A window is what one pooled pixel is made of; along an odd side the last ones are cut short, count in the sums and are
-not written. One chunk is read once and stays in registers; more chunks are read once for each of the sums.
+A window holds the pixels of one pooled pixel. If a side is odd, the last windows are cut. They count in the sums and
+have no pooled pixel. A single chunk is read once and stays in registers. Several chunks are read once for each sum.
 """
 
-# Pyright takes a launch, kernel[grid](...), for a call of the function itself, which knows no num_warps, and
-# some of Triton's functions for ones that never return.
+# Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps. It also takes
+# some functions of Triton for functions that never return.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tadperf.kernels.launch import launch
+from tadperf.kernels.gpu import on_device
+from tadperf.kernels.gpu.launch_configs import launch_config
 
 
 @triton.jit
 def place(begin, part, height, width, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
-    """Row, column and whether there is such a pixel, of pixel `part` of the windows begin..begin + BLOCK."""
+    """Returns row and column of pixel `part` of the windows begin..begin + BLOCK, and whether the pixel exists."""
     across = (width + WINDOW - 1) // WINDOW
     window = begin + tl.arange(0, BLOCK)[None, :]
     row = window // across * WINDOW + part // WINDOW
@@ -30,18 +31,18 @@ def place(begin, part, height, width, BLOCK: tl.constexpr, WINDOW: tl.constexpr)
 
 @triton.jit
 def deviation(
-    x, mean, inside, begin, part, height, width, x_step, BLOCK: tl.constexpr, WINDOW: tl.constexpr
+    x_ptrs, mean, inside, begin, part, height, width, x_stride, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 ):  # fmt: skip
-    """Pixels `part` less the mean, 0 where there is none; x points at the first pixel of each plane."""
+    """Returns pixels `part` minus the mean, and 0 for pixels that do not exist. x_ptrs: first pixel of each plane."""
     row, column, exists = place(begin, part, height, width, BLOCK, WINDOW)
     found = inside & exists
-    at = x + (row * width + column).to(tl.int64) * x_step
+    at = x_ptrs + (row * width + column).to(tl.int64) * x_stride
     return tl.where(found, tl.load(at, found, other=0).to(tl.float32) - mean, 0.0)
 
 
 @triton.jit
 def pooled(begin, height, width, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
-    """Place of each window's pooled pixel, and whether it has one."""
+    """Returns the offset of the pooled pixel of each window, and whether it exists."""
     across = (width + WINDOW - 1) // WINDOW
     window = begin + tl.arange(0, BLOCK)[None, :]
     row, column = window // across, window % across
@@ -50,118 +51,122 @@ def pooled(begin, height, width, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def planes_of(count, channels, PLANES: tl.constexpr):
-    """The program's planes, whether there are such, and their channels."""
+    """Returns the planes of the program, whether they exist, and their channels."""
     plane = tl.program_id(0).to(tl.int64) * PLANES + tl.arange(0, PLANES)[:, None].to(tl.int64)
     return plane, plane < count, plane % channels
 
 
 @triton.jit
 def first_of(plane, channels, size, LAST: tl.constexpr):
-    """First element of each plane of `size` pixels."""
+    """Returns the offset of the first element of each plane of `size` pixels."""
     return plane // channels * channels * size + plane % channels if LAST else plane * size
 
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, y, moments, count, channels, height, width, eps,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, moments_ptr, n_planes, n_channels, height, width, eps,
     PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOW: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """y, and mean and rstd of PLANES planes a program; LAST: channels_last maps."""
+    """Writes y, and mean and rstd of PLANES planes per program. LAST: the maps are channels_last."""
     size = height * width
-    plane, inside, channel = planes_of(count, channels, PLANES)
-    step = channels if LAST else 1
-    first = first_of(plane, channels, size, LAST)
-    first_y = first_of(plane, channels, (height // WINDOW) * (width // WINDOW), LAST)
+    plane, inside, channel = planes_of(n_planes, n_channels, PLANES)
+    step = n_channels if LAST else 1
+    first = first_of(plane, n_channels, size, LAST)
+    first_y = first_of(plane, n_channels, (height // WINDOW) * (width // WINDOW), LAST)
     sums = tl.zeros([PLANES, BLOCK], tl.float32)
     for chunk in range(CHUNKS):
         for part in tl.static_range(WINDOW * WINDOW):
-            sums += deviation(x + first, 0.0, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
+            sums += deviation(x_ptr + first, 0.0, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
     mean = tl.sum(sums, 1, keep_dims=True) / size
     left = tl.zeros([PLANES, BLOCK], tl.float32)
     squares = tl.zeros([PLANES, BLOCK], tl.float32)
     for chunk in range(CHUNKS):
         for part in tl.static_range(WINDOW * WINDOW):
-            d = deviation(x + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
+            d = deviation(x_ptr + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
             left += d
             squares += d * d
-    rest = tl.sum(left, 1, keep_dims=True) / size  # so that a constant plane has variance 0 exactly
+    rest = tl.sum(left, 1, keep_dims=True) / size  # so that the variance of a constant plane is exactly 0
     mean += rest
     variance = tl.sum(squares, 1, keep_dims=True) / size - rest * rest
     rstd = 1 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)
-    tl.store(moments + plane, mean, inside)
-    tl.store(moments + count + plane, rstd, inside)
-    scale = rstd * tl.load(weight + channel, inside, other=0).to(tl.float32)
-    shift = tl.load(bias + channel, inside, other=0).to(tl.float32)
+    tl.store(moments_ptr + plane, mean, inside)
+    tl.store(moments_ptr + n_planes + plane, rstd, inside)
+    scale = rstd * tl.load(weight_ptr + channel, inside, other=0).to(tl.float32)
+    shift = tl.load(bias_ptr + channel, inside, other=0).to(tl.float32)
     for chunk in range(CHUNKS):
         total = tl.zeros([PLANES, BLOCK], tl.float32)
         for part in tl.static_range(WINDOW * WINDOW):
-            d = deviation(x + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
+            d = deviation(x_ptr + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
             z = d * scale + shift
             total += tl.where(z <= 0, 0.0, z)  # keeps a NaN
         at, exists = pooled(chunk * BLOCK, height, width, BLOCK, WINDOW)
         value = total * (1.0 / (WINDOW * WINDOW))
-        tl.store(y + first_y + at * step, value.to(y.dtype.element_ty), inside & exists)
+        tl.store(y_ptr + first_y + at * step, value.to(y_ptr.dtype.element_ty), inside & exists)
 
 
 @triton.jit
 def backward_kernel(
-    grad_y, x, weight, bias, moments, grad_x, shares, count, channels, height, width,
+    grad_y_ptr, x_ptr, weight_ptr, bias_ptr, moments_ptr, grad_x_ptr, partial_ptr, n_planes, n_channels, height, width,
     PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOW: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Of x, and each plane's share of the gradients of weight and bias, of PLANES planes a program."""
+    """Writes the gradient of x, and the part of each plane in the gradients of weight and bias, PLANES per program."""
     size = height * width
-    plane, inside, channel = planes_of(count, channels, PLANES)
-    step = channels if LAST else 1
-    first = first_of(plane, channels, size, LAST)
-    first_y = first_of(plane, channels, (height // WINDOW) * (width // WINDOW), LAST)
-    mean = tl.load(moments + plane, inside, other=0)
-    rstd = tl.load(moments + count + plane, inside, other=0)
-    scale = rstd * tl.load(weight + channel, inside, other=0).to(tl.float32)
-    shift = tl.load(bias + channel, inside, other=0).to(tl.float32)
+    plane, inside, channel = planes_of(n_planes, n_channels, PLANES)
+    step = n_channels if LAST else 1
+    first = first_of(plane, n_channels, size, LAST)
+    first_y = first_of(plane, n_channels, (height // WINDOW) * (width // WINDOW), LAST)
+    mean = tl.load(moments_ptr + plane, inside, other=0)
+    rstd = tl.load(moments_ptr + n_planes + plane, inside, other=0)
+    scale = rstd * tl.load(weight_ptr + channel, inside, other=0).to(tl.float32)
+    shift = tl.load(bias_ptr + channel, inside, other=0).to(tl.float32)
     sums = tl.zeros([PLANES, BLOCK], tl.float32)
     sums_d = tl.zeros([PLANES, BLOCK], tl.float32)
     for chunk in range(CHUNKS):
         at, exists = pooled(chunk * BLOCK, height, width, BLOCK, WINDOW)
-        g = tl.load(grad_y + first_y + at * step, inside & exists, other=0).to(tl.float32) * (1.0 / (WINDOW * WINDOW))
+        g = tl.load(grad_y_ptr + first_y + at * step, inside & exists, other=0).to(tl.float32) * (
+            1.0 / (WINDOW * WINDOW)
+        )
         for part in tl.static_range(WINDOW * WINDOW):
-            d = deviation(x + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
+            d = deviation(x_ptr + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
             passed = tl.where((d * scale + shift <= 0) | (exists == 0), 0.0, g)
             sums += passed
             sums_d += passed * d
     of_bias = tl.sum(sums, 1, keep_dims=True)
     of_weight = tl.sum(sums_d, 1, keep_dims=True) * rstd
-    tl.store(shares + plane, of_weight, inside)
-    tl.store(shares + count + plane, of_bias, inside)
+    tl.store(partial_ptr + plane, of_weight, inside)
+    tl.store(partial_ptr + n_planes + plane, of_bias, inside)
     offset, slope = scale * of_bias / size, scale * rstd * of_weight / size
     for chunk in range(CHUNKS):
         at, exists = pooled(chunk * BLOCK, height, width, BLOCK, WINDOW)
-        g = tl.load(grad_y + first_y + at * step, inside & exists, other=0).to(tl.float32) * (1.0 / (WINDOW * WINDOW))
+        g = tl.load(grad_y_ptr + first_y + at * step, inside & exists, other=0).to(tl.float32) * (
+            1.0 / (WINDOW * WINDOW)
+        )
         for part in tl.static_range(WINDOW * WINDOW):
-            d = deviation(x + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
+            d = deviation(x_ptr + first, mean, inside, chunk * BLOCK, part, height, width, step, BLOCK, WINDOW)
             passed = tl.where((d * scale + shift <= 0) | (exists == 0), 0.0, g)
             row, column, here = place(chunk * BLOCK, part, height, width, BLOCK, WINDOW)
-            to = grad_x + first + (row * width + column).to(tl.int64) * step
+            to = grad_x_ptr + first + (row * width + column).to(tl.int64) * step
             value = scale * passed - offset - d * slope
-            tl.store(to, value.to(grad_x.dtype.element_ty), inside & here)
+            tl.store(to, value.to(grad_x_ptr.dtype.element_ty), inside & here)
 
 
 def _launch(x: Tensor, pool: bool) -> tuple[tuple[int, ...], dict[str, int]]:
-    """What every kernel takes after its tensors, and its constants: planes of a program, windows of a chunk."""
+    """Returns the sizes that both kernels take after their tensors, and their compile-time constants."""
     images, channels, height, width = x.shape
     side = 2 if pool else 1
     windows = triton.cdiv(height, side) * triton.cdiv(width, side)
     last = not x.is_contiguous()
-    how = launch("norm_relu_pool_channels_last" if last else "norm_relu_pool", x.device, windows)
-    block = min(how["block"], max(4, triton.next_power_of_2(windows)))
+    config = launch_config("norm_relu_pool_channels_last" if last else "norm_relu_pool", x.device, windows)
+    block = min(config["block"], max(4, triton.next_power_of_2(windows)))
     constants = {
-        "PLANES": max(1, how["tile"] // block), "BLOCK": block, "CHUNKS": triton.cdiv(windows, block),
-        "WINDOW": side, "LAST": last, "num_warps": how["num_warps"],
+        "PLANES": max(1, config["tile"] // block), "BLOCK": block, "CHUNKS": triton.cdiv(windows, block),
+        "WINDOW": side, "LAST": last, "num_warps": config["num_warps"],
     }  # fmt: skip
     return (images * channels, channels, height, width), constants
 
 
 def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[Tensor, Tensor]:
-    """y and moments as tadperf.kernels.norm_relu_pool._forward gives them; x contiguous or channels_last."""
+    """Returns y and the moments, like `ops.norm_relu_pool._forward`. x must be contiguous or channels_last."""
     sizes, constants = _launch(x, pool)
     side = constants["WINDOW"]
     wanted = torch.channels_last if constants["LAST"] else torch.contiguous_format
@@ -170,7 +175,7 @@ def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bo
     moments = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
     if len(x):
         grid = (triton.cdiv(sizes[0], constants["PLANES"]),)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             forward_kernel[grid](x, weight.contiguous(), bias.contiguous(), y, moments, *sizes, eps, **constants)
     return y, moments
 
@@ -178,12 +183,12 @@ def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bo
 def norm_relu_pool_gradient(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; shares of the planes are summed over the images without atomics."""
+    """Returns the gradients of x, weight and bias. Sums the parts of the planes over the images without atomics."""
     sizes, constants = _launch(x, pool)
-    grad_x, shares = torch.empty_like(x), torch.empty_like(moments)
+    grad_x, partial = torch.empty_like(x), torch.empty_like(moments)
     if len(x):
         grid = (triton.cdiv(sizes[0], constants["PLANES"]),)
         scale, shift = weight.contiguous(), bias.contiguous()
-        with torch.cuda.device_of(x):
-            backward_kernel[grid](grad_y, x, scale, shift, moments, grad_x, shares, *sizes, **constants)
-    return grad_x, shares[0].sum(0).to(weight.dtype), shares[1].sum(0).to(bias.dtype)
+        with on_device(x):
+            backward_kernel[grid](grad_y, x, scale, shift, moments, grad_x, partial, *sizes, **constants)
+    return grad_x, partial[0].sum(0).to(weight.dtype), partial[1].sum(0).to(bias.dtype)

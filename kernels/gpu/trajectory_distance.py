@@ -1,6 +1,6 @@
-"""Triton twin of `trajectory_distance`: sums of blocks, folded in float64 by a second kernel; no atomics."""
+"""`trajectory_distance` in Triton: sums of blocks, which a second kernel adds in float64. Uses no atomics."""
 
-# Pyright takes a launch, kernel[grid](...), for a call of the function itself, which knows no num_warps.
+# Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
@@ -12,105 +12,126 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tadperf.kernels import launch
+from tadperf.kernels.gpu import on_device
+from tadperf.kernels.gpu.launch_configs import launch_config
 
 
 @triton.jit
-def block_sums(student, target, start, blocks, sums, count, stride_s, stride_t, stride_u, BLOCK: tl.constexpr):
-    """One block of one row: its two sums of squares, to sums [B, blocks, 2]."""
+def block_sums_kernel(
+    student_ptr,
+    target_ptr,
+    start_ptr,
+    blocks_ptr,
+    sums_ptr,
+    n_blocks,
+    student_stride,
+    target_stride,
+    start_stride,
+    BLOCK: tl.constexpr,
+):
+    """Writes the two sums of squares of one block of one row to sums [B, blocks, 2]."""
     program = tl.program_id(0).to(tl.int64)
-    row, block = program // count, program % count
-    begin, end = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1)
+    row, block = program // n_blocks, program % n_blocks
+    begin, end = tl.load(blocks_ptr + 3 * block), tl.load(blocks_ptr + 3 * block + 1)
     at = begin + tl.arange(0, BLOCK)
     inside = at < end
-    s = tl.load(student + row * stride_s + at, mask=inside, other=0).to(tl.float32)
-    t = tl.load(target + row * stride_t + at, mask=inside, other=0).to(tl.float32)
-    u = tl.load(start + row * stride_u + at, mask=inside, other=0).to(tl.float32)
-    tl.store(sums + 2 * program, tl.sum((s - t) * (s - t)))
-    tl.store(sums + 2 * program + 1, tl.sum((u - t) * (u - t)))
+    s = tl.load(student_ptr + row * student_stride + at, mask=inside, other=0).to(tl.float32)
+    t = tl.load(target_ptr + row * target_stride + at, mask=inside, other=0).to(tl.float32)
+    u = tl.load(start_ptr + row * start_stride + at, mask=inside, other=0).to(tl.float32)
+    tl.store(sums_ptr + 2 * program, tl.sum((s - t) * (s - t)))
+    tl.store(sums_ptr + 2 * program + 1, tl.sum((u - t) * (u - t)))
 
 
 @triton.jit
-def fold(sums, firsts, distance, way, ratio, count, segments, FOLD: tl.constexpr):
-    """One segment of one row: the sums of its blocks, in float64."""
+def segment_sums_kernel(
+    sums_ptr, firsts_ptr, distance_ptr, expert_distance_ptr, ratio_ptr, n_blocks, n_segments, FOLD: tl.constexpr
+):
+    """Adds the sums of the blocks of one segment of one row in float64, and writes the three results."""
     program = tl.program_id(0).to(tl.int64)
-    row, segment = program // segments, program % segments
-    first, last = tl.load(firsts + segment), tl.load(firsts + segment + 1)
+    row, segment = program // n_segments, program % n_segments
+    first, last = tl.load(firsts_ptr + segment), tl.load(firsts_ptr + segment + 1)
     d = tl.zeros((FOLD,), tl.float64)
     w = tl.zeros((FOLD,), tl.float64)
     for base in range(first, last, FOLD):
         block = base + tl.arange(0, FOLD)
-        pair = sums + 2 * (row * count + block)
+        pair = sums_ptr + 2 * (row * n_blocks + block)
         d += tl.load(pair, mask=block < last, other=0).to(tl.float64)
         w += tl.load(pair + 1, mask=block < last, other=0).to(tl.float64)
     d_sum, w_sum = tl.sum(d), tl.sum(w)
-    tl.store(distance + program, d_sum.to(tl.float32))
-    tl.store(way + program, w_sum.to(tl.float32))
-    tl.store(ratio + program, (d_sum / w_sum).to(tl.float32))
+    tl.store(distance_ptr + program, d_sum.to(tl.float32))
+    tl.store(expert_distance_ptr + program, w_sum.to(tl.float32))
+    tl.store(ratio_ptr + program, (d_sum / w_sum).to(tl.float32))
 
 
 @triton.jit
-def gradients(
-    student,
-    target,
-    start,
-    of_distance,
-    of_way,
-    grad_student,
-    grad_target,
-    grad_start,
-    blocks,
-    count,
-    segments,
-    rows,  # of one program: 1, or all where a gradient sums over them
-    stride_s,
-    stride_t,
-    stride_u,
-    NEED_S: tl.constexpr,  # 0: not needed, 1: a gradient for each row, 2: their sum
+def gradient_kernel(
+    student_ptr,
+    target_ptr,
+    start_ptr,
+    of_distance_ptr,
+    of_expert_ptr,
+    grad_student_ptr,
+    grad_target_ptr,
+    grad_start_ptr,
+    blocks_ptr,
+    n_blocks,
+    n_segments,
+    n_rows,  # rows of one program: 1, or all rows if a gradient is a sum over them
+    student_stride,
+    target_stride,
+    start_stride,
+    NEED_S: tl.constexpr,  # 0: not needed; 1: one gradient per row; 2: the sum over the rows
     NEED_T: tl.constexpr,
     NEED_U: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one row, or of all rows one after another."""
+    """Writes the gradients for one block of one row, or of all rows in order."""
     program = tl.program_id(0).to(tl.int64)
-    first, block = program // count * rows, program % count
-    begin, end, segment = tl.load(blocks + 3 * block), tl.load(blocks + 3 * block + 1), tl.load(blocks + 3 * block + 2)
+    first, block = program // n_blocks * n_rows, program % n_blocks
+    begin, end, segment = (
+        tl.load(blocks_ptr + 3 * block),
+        tl.load(blocks_ptr + 3 * block + 1),
+        tl.load(blocks_ptr + 3 * block + 2),
+    )
     at = begin + tl.arange(0, BLOCK)
     inside = at < end
     sum_s = tl.zeros((BLOCK,), tl.float32)
     sum_t = tl.zeros((BLOCK,), tl.float32)
     sum_u = tl.zeros((BLOCK,), tl.float32)
-    for i in range(rows):
+    for i in range(n_rows):
         row = first + i
-        t = tl.load(target + row * stride_t + at, mask=inside, other=0).to(tl.float32)
+        t = tl.load(target_ptr + row * target_stride + at, mask=inside, other=0).to(tl.float32)
         g_s = tl.zeros((BLOCK,), tl.float32)
         g_u = tl.zeros((BLOCK,), tl.float32)
         if NEED_S + NEED_T > 0:
-            s = tl.load(student + row * stride_s + at, mask=inside, other=0).to(tl.float32)
-            g_s = tl.load(of_distance + row * segments + segment) * (s - t)
+            s = tl.load(student_ptr + row * student_stride + at, mask=inside, other=0).to(tl.float32)
+            g_s = tl.load(of_distance_ptr + row * n_segments + segment) * (s - t)
         if NEED_U + NEED_T > 0:
-            u = tl.load(start + row * stride_u + at, mask=inside, other=0).to(tl.float32)
-            g_u = tl.load(of_way + row * segments + segment) * (u - t)
+            u = tl.load(start_ptr + row * start_stride + at, mask=inside, other=0).to(tl.float32)
+            g_u = tl.load(of_expert_ptr + row * n_segments + segment) * (u - t)
         if NEED_S == 1:
-            tl.store(grad_student + row * stride_s + at, g_s, mask=inside)
+            tl.store(grad_student_ptr + row * student_stride + at, g_s, mask=inside)
         if NEED_T == 1:
-            tl.store(grad_target + row * stride_t + at, -(g_s + g_u), mask=inside)
+            tl.store(grad_target_ptr + row * target_stride + at, -(g_s + g_u), mask=inside)
         if NEED_U == 1:
-            tl.store(grad_start + row * stride_u + at, g_u, mask=inside)
+            tl.store(grad_start_ptr + row * start_stride + at, g_u, mask=inside)
         sum_s += g_s
         sum_t -= g_s + g_u
         sum_u += g_u
     if NEED_S == 2:
-        tl.store(grad_student + at, sum_s, mask=inside)
+        tl.store(grad_student_ptr + at, sum_s, mask=inside)
     if NEED_T == 2:
-        tl.store(grad_target + at, sum_t, mask=inside)
+        tl.store(grad_target_ptr + at, sum_t, mask=inside)
     if NEED_U == 2:
-        tl.store(grad_start + at, sum_u, mask=inside)
+        tl.store(grad_start_ptr + at, sum_u, mask=inside)
 
 
 @lru_cache(maxsize=64)
 def _blocks(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Blocks (begin, end, segment) int64 [blocks, 3], none across a border, and the first of each segment [S + 1]."""
+    """Cuts the segments into blocks of at most `size` elements.
+
+    Returns the blocks (begin, end, segment), int64 [blocks, 3], and the first block of each segment [S + 1].
+    """
     blocks, firsts, begin = [], [0], 0
     for segment, length in enumerate(lengths):
         end = begin + length
@@ -126,13 +147,13 @@ def _strides(*inputs: Tensor) -> list[int]:
 
 
 def trajectory_distance(student: Tensor, target: Tensor, start: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Distance, way and ratio, float32 [B, S], of inputs [B or 1, P] with adjacent parameters.
+    """Returns the three results, float32 [B, S], for inputs [B or 1, P] with adjacent parameters.
 
-    The blocks of a tuple of lengths go to the device at its first use: before a CUDA graph is captured.
+    The first call with new lengths copies their blocks to the device. Make it before you capture a CUDA graph.
     """
     rows = next((len(x) for x in (student, target, start) if len(x) != 1), 1)
-    options = launch.launch("trajectory_distance", student.device, student.shape[1])
-    size = options["block"]
+    config = launch_config("trajectory_distance", student.device, student.shape[1])
+    size = config["block"]
     blocks, firsts = _blocks(tuple(lengths), size, student.device)
     count, segments = len(blocks), len(lengths)
     sums = student.new_empty((rows, count, 2), dtype=torch.float32)
@@ -141,10 +162,14 @@ def trajectory_distance(student: Tensor, target: Tensor, start: Tensor, lengths:
         return results
     strides = _strides(student, target, start)
     if count:
-        block_sums[(rows * count,)](
-            student, target, start, blocks, sums, count, *strides, BLOCK=size, num_warps=options["num_warps"]
+        with on_device(student):
+            block_sums_kernel[(rows * count,)](
+                student, target, start, blocks, sums, count, *strides, BLOCK=size, num_warps=config["num_warps"]
+            )
+    with on_device(student):
+        segment_sums_kernel[(rows * segments,)](
+            sums, firsts, *results, count, segments, FOLD=config["fold"], num_warps=1
         )
-    fold[(rows * segments,)](sums, firsts, *results, count, segments, FOLD=options["fold"], num_warps=1)
     return results
 
 
@@ -153,33 +178,34 @@ def gradient(
     target: Tensor,
     start: Tensor,
     of_distance: Tensor,
-    of_way: Tensor,
+    of_expert: Tensor,
     lengths: list[int],
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients that are needed, each in its input's shape and type; empty ones for the others."""
+    """Returns the gradients in the shape and type of their inputs; an empty tensor for each that is not needed."""
     inputs = (student, target, start)
     rows, segments = of_distance.shape
-    options = launch.launch("trajectory_distance", student.device, student.shape[1])
-    size = options["gradient_block"]
+    config = launch_config("trajectory_distance", student.device, student.shape[1])
+    size = config["gradient_block"]
     blocks, _ = _blocks(tuple(lengths), size, student.device)
     codes = [int(needed) * (2 if len(x) < rows else 1) for x, needed in zip(inputs, needs, strict=True)]
-    inputs = [x.contiguous() for x in inputs]  # so that a gradient has its input's strides
+    inputs = [x.contiguous() for x in inputs]  # so that a gradient has the strides of its input
     grads = [torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip(inputs, needs, strict=True)]
     together = rows if 2 in codes else 1
     if len(blocks) and any(needs):
-        gradients[(len(blocks) * (rows // together),)](
-            *inputs,
-            of_distance,
-            of_way,
-            *grads,
-            blocks,
-            len(blocks),
-            segments,
-            together,
-            *_strides(*inputs),
-            *codes,
-            BLOCK=size,
-            num_warps=options["num_warps"],
-        )
+        with on_device(student):
+            gradient_kernel[(len(blocks) * (rows // together),)](
+                *inputs,
+                of_distance,
+                of_expert,
+                *grads,
+                blocks,
+                len(blocks),
+                segments,
+                together,
+                *_strides(*inputs),
+                *codes,
+                BLOCK=size,
+                num_warps=config["num_warps"],
+            )
     return grads

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -189,7 +189,9 @@ def _merge_sections(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    # Python 3.10 takes list[int] for a type, and then issubclass refuses it
+    is_class = isinstance(kind, type) and get_origin(kind) is None
+    return kind if is_class and issubclass(kind, BaseModel) else None
 
 
 def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -12,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tadperf.kernels.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, covers
-from tadperf.kernels.norm_relu_pool import norm_relu_pool_gradient, norm_relu_pool_moments
-from tadperf.kernels.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual, norm_relu_pool_dual_gradient
+from tadperf.kernels import (
+    Affine,
+    Dual,
+    conv3x3,
+    conv3x3_input,
+    conv3x3_kernel,
+    norm_relu_pool_dual,
+    norm_relu_pool_dual_gradient,
+    norm_relu_pool_gradient,
+    norm_relu_pool_moments,
+)
+from tadperf.kernels.ops.conv3x3 import covers
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.fused import fits_block, has_hooks, is_half_pool
 

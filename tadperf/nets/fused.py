@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from tadperf.kernels import implementations, norm_relu_pool
-from tadperf.kernels.conv3x3 import conv3x3
+from tadperf.kernels import conv3x3, implementations, norm_relu_pool
 
 FEW_CHANNELS = 1  # at most this many input channels: a CPU computes the first convolution as a matrix product
 

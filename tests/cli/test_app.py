@@ -146,7 +146,7 @@ def test_no_arguments_and_version(tadperf):
         ("distill --resume", "--resume: runs/digits-ipc10-seed0: there is no such run folder"),
         ("distill --resume --out taken", "--resume: taken: is not a run folder"),
         ("distill --experts none", "none: no such folder; give a run folder that holds experts"),
-        ("distill --bogus", "No such option: --bogus"),
+        ("distill --bogus", "No such option"),
         ("distill --ipc", "requires an argument"),
         ("distill one two", "two"),
         ("destill", "No such command 'destill'"),

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tadperf.kernels import conv3x3 as room
 from tadperf.kernels import native
-from tadperf.kernels.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, covers
+from tadperf.kernels.ops.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, covers
 
 compiled = pytest.mark.skipif(not native.available(), reason="the compiled part is not built")
 SHAPES = [  # images, channels in and out, height, width
@@ -115,8 +114,8 @@ def test_hard_values():
     assert not y[1, :, 4:, :].isnan().any()  # no tile beside
     assert conv3x3(x[:0], kernel).shape == (0, 32, 6, 6)
     assert not conv3x3_kernel(x[:0], x[:0]).any()
-    with pytest.raises(ValueError, match="sixteens"):
-        room.native.module().conv3x3(0, 1, 1, 1, 17, 16, 0, 0, 0, 1)  # pyright: ignore
+    with pytest.raises(ValueError, match="multiples of 16"):
+        native.call("conv3x3", last(torch.zeros(1, 17, 1, 1)), torch.zeros(16, 17 * 16), last(torch.zeros(1, 16, 1, 1)))
 
 
 def test_what_does_not_fit_is_refused():

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tadperf.kernels import diverse_pick, diverse_pick_reference, implementations, launch, native
-from tadperf.kernels.diverse_pick import _operator
+from tadperf.kernels import diverse_pick, diverse_pick_reference, native
+from tadperf.kernels.ops.diverse_pick import _operator
 
 INF, NAN = float("inf"), float("nan")
 compiled = native.module()
@@ -59,19 +59,9 @@ def truth(candidates, scores, qualified, classes, qualified_classes, top_k=None,
 def run_native(case, isa, threads, top_k=None, weight=None):
     candidates, scores, qualified, classes, qualified_classes = case
     out = torch.full(classes.shape, 7), torch.full(classes.shape, 7.0)
-    assert compiled is not None
-    compiled.diverse_pick(
-        candidates,
-        scores.double(),
-        qualified,
-        classes,
-        qualified_classes,
-        top_k or candidates.shape[1],
-        NAN if weight is None else weight,
-        *out,
-        isa,
-        threads,
-    )
+    options = top_k or candidates.shape[1], NAN if weight is None else weight
+    inputs = candidates, scores.double(), qualified, classes, qualified_classes
+    native.call("diverse_pick", *inputs, *out, *options, isa=isa, threads=threads)
     return out
 
 
@@ -259,13 +249,26 @@ def test_any_shape_stride_and_dtype(data):
         np.testing.assert_allclose(results.similarity.numpy(), similarity, atol=1e-6)
 
 
+@OPERATORS
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_types_that_differ_are_read_exactly(operator, types):
+    """Qualified images are not rounded to the type of the candidates."""
+    candidates, scores, qualified, classes, of = random_case(20, 5, 30, 15, 2)
+    case = candidates.to(types[0]), scores, qualified.to(types[1]), classes, of
+    index, similarity, gap = truth(*case)
+    assert gap > 1e-6
+    results = operator(*case)
+    assert results.index.tolist() == index.tolist()
+    np.testing.assert_allclose(results.similarity.numpy(), similarity, atol=5e-7)
+
+
 GOOD = random_case(2, 3, 4, 5, 2)
 WRONG = [
     (0, GOOD[0][0], {}, "candidates: torch.float32 (3, 4): expected floats [A, K, D]"),
     (0, GOOD[0].long(), {}, "candidates: torch.int64 (2, 3, 4): expected floats [A, K, D]"),
     (1, GOOD[1][:1], {}, "scores: torch.float32 (1, 3): expected floats (2, 3)"),
     (2, GOOD[2][:, :2], {}, "qualified: torch.float32 (5, 2): expected floats [Q, 4]"),
-    (2, GOOD[2].to("meta"), {}, "qualified: on meta: expected cpu, where candidates are"),
+    (2, GOOD[2].to("meta"), {}, "qualified: on meta: expected cpu, like the candidates"),
     (3, GOOD[3].float(), {}, "classes: torch.float32 (2,): expected int32 or int64 (2,)"),
     (4, GOOD[4][:2], {}, "qualified_classes: torch.int64 (2,): expected int32 or int64 (5,)"),
     (4, GOOD[4], {"top_k": 0}, "top_k: 0: expected 1 or more, or None"),
@@ -306,57 +309,3 @@ def test_compiled_whole_equals_eager():
     expected, results = step(*case)
     assert same_bits(traced, results)
     assert torch.equal(total, expected)
-
-
-def test_implementations_say_what_runs():
-    assert implementations()["diverse_pick"]["cpu"] == ("native" if native.available() else "reference")
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("top_k", "weight"), [(None, None), (2, None), (None, 0.5), (3, 2.0)])
-@pytest.mark.parametrize("shape", [(1, 1, 3, 0), (7, 5, 20, 40), (6, 17, 129, 3)])
-def test_triton(dtype, top_k, weight, shape):
-    from tadperf.kernels.gpu import diverse_pick as twin
-
-    anomalies, choices, size, held = shape
-    case = random_case(anomalies, choices, size, held, 2, dtype=dtype)
-    index, similarity, gap = truth(*case, top_k, weight)
-    assert gap > 1e-5
-    results = twin.diverse_pick(*case, top_k, weight)
-    assert results[0].tolist() == index.tolist()
-    np.testing.assert_allclose(results[1].numpy(), similarity, atol=1e-6)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("case", ["joining", "excluded", "equal", "pool"])
-def test_triton_on_hard_values(case):
-    from tadperf.kernels.gpu import diverse_pick as twin
-
-    candidates, scores, held = AXES.repeat(5, 1, 1), torch.ones(5, 4), AXES[[0, 0]].clone()
-    classes, top_k = torch.tensor([5, -3, 5, 5, -3]), 2 if case == "pool" else None
-    if case == "excluded":
-        scores[0, :2], scores[1] = torch.tensor([NAN, -INF]), -INF
-        candidates[2, 1, 2], candidates[3], held[1, 2] = NAN, INF, NAN
-        scores[4, 1] = INF
-    elif case == "equal":
-        candidates[:] = AXES[1]
-    arguments = candidates, scores, held, classes, torch.tensor([5, 5])
-    with np.errstate(all="ignore"):
-        index, similarity = twin.diverse_pick(*arguments, top_k, None)
-    expected = diverse_pick_reference(*arguments, top_k=top_k)
-    assert index.tolist() == expected.index.tolist()
-    np.testing.assert_array_equal(similarity, expected.similarity)
-
-
-@pytest.mark.parametrize("entry", launch.every("diverse_pick"))
-def test_triton_compiles_without_spills(aot, entry):
-    from tadperf.kernels.gpu import diverse_pick as twin
-
-    floats = dict.fromkeys(("candidates", "qualified", "similarity"), "*fp32")
-    longs = dict.fromkeys(("order", "classes", "firsts", "lasts", "rows", "index"), "*i64")
-    flags = {"pooled": "*i8", "usable": "*i8", "scores": "*fp64", "weight": "*fp64"}
-    numbers = dict.fromkeys(("anomalies", "choices", "size"), "i32")
-    constexprs = {"ROWS": entry["rows"], "OTHERS": entry["others"], "DEPTH": entry["depth"]}
-    found = aot(twin.walk, floats | longs | flags | numbers, constexprs, num_warps=entry["num_warps"], num_stages=1)
-    assert {name: usage.spills for name, usage in found.items() if usage.spills} == {}

@@ -18,5 +18,5 @@ def test_operators_need_torch_and_numpy_only():
     ours = {name for name in loaded if name.startswith("tadperf.")}
     assert all(name.startswith("tadperf.kernels") for name in ours)
     assert not any(name.startswith("tadperf.kernels.gpu.") for name in ours)
-    assert "tadperf.kernels.per_sample" in ours
+    assert "tadperf.kernels.ops.per_sample" in ours
     assert "tadperf" in new

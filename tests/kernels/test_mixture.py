@@ -13,8 +13,17 @@ from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from tadperf.kernels import gpu, implementations, launch, mixture, mixture_reference, native
-from tadperf.kernels.mixture import Mixture, _empty, _operator, _start
+from tadperf.kernels import mixture, mixture_reference, native
+from tadperf.kernels.ops.mixture import (
+    MAX_CUTS,
+    SLACK,
+    SMALLEST_PART,
+    TINY,
+    Mixture,
+    _empty,
+    _operator,
+    _start,
+)
 
 INF, NAN = float("inf"), float("nan")
 compiled = native.module()
@@ -79,8 +88,8 @@ def assert_agrees(posterior, wanted, atol=1e-4):
 
 def run_native(losses, groups, num_groups, isa, threads, monotone=False):
     out = _empty(losses, num_groups)
-    assert compiled is not None
-    assert compiled.mixture(losses, groups, *out, 10_000, 1e-7, 1e-6, monotone, isa, threads) == -1
+    options = 10_000, 1e-7, 1e-6, monotone, SLACK, TINY, MAX_CUTS, SMALLEST_PART
+    assert native.call("mixture", losses, groups, *out, *options, isa=isa, threads=threads) == -1
     return out
 
 
@@ -314,7 +323,7 @@ def test_iterations_and_tolerance():
         (torch.zeros(3), THREE, 0, {}, "num_groups: 0: expected 1 or more"),
         (torch.zeros(3), THREE, 1, {"iterations": 2}, "iterations: 2: expected 3 or more"),
         (torch.zeros(3), THREE, 1, {"tolerance": NAN}, "tolerance: nan: expected 0 or more"),
-        (torch.zeros(3), THREE, 1, {"floor": 0.0}, "floor: 0.0: expected a share above 0"),
+        (torch.zeros(3), THREE, 1, {"floor": 0.0}, "floor: 0.0: expected more than 0"),
     ],
 )
 def test_wrong_use(operator, losses, groups, count, options, message):
@@ -347,40 +356,3 @@ def test_compiled_whole_equals_eager():
     expected, results = keep(losses, groups)
     assert count == expected
     assert same_bits(traced, results)
-
-
-def test_implementations_say_what_runs():
-    cpu, cuda = "native" if native.available() else "reference", "triton" if gpu.available() else "reference"
-    assert implementations()["mixture"] == {"cpu": cpu, "cuda": cuda}
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("monotone", [False, True])
-@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
-def test_triton_equals_reference(monotone):
-    from tadperf.kernels.gpu.mixture import mixture as triton_mixture
-
-    losses, groups, count = many_groups(2, sizes=(0, 1, 2, 60, 129, 507))
-    groups = groups.clone()
-    wrong = groups.clone()
-    wrong[5::97] = count  # not to be found without waiting for the device: ignored
-    groups[5::97] = -1
-    results = triton_mixture(losses, wrong.int(), count, 10_000, 1e-7, 1e-6, monotone)
-    assert_same(results, mixture_reference(losses, groups, count, monotone=monotone), atol=1e-6)
-    half = triton_mixture(losses.bfloat16(), groups, count, 30, 1e-7, 1e-6, monotone)
-    expected = mixture_reference(losses.bfloat16(), groups, count, iterations=30, monotone=monotone)
-    assert_same(half, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("entry", launch.every("mixture"), ids=str)
-def test_triton_compiles_without_spills(aot, entry):
-    from tadperf.kernels.gpu.mixture import mixture_kernel
-
-    pointers = {"x": "*fp32", "sample": "*i64", "begins": "*i64", "posterior": "*fp32", "iterations": "*i64"}
-    pointers |= dict.fromkeys(("weight", "mean", "variance", "log_likelihood"), "*fp64")
-    numbers = {"rounds": "i32", "monotone": "i32", "tolerance": "fp64", "floor": "fp64"}
-    found = aot(mixture_kernel, pointers | numbers, {"BLOCK": entry["BLOCK"]}, num_warps=entry["num_warps"])
-    for target, resources in found.items():
-        # gfx942 keeps some scalars of the float64 exponentials in lanes of vector registers; nothing goes to memory.
-        assert resources.spills <= (32 if target == "gfx942" else 0), target
-        assert resources.shared <= 1024

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 from itertools import product
 
 import pytest
@@ -9,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tadperf.kernels import gpu, implementations, native, norm_relu_pool, norm_relu_pool_reference
+from tadperf.kernels import native, norm_relu_pool, norm_relu_pool_reference
+from tadperf.kernels.ops import norm_relu_pool as module
 
-module = importlib.import_module("tadperf.kernels.norm_relu_pool")  # the package has a function of that name
 compiled = native.module()
 ISAS = range(len(compiled.isas())) if compiled else ()
 needs_native = pytest.mark.skipif(compiled is None, reason=native.reason())
@@ -273,8 +272,3 @@ def test_no_images():
         assert y.shape == ((0, 3, 2, 2) if pool else (0, 3, 4, 4))
         assert grad_x.shape == inputs[0].shape
         assert torch.equal(torch.stack((of_weight, of_bias)), torch.zeros(2, 3))
-
-
-def test_implementations_say_what_runs():
-    cpu = "native" if native.available() else "reference"
-    assert implementations()["norm_relu_pool"] == {"cpu": cpu, "cuda": "triton" if gpu.available() else "reference"}

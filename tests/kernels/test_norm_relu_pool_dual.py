@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tadperf.kernels import norm_relu_pool_reference
-from tadperf.kernels.norm_relu_pool_dual import (
+from tadperf.kernels.ops.norm_relu_pool_dual import (
     Affine,
     Dual,
     norm_relu_pool_dual,
@@ -88,3 +88,22 @@ def test_constant_planes_and_nan():
         assert part[0].isfinite().all()
         assert part[1, [0, 1, 2, 3, 4, 6, 7]].isfinite().all()
     assert y.value[1, 5].isnan().all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("sigmas", [5, 20, 100])
+def test_moments_are_exact_with_an_outlier_in_the_first_pixel(
+    sigmas: int, size: int, memory_format: torch.memory_format
+) -> None:
+    """A corner beside zero padding is far from the mean. Errors are relative, for the means in standard deviations."""
+    torch.manual_seed(0)
+    x, x_dot = torch.randn(2, 2, 40, size, size) + 3
+    x[..., 0, 0] = 3 + sigmas
+    inputs = Dual(*(t.contiguous(memory_format=memory_format) for t in (x, x_dot)))
+    affine = Affine(*torch.randn(4, 40))
+    exact = Dual(x.double(), x_dot.double()), Affine(*(t.double() for t in affine))
+    _, truth = norm_relu_pool_dual_reference(*exact)
+    _, moments = norm_relu_pool_dual(inputs, affine)
+    error = (moments - truth).abs() / torch.stack([1 / truth[1], truth[1], 1 / truth[1], torch.ones_like(truth[1])])
+    assert float(error.max()) < 2e-6, error.amax((1, 2)).tolist()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tadperf.kernels import implementations, native, trajectory_distance, trajectory_distance_reference
-from tadperf.kernels.trajectory_distance import _gradient, _operator
+from tadperf.kernels import native, trajectory_distance, trajectory_distance_reference
+from tadperf.kernels.ops.trajectory_distance import _gradient, _operator
 
 INF, NAN = float("inf"), float("nan")
 compiled = native.module()
@@ -27,7 +27,7 @@ def random_case(rows, size, seed=0, dtype=torch.float32) -> tuple[Tensor, Tensor
 
 
 def truth(inputs, lengths):
-    """Distance, way and ratio [B, S] in float64 NumPy."""
+    """Distance, expert distance and ratio [B, S] in float64 NumPy."""
     s, t, u = (np.atleast_2d(x.detach().double().numpy()) for x in inputs)
     rows = max(len(s), len(t), len(u))
     out = np.zeros((2, rows, len(lengths)))
@@ -44,14 +44,12 @@ def truth(inputs, lengths):
 def run_native(inputs, lengths, isa, threads):
     rows = max(len(x) for x in inputs)
     out = [torch.full((rows, len(lengths)), 7.0) for _ in range(3)]
-    assert compiled is not None
-    compiled.trajectory_distance(*inputs, lengths, *out, isa, threads)
+    native.call("trajectory_distance", *inputs, lengths, *out, isa=isa, threads=threads)
     return out
 
 
 def run_native_gradient(inputs, lengths, factors, grads, isa, threads):
-    assert compiled is not None
-    compiled.trajectory_distance_gradient(*inputs, lengths, *factors, *grads, isa, threads)
+    native.call("trajectory_distance_gradient", *inputs, lengths, *factors, *grads, isa=isa, threads=threads)
     return grads
 
 
@@ -209,7 +207,7 @@ def test_empty(operator):
     assert [tuple(r.shape) for r in operator(*random_case(0, 5))] == [(0,)] * 3
     assert [tuple(r.shape) for r in operator(*random_case(0, 5), segments=(2, 3))] == [(0, 2)] * 3
     results = operator(*random_case(3, 0))
-    assert results.distance.tolist() == results.way.tolist() == [0, 0, 0]
+    assert results.distance.tolist() == results.expert_distance.tolist() == [0, 0, 0]
     assert results.ratio.isnan().all()
     x = torch.zeros(5, requires_grad=True)
     operator(x, torch.zeros(0, 5), torch.ones(5)).distance.sum().backward()
@@ -265,7 +263,10 @@ def test_any_shape_stride_and_dtype(data):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = trajectory_distance_reference(*exact, segments=lengths)
     assert_close(results, [x.detach().numpy() for x in expected], rtol=5e-6)
-    defined = [torch.where(r.way > 1, r.ratio, 0).sum() + (r.distance - 2 * r.way).sum() for r in (results, expected)]
+    defined = [
+        torch.where(r.expert_distance > 1, r.ratio, 0).sum() + (r.distance - 2 * r.expert_distance).sum()
+        for r in (results, expected)
+    ]
     torch.autograd.backward(defined)
     for x, wanted in zip(inputs, exact, strict=True):
         assert x.grad is not None
@@ -309,7 +310,6 @@ def test_wrong_use(operator, inputs, segments, message):
 @needs_native
 def test_compiled_code_refuses_what_does_not_fit():
     x, out = torch.zeros(2, 8), [torch.zeros(2, 1) for _ in range(3)]
-    assert compiled is not None
     for inputs, lengths in (
         ([x.double(), x, x], [8]),
         ([x, x[:, ::2], x], [8]),
@@ -317,9 +317,9 @@ def test_compiled_code_refuses_what_does_not_fit():
         ([x] * 3, [7]),
     ):
         with pytest.raises(ValueError):  # noqa: PT011
-            compiled.trajectory_distance(*inputs, lengths, *out, 0, 1)
-    with pytest.raises(ValueError, match="one element per row and segment"):
-        compiled.trajectory_distance(x, x, x, [4, 4], *out, 0, 1)
+            native.call("trajectory_distance", *inputs, lengths, *out)
+    with pytest.raises(ValueError, match="results: wrong shape"):
+        native.call("trajectory_distance", x, x, x, [4, 4], *out)
 
 
 @pytest.mark.parametrize("segments", [None, (3, 4)])
@@ -336,14 +336,14 @@ def test_gradients_of_the_inputs_that_ask_for_one(needs):
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     for operator, tensors in ((trajectory_distance, inputs), (trajectory_distance_reference, exact)):
         results = operator(*tensors)
-        (results.distance.sum() * 2 - results.way.sum() + 1000 * results.ratio.sum()).backward()
+        (results.distance.sum() * 2 - results.expert_distance.sum() + 1000 * results.ratio.sum()).backward()
     for x, wanted in zip(inputs, exact, strict=True):
         assert (x.grad is None) == (wanted.grad is None)
         if x.grad is not None and wanted.grad is not None:
             torch.testing.assert_close(x.grad.double(), wanted.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_way_of_zero_leaves_other_gradients_alone():
+def test_an_expert_distance_of_zero_leaves_other_gradients_alone():
     student, target, start = (torch.full((2, 5), float(i), requires_grad=True) for i in (2, 1, 1))
     trajectory_distance(student, target, start).distance.sum().backward()
     assert [x.grad[0, 0].item() for x in (student, target, start)] == [2, -2, 0]  # type: ignore[index]
@@ -390,7 +390,3 @@ def test_compiled_whole_equals_eager(segments):
     assert same_bits([r.detach() for r in traced], [r.detach() for r in results])
     for x, wanted in zip(theirs, ours, strict=True):
         torch.testing.assert_close(x.grad, wanted.grad)
-
-
-def test_implementations_say_what_runs():
-    assert implementations()["trajectory_distance"]["cpu"] == ("native" if native.available() else "reference")

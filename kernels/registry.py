@@ -1,0 +1,43 @@
+"""The list of operators. Each operator enters itself, with what runs it on each device."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from tadperf.kernels import gpu, native
+
+
+class Operator(NamedTuple):
+    """What runs an operator where it is available. Without it the plain PyTorch reference runs."""
+
+    cpu: Literal["native"]
+    cuda: Literal["triton", "reference"]
+
+
+_operators: dict[str, Operator] = {}
+
+
+def register(name: str, *, cpu: Literal["native"] = "native", cuda: Literal["triton", "reference"] = "triton") -> None:
+    """Enters an operator in the list."""
+    _operators[name] = Operator(cpu, cuda)
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Returns {operator: {device: implementation}} for float32 tensors, sorted by operator.
+
+    An implementation is "native", "triton" or "reference" (plain PyTorch). For CUDA it is "not available" if PyTorch
+    finds no CUDA device.
+    """
+    return {name: {"cpu": _cpu(operator), "cuda": _cuda(operator)} for name, operator in sorted(_operators.items())}
+
+
+def _cpu(operator: Operator) -> str:
+    return operator.cpu if native.available() else "reference"
+
+
+def _cuda(operator: Operator) -> str:
+    if not torch.cuda.is_available():
+        return "not available"
+    return operator.cuda if gpu.available() else "reference"

@@ -1,0 +1,108 @@
+"""The Triton kernel of diverse_pick: in the interpreter, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tadperf.kernels import diverse_pick_reference
+from tadperf.kernels.gpu import launch_configs
+
+pytest.importorskip("triton")
+INF, NAN = float("inf"), float("nan")
+AXES = torch.eye(4)
+
+
+def random_case(anomalies, choices, size, held, classes, seed=0, dtype=torch.float32):
+    random = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(anomalies, choices, size, generator=random).to(dtype),
+        torch.rand(anomalies, choices, generator=random),
+        torch.randn(held, size, generator=random).to(dtype),
+        torch.randint(classes, (anomalies,), generator=random),
+        torch.randint(classes, (held,), generator=random),
+    )
+
+
+def truth(candidates, scores, qualified, classes, qualified_classes, top_k=None, weight=None):
+    """Index and similarity in float64 NumPy, and the least gap by which a winner won; for finite, nonzero features."""
+    x, q, scores = candidates.double().numpy(), qualified.double().numpy(), scores.double().numpy()
+    x, q = x / np.linalg.norm(x, axis=-1, keepdims=True), q / np.linalg.norm(q, axis=-1, keepdims=True)
+    held = {
+        c: [u for u, label in zip(q, qualified_classes.tolist(), strict=True) if label == c]
+        for c in set(classes.tolist())
+    }
+    index, similarity, gap = [], [], INF
+    for anomaly, label in enumerate(classes.tolist()):
+        order = sorted(range(x.shape[1]), key=lambda k: (-scores[anomaly, k], k))
+        pool = order[:top_k]
+        largest = {k: max((float(x[anomaly, k] @ u) for u in held[label]), default=-INF) for k in pool}
+        if not held[label]:
+            value = {k: scores[anomaly, k] for k in pool}
+        elif weight is None:
+            value = {k: 1 - largest[k] for k in pool}
+        else:
+            value = {k: scores[anomaly, k] + weight * (1 - largest[k]) for k in pool}
+        best = max(sorted(pool), key=value.__getitem__)
+        gap = min([gap] + [value[best] - value[k] for k in pool if k != best])
+        index.append(best)
+        similarity.append(largest[best])
+        held[label].append(x[anomaly, best])
+    return np.array(index, np.int64), np.array(similarity), gap
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("top_k", "weight"), [(None, None), (2, None), (None, 0.5), (3, 2.0)])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 0), (7, 5, 20, 40), (6, 17, 129, 3)])
+def test_triton(dtype, top_k, weight, shape):
+    from tadperf.kernels.gpu import diverse_pick as triton_kernels
+
+    anomalies, choices, size, held = shape
+    case = random_case(anomalies, choices, size, held, 2, dtype=dtype)
+    index, similarity, gap = truth(*case, top_k, weight)
+    assert gap > 1e-5
+    results = triton_kernels.diverse_pick(*case, top_k, weight)
+    assert results[0].tolist() == index.tolist()
+    np.testing.assert_allclose(results[1].numpy(), similarity, atol=1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", ["joining", "excluded", "equal", "pool"])
+def test_triton_on_hard_values(case):
+    from tadperf.kernels.gpu import diverse_pick as triton_kernels
+
+    candidates, scores, held = AXES.repeat(5, 1, 1), torch.ones(5, 4), AXES[[0, 0]].clone()
+    classes, top_k = torch.tensor([5, -3, 5, 5, -3]), 2 if case == "pool" else None
+    if case == "excluded":
+        scores[0, :2], scores[1] = torch.tensor([NAN, -INF]), -INF
+        candidates[2, 1, 2], candidates[3], held[1, 2] = NAN, INF, NAN
+        scores[4, 1] = INF
+    elif case == "equal":
+        candidates[:] = AXES[1]
+    arguments = candidates, scores, held, classes, torch.tensor([5, 5])
+    with np.errstate(all="ignore"):
+        index, similarity = triton_kernels.diverse_pick(*arguments, top_k, None)
+    expected = diverse_pick_reference(*arguments, top_k=top_k)
+    assert index.tolist() == expected.index.tolist()
+    np.testing.assert_array_equal(similarity, expected.similarity)
+
+
+@pytest.mark.parametrize("entry", launch_configs.shipped("diverse_pick"))
+def test_triton_compiles_without_spills(aot, entry):
+    from tadperf.kernels.gpu import diverse_pick as triton_kernels
+
+    floats = dict.fromkeys(("units_ptr", "qualified_ptr", "similarity_ptr"), "*fp32")
+    longs = dict.fromkeys(("order_ptr", "classes_ptr", "begins_ptr", "ends_ptr", "rows_ptr", "index_ptr"), "*i64")
+    flags = {"pooled_ptr": "*i8", "usable_ptr": "*i8", "scores_ptr": "*fp64", "weight_ptr": "*fp64"}
+    numbers = dict.fromkeys(("n_anomalies", "n_candidates", "n_features"), "i32")
+    constexprs = {"ROWS": entry["rows"], "OTHERS": entry["others"], "DEPTH": entry["depth"]}
+    found = aot(
+        triton_kernels.diverse_pick_kernel,
+        floats | longs | flags | numbers,
+        constexprs,
+        num_warps=entry["num_warps"],
+        num_stages=1,
+    )
+    assert {name: usage.spills for name, usage in found.items() if usage.spills} == {}
