@@ -13,6 +13,7 @@ import torch
 
 from tadperf.bench.operators import catalogue, engine, report
 from tadperf.bench.operators.engine import Bench, Row, Size
+from tadperf.bench.operators.measure import measure_case
 from tadperf.bench.stages import runner
 from tadperf.compute.device import resolve_device
 from tadperf.errors import UserError
@@ -150,7 +151,7 @@ def _operator_rows(operator: OperatorPlan, plan: Plan, note: Callable[[str], obj
     for size in operator.sizes:
         for dtype in operator.dtypes:
             note(f"{operator.bench.name} {'x'.join(map(str, size))} {dtype}")
-            rows += engine.measure(operator.bench, size, dtype, plan.device, operator.providers, plan.repeats)
+            rows += measure_case(operator.bench, size, dtype, plan.device, operator.providers, plan.repeats)
     return rows
 
 

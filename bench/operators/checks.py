@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tadperf.bench.operators import cases, catalogue, engine, report
+from tadperf.bench.operators.measure import measure_case
 from tadperf.compute.device import describe_device
 
 Inputs = tuple[Any, ...]
@@ -160,7 +161,7 @@ def measure_size(bench: engine.Bench, size: engine.Size, device: torch.device, q
     rows: list[engine.Row] = []
 
     def measure() -> str:
-        rows.extend(engine.measure(bench, size, torch.float32, device, names, repeats))
+        rows.extend(measure_case(bench, size, torch.float32, device, names, repeats))
         shape = rows[0]["shape"]
         if rows[0]["error"] or device.type == "cpu" or (bench.name, shape) not in BARS:
             return rows[0]["error"] or ""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tadperf.bench.operators import catalogue, cuda, engine, peak, plot, report
+from tadperf.bench.operators.measure import measure_case, working_providers
 from tadperf.bench.tools import tune
 from tadperf.errors import UserError
 
@@ -45,7 +46,7 @@ def light(monkeypatch):
 
 def test_rows_of_a_case(one_thread):
     bench = made(eager=lambda x: {"y": x + x, "n": x.argmax()})
-    rows = engine.measure(bench, (64, 4), torch.float32, CPU, list(bench.providers), 5)
+    rows = measure_case(bench, (64, 4), torch.float32, CPU, list(bench.providers), 5)
     assert [row["provider"] for row in rows] == ["tadperf", "eager"]
     for row in rows:
         assert (row["shape"], row["dtype"], row["error"], row["launches"], row["rounds"]) == (
@@ -63,9 +64,7 @@ def test_a_wrong_or_failing_provider_is_not_timed(one_thread):
         raise RuntimeError("no such thing\nsecond line")
 
     bench = made(wrong=lambda x: {"y": 2.001 * x}, broken=broken, right=lambda x: {"y": 2 * x})
-    rows = {
-        row["provider"]: row for row in engine.measure(bench, (64, 4), torch.float32, CPU, list(bench.providers), 3)
-    }
+    rows = {row["provider"]: row for row in measure_case(bench, (64, 4), torch.float32, CPU, list(bench.providers), 3)}
     assert rows["wrong"]["error"].startswith("y: 63 of 64 differ, first at 1: 2.00")
     assert rows["broken"]["error"] == "RuntimeError: no such thing"
     assert rows["wrong"]["median_ms"] is rows["broken"]["median_ms"] is None
@@ -126,7 +125,7 @@ def test_every_provider_of_every_bench_agrees_with_the_reference(name, one_threa
         eager = [key for key, provider in bench.providers.items() if provider.family in ("tadperf", "eager", "peer")]
         if dtype != torch.float32:
             eager = ["tadperf"]
-        functions, errors = engine.working_providers(bench, eager, size, inputs)
+        functions, errors = working_providers(bench, eager, size, inputs)
         assert errors == {}
         assert "tadperf" in functions
     other = bench.inputs(size, torch.float32, CPU, 1)
@@ -144,7 +143,7 @@ def test_peak_memory_is_that_of_the_results_and_between():
 
 def test_report_and_picture(tmp_path, one_thread):
     bench = made(eager=doubled)
-    rows = engine.measure(bench, (64, 4), torch.float32, CPU, list(bench.providers), 3)
+    rows = measure_case(bench, (64, 4), torch.float32, CPU, list(bench.providers), 3)
     facts = report.facts("per_sample", CPU, 1, "tadperf bench")
     rows = [row | facts for row in rows]
     assert facts["device"] in report.title(rows[0])
