@@ -7,10 +7,11 @@ the operator: fake tensors, make_fx, torch.jit.trace, profilers, subclasses, tor
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
@@ -49,7 +50,7 @@ def route(operator: str, *tensors: Tensor | None) -> Route:
     if torch._C._are_functorch_transforms_active():
         _refuse_vmap(operator, tensors)
         return Route.REFERENCE
-    direct = _no_mode() and not torch._C._autograd._profiler_enabled() and _plain(tensors)
+    direct = _no_mode() and not _profiler_enabled() and _plain(tensors)
     return Route.DIRECT if direct else Route.DISPATCHER
 
 
@@ -84,7 +85,7 @@ def _refuse_tangents(operator: str, tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def _refuse_vmap(operator: str, tensors: tuple[Tensor | None, ...]) -> None:
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     levels = functorch.get_interpreter_stack() or []
     wrapped = any(x is not None and functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     if wrapped and any(level.key() == functorch.TransformType.Vmap for level in levels):

@@ -55,7 +55,7 @@ def make_round(case: Case, provider: str, device: torch.device) -> Callable[[], 
     model = unet.build(case.diffusion, case.shape, CLASSES, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        nn.init.normal_(model.conv_out.weight, std=0.05)  # pyright: ignore[reportArgumentType]
+        nn.init.normal_(model.conv_out.weight, std=0.05)
     class_names = tuple(map(str, range(CLASSES)))
     source: DiffusionModel = unet.as_diffusion_model(
         model, unet.schedulers()[1], config, Target(case.shape, class_names, device)

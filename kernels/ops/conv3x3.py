@@ -56,7 +56,7 @@ def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     if not is_direct(kernel) or not covers(x, kernel.shape[1], kernel.shape[0]):
         return torch.conv2d(x, kernel, padding=1)
     if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
-        return _Conv3x3.apply(x, kernel)  # pyright: ignore[reportReturnType]
+        return _Conv3x3.apply(x, kernel)
     return _forward(x, kernel)
 
 

@@ -35,7 +35,7 @@ registry.register("diverse_pick")
 class DiversePick(NamedTuple):
     """Results of `diverse_pick` for each anomaly: the index of its winner, and the similarity s of the winner."""
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     similarity: Tensor
 
 

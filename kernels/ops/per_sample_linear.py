@@ -160,7 +160,8 @@ def _operator(
 def _(
     features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *empty_results(labels), labels.new_empty(labels.shape, dtype=torch.float32)
+    loss, confidence, prediction, margin, entropy = empty_results(labels)
+    return loss, confidence, prediction, margin, entropy, labels.new_empty(labels.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("tadperf::per_sample_linear_gradient", mutates_args=())

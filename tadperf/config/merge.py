@@ -22,9 +22,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-DIGITS_PRESETS = ("digits", "digits-ipc1")  # their label noise is for the built-in digits alone
+DIGITS_PRESETS = ("digits", "digits-ipc1")  # they add label noise, but only to the built-in digits
 
-# What a value must be, by the type of pydantic's error; filled in with the values of the error.
+# What a message requires for each type of pydantic's errors. {name} is replaced by that value of the error.
 REQUIREMENTS = {
     "int_type": "must be an integer",
     "int_parsing": "must be an integer",
@@ -56,11 +56,11 @@ def merge(
 ) -> Config:
     """Merges the sources of settings. Later ones win: base, preset, method, TOML file, `sets`, `options` (tadperf).
 
-    sets: "section.key=value" each.
+    sets: texts such as "match.ipc=5" (section.key=value).
     options: dotted field to value; None means that the option was not given.
     base: the settings that a resumed run was started with.
-    Without preset and base, the preset is `default_preset`. The built-in digits get label noise in the presets made for
-    them, unless a source sets data.noise. Fields that no source sets take the method's values, then the defaults.
+    Without preset and base, the preset is `default_preset`. The presets for the digits add label noise to the
+    built-in digits, unless a source sets data.noise. Other fields take the method's values, then the defaults.
     Raises UserError, which names the field, on an unknown preset, file, key or value.
     """
     layers = _layers(toml_path, sets, options)
@@ -87,7 +87,7 @@ def default_preset(
 def to_toml(config: Config) -> str:
     """Writes all settings as TOML, which `--config` reads back. Settings without a value become comments.
 
-    The noise of the default job becomes a comment too: who edits data.path in the file must not add noise to own data.
+    Also comments out the noise of the built-in digits: a file with another data.path must not add noise to that data.
     """
     values = config.model_dump(mode="json")
     lines = [_toml_line(name, value) for name, value in values.items() if not isinstance(value, dict)]
@@ -101,7 +101,7 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_line(name: str, value: Any) -> str:
-    # JSON values are TOML values, except null, and U+007F, which TOML wants escaped.
+    # JSON values are valid TOML, except null and the character U+007F, which TOML requires as an escape.
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return f"# {name} is not set" if value is None else f"{name} = {text}"
 
@@ -125,7 +125,7 @@ def _default_preset(layers: Iterable[dict]) -> str:
 
 
 def _as_int(value: object) -> int | None:
-    """Returns an integer or its text as an integer, as the Config will read it; None for anything else."""
+    """Converts an integer or its text to int, as Config does. Returns None for anything else."""
     try:
         return int(value) if isinstance(value, (int, str)) else None
     except ValueError:
@@ -190,8 +190,9 @@ def _merge_sections(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     # Python 3.10 takes list[int] for a type, and then issubclass refuses it
-    is_class = isinstance(kind, type) and get_origin(kind) is None
-    return kind if is_class and issubclass(kind, BaseModel) else None
+    if not isinstance(kind, type) or get_origin(kind) is not None:
+        return None
+    return kind if issubclass(kind, BaseModel) else None
 
 
 def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -246,7 +247,7 @@ def _user_error(error: ValidationError, options: Mapping[str, Any]) -> UserError
 
 
 def _requirement(kind: str, values: Mapping[str, Any], field: FieldInfo) -> str:
-    """Says what the value of a field must be, by REQUIREMENTS or else by the field's description."""
+    """Returns what the value of a field must be, from REQUIREMENTS or from the field's description."""
     return REQUIREMENTS.get(kind, f"must be {field.description}").format(**values)
 
 

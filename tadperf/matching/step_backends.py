@@ -111,7 +111,7 @@ def functional(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBack
 
         arguments = (1, *[2] * soft, *[0] * exact)  # x, label logits, theta
         by_argument, h = torch.func.grad_and_value(h_of, arguments)(theta, x, y)
-        grads: list[Tensor] = list(by_argument)  # pyright: ignore[reportArgumentType]
+        grads: list[Tensor] = list(by_argument)
         grad_theta = grads.pop() if exact else None
         return Products(h, grads[0], grads[1] if soft else None, grad_theta)
 

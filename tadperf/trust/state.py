@@ -34,7 +34,7 @@ DTYPES = {
 class TrustedView(NamedTuple):
     """The M samples to learn from: index int64 [M] (ascending), working labels int64 [M], weights float32 [M]."""
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     labels: Tensor
     weights: Tensor
 

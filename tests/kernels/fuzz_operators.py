@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would f
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from tadperf import kernels
 from tadperf.kernels import native
@@ -153,8 +154,8 @@ def per_sample_linear(case: Case) -> None:
     labels = case.integers(-1, classes, rows)
     bias = case.random.choice((None, case.floats(classes)))
     results = run(case, lambda: kernels.per_sample_linear(*inputs, labels, bias))
-    wide = [x.double() for x in inputs], None if bias is None else bias.double()
-    expected = kernels.per_sample_linear_reference(*wide[0], labels, wide[1])
+    features, weight = inputs[0].double(), inputs[1].double()
+    expected = kernels.per_sample_linear_reference(features, weight, labels, None if bias is None else bias.double())
     top_two = expected.margin > 1e-4  # where two classes are closer, rounding may choose the other
     for name, actual, wanted in zip(kernels.PerSample._fields, results, expected, strict=True):
         if name == "prediction":
@@ -171,7 +172,7 @@ def norm_relu_pool(case: Case) -> None:
     pool = case.random.random() < 0.5
     shape = case.size(5), case.size(70, 1), case.size(34, 2), case.random.choice((case.size(34, 2), 32, 64))
     x, weight, bias = images(case, *shape), case.floats(shape[1]).float(), case.floats(shape[1]).float()
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_(), bias.detach().requires_grad_()
     [y] = run(case, lambda: kernels.norm_relu_pool(x, weight, bias, pool=pool))
     grad = images(case, *y.shape)
     gradients = run(case, lambda: torch.autograd.grad(kernels.norm_relu_pool(*leaves, pool=pool), leaves, grad))
@@ -180,7 +181,7 @@ def norm_relu_pool(case: Case) -> None:
         is_nan = y.isnan().flatten(2).all(-1)
         assert (is_finite | is_nan).all(), "a plane with a value that is not finite must be NaN"
         return
-    wide = [t.double().requires_grad_() for t in (x, weight, bias)]
+    wide = x.double().requires_grad_(), weight.double().requires_grad_(), bias.double().requires_grad_()
     expected = kernels.norm_relu_pool_reference(*wide, pool=pool)
     close(case, y, expected, 0, 2e-5, "y")
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, wide, grad.double()), strict=True):
@@ -218,7 +219,7 @@ def conv(case: Case) -> None:
     close(case, y, torch.conv2d(x.double(), kernel.double(), padding=1), 0, 1e-4, "y")
     grad = images(case, *y.shape)
     [of_kernel] = run(case, lambda: conv3x3_kernel(grad, x))
-    wanted = torch.nn.grad.conv2d_weight(x.double(), list(kernel.shape), grad.double(), padding=1)
+    wanted = conv2d_weight(x.double(), list(kernel.shape), grad.double(), padding=1)
     close(case, of_kernel, wanted, 0, 1e-3, "gradient of the kernel")
 
 
@@ -243,20 +244,23 @@ def reliability(case: Case) -> None:
 
 def trajectory_distance(case: Case) -> None:
     rows, size = case.random.choice((0, 1, case.size(6))), case.size(3000)
-    inputs = [case.floats(rows if case.random.random() < 0.7 else 1, size) for _ in range(3)]
+    student, target, start = (case.floats(rows if case.random.random() < 0.7 else 1, size) for _ in range(3))
+    inputs = student, target, start
     cuts = sorted(case.random.randint(0, size) for _ in range(case.random.randint(0, 5)))
     segments = [b - a for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
     segments = case.random.choice((None, segments))
     results = run(case, lambda: kernels.trajectory_distance(*inputs, segments))
-    wide = [x.double().requires_grad_() for x in inputs]
-    expected = kernels.trajectory_distance_reference(*wide, segments)
+    wide = tuple(x.double().requires_grad_() for x in inputs)
+    expected = kernels.trajectory_distance_reference(wide[0], wide[1], wide[2], segments)
     for name, actual, wanted in zip(kernels.TrajectoryDistance._fields, results, expected, strict=True):
         close(case, actual, wanted.detach(), 2e-5, 1e-6, name)
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    gradients = run(
-        case,
-        lambda: torch.autograd.grad(sum(x.sum() for x in kernels.trajectory_distance(*leaves, segments)[:2]), leaves),
-    )
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+
+    def gradient() -> tuple[torch.Tensor, ...]:
+        distance, expert_distance, _ = kernels.trajectory_distance(leaves[0], leaves[1], leaves[2], segments)
+        return torch.autograd.grad(distance.sum() + expert_distance.sum(), leaves)
+
+    gradients = run(case, gradient)
     for actual, wanted in zip(gradients, torch.autograd.grad(expected[0].sum() + expected[1].sum(), wide), strict=True):
         close(case, actual, wanted, 2e-5, 1e-5, "gradient")
 
@@ -331,7 +335,7 @@ def use(isa: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=200, help="for each operator and instruction set")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; case i has seed + i")
     parser.add_argument("--operators", default=",".join(OPERATORS), help="separated by commas")

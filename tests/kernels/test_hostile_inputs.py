@@ -84,7 +84,7 @@ def build_cases() -> dict[str, Case]:
         return tk.norm_relu_pool_reference(x, weight, bias), torch.stack((mean, (variance + 1e-5).rsqrt()))
 
     def gradient_reference(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        leaves = [part.detach().requires_grad_() for part in (x, weight, bias)]
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_(), bias.detach().requires_grad_()
         return torch.autograd.grad(tk.norm_relu_pool_reference(*leaves), leaves, g)
 
     dual_inputs = {"x": maps, "x_dot": maps_dot, **affine}
@@ -95,7 +95,8 @@ def build_cases() -> dict[str, Case]:
             {"features": features, "weight": matrix, "labels": integers(6, 7), "bias": normal(6)}, True,
         ),
         "mixture": Case(
-            lambda losses, groups: tk.mixture(losses, groups, 2), lambda *x: tk.mixture_reference(*x, 2),
+            lambda losses, groups: tk.mixture(losses, groups, 2),
+            lambda losses, groups: tk.mixture_reference(losses, groups, 2),
             {"losses": torch.cat([normal(20).abs() / 3, normal(20) + 5]), "groups": integers(2, 40)},
         ),
         "trajectory_distance": Case(
@@ -338,7 +339,7 @@ def test_a_traced_operator_uses_its_inputs(name, tracer):
             with pytest.raises(RuntimeError, match="unsupported argument type in the JIT tracer"):
                 torch.jit.trace(function, inputs, check_trace=False)
             return
-        traced = torch.jit.trace(function, inputs, check_trace=False)
+        traced: Any = torch.jit.trace(function, inputs, check_trace=False)
     else:
         torch.compiler.reset()
         traced = torch.compile(function, fullgraph=True, backend="eager")
@@ -439,7 +440,7 @@ def test_no_samples(name):
 
 
 def test_the_gradient_of_per_sample_checks_its_arguments():
-    right = {
+    right: dict[str, Any] = {
         "logits": torch.zeros(3, 4), "labels": torch.zeros(3, dtype=torch.int64), "top": torch.zeros(3),
         "confidence": torch.zeros(3), "scale": torch.zeros(3), "out": torch.zeros(3, 4),
     }  # fmt: skip

@@ -39,12 +39,12 @@ def problem(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    config = config or NetConfig(depth=2, width=6)  # pyright: ignore[reportCallIssue]
+    config = config or NetConfig(depth=2, width=6)
     net = FlatNet(build(config, (channels, size, size), CLASSES, 3).double())
     start = net.flatten()
     target = start + 0.02 * normal(*start.shape)
     labels = normal(count, CLASSES) if soft else torch.arange(count) % CLASSES
-    match = MatchConfig(steps=steps, batch=batch)  # pyright: ignore[reportCallIssue]
+    match = MatchConfig(steps=steps, batch=batch)
     drawn = draw_steps(match, count, size, strategy, generator)
     return Problem(net, start, target, normal(count, channels, size, size), labels, torch.tensor(lr).double(), drawn)
 

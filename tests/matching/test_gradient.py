@@ -94,7 +94,7 @@ def test_tesla_is_exact_only_for_one_step(problem):
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
 def test_the_adjoint_is_exact_for_every_network(problem, name):
-    config = NetConfig(name=name, width=8)  # pyright: ignore[reportCallIssue]
+    config = NetConfig(name=name, width=8)
     p = problem(config=config, steps=2, count=2, batch=1)
     ours, reference = adjoint(*p), unroll(*p)
     assert reference.images.norm() > 0
@@ -104,7 +104,7 @@ def test_the_adjoint_is_exact_for_every_network(problem, name):
 
 @pytest.mark.parametrize("norm", ["group", "layer", "none"])
 def test_the_adjoint_is_exact_for_every_norm(problem, norm):
-    p = problem(config=NetConfig(depth=2, width=6, norm=norm), steps=3)  # pyright: ignore[reportCallIssue]
+    p = problem(config=NetConfig(depth=2, width=6, norm=norm), steps=3)
     assert error(adjoint(*p).images, unroll(*p).images) < 1e-8
 
 

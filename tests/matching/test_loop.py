@@ -37,7 +37,7 @@ from tadperf.run.folder import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, SHAPE, CLASSES = torch.device("cpu"), (1, 8, 8), 3
-NET = NetConfig(depth=1, width=4)  # pyright: ignore[reportCallIssue]
+NET = NetConfig(depth=1, width=4)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def match(**values: Any) -> MatchConfig:
         "ipc": 2, "iterations": 20, "steps": 3, "expert_epochs": 2, "max_start": 3, "batch": 4, "lr_img": 2.0,
         "lr_init": 0.05, "check_every": 5,
     }  # fmt: skip
-    return MatchConfig(**chosen | values)  # pyright: ignore[reportArgumentType]
+    return MatchConfig(**chosen | values)
 
 
 def first(config: MatchConfig, soft: bool = False) -> MatchState:

@@ -20,7 +20,7 @@ def match(**values: Any) -> MatchConfig:
 
 
 def test_a_method_sets_fields_that_are_not_set():
-    plain, ftd = Config(), Config(match=match(method="ftd"))  # pyright: ignore[reportCallIssue]
+    plain, ftd = Config(), Config(match=match(method="ftd"))
     assert plain.match.method == "mtt"
     assert BASES["mtt"] == {}
     assert (ftd.experts.rho, ftd.experts.alpha, ftd.match.ema) == (0.01, 0.3, 0.9995)
@@ -35,7 +35,7 @@ def test_a_method_sets_fields_that_are_not_set():
 def test_a_field_that_is_set_stays_even_at_its_default():
     config = Config(match=match(method="ftd", ema=0.0), experts=ExpertConfig(rho=0.0))  # pyright: ignore
     assert (config.match.ema, config.experts.rho, config.experts.alpha) == (0.0, 0.0, 0.3)
-    stored: dict[str, Any] = Config(match=match(iterations=7)).model_dump()  # pyright: ignore[reportCallIssue]
+    stored: dict[str, Any] = Config(match=match(iterations=7)).model_dump()
     stored["match"]["method"] = "datm"
     assert Config.model_validate(stored).match.easy == 1.0  # a stored config sets every field
 

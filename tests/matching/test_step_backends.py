@@ -48,7 +48,7 @@ SHAPES = [(2, 6, (3, 8, 8), 5), (2, 32, (1, 8, 8), 9), (3, 16, (3, 33, 33), 2), 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize(("depth", "width", "shape", "batch"), SHAPES)
 def test_formulas_equal_autograd(depth, width, shape, batch, soft):
-    config = NetConfig(depth=depth, width=width)  # pyright: ignore[reportCallIssue]
+    config = NetConfig(depth=depth, width=width)
     net, *double = step_problem(config, shape, batch, torch.float64, soft)
     backend = step_backends.eager(net)
     assert backend.name == "formulas"
@@ -74,7 +74,7 @@ def test_other_networks_use_autograd():
 @pytest.mark.parametrize("norm", ["instance", "layer"])
 def test_compiled_equals_the_unrolled_gradient_in_float64(problem, norm):
     """By formulas and by nested torch.func.grad: the gradient of three steps against the eager unroll."""
-    config = NetConfig(depth=1, width=3, norm=norm)  # pyright: ignore[reportCallIssue]
+    config = NetConfig(depth=1, width=3, norm=norm)
     p = problem(soft=True, steps=3, size=6, count=4, batch=4, config=config)
     counters.clear()
     ours, reference = adjoint(*p, backend=step_backends.compiled(p.net)), unroll(*p)
@@ -86,7 +86,7 @@ def test_compiled_equals_the_unrolled_gradient_in_float64(problem, norm):
 
 
 def test_the_adjoint_in_float32_equals_the_unroll_to_1e_5(problem):
-    config = NetConfig(depth=2, width=32)  # pyright: ignore[reportCallIssue]
+    config = NetConfig(depth=2, width=32)
     p = problem(soft=True, steps=8, size=8, count=20, batch=20, config=config)
     net = FlatNet(p.net.module.float())
     single = [value.float() if value.is_floating_point() else value for value in p[1:6]]
@@ -100,7 +100,7 @@ def test_the_adjoint_in_float32_equals_the_unroll_to_1e_5(problem):
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_the_error_of_bfloat16_convolutions_stays_below_10_percent(problem, norm):
     """Error of the images' gradient over 4 steps. bench/results/matching.md has the measured figures."""
-    config = NetConfig(depth=2, width=16, norm=norm)  # pyright: ignore[reportCallIssue]
+    config = NetConfig(depth=2, width=16, norm=norm)
     p = problem(steps=4, size=8, count=8, batch=8, config=config, strategy="none")
     net = FlatNet(build(config, (3, 8, 8), 4, 3))
     single = [value.float() if value.is_floating_point() else value for value in p[1:6]]
@@ -111,9 +111,9 @@ def test_the_error_of_bfloat16_convolutions_stays_below_10_percent(problem, norm
 
 
 def test_auto_chooses_by_the_amount_of_work():
-    small = FlatNet(build(NetConfig(width=8), (1, 8, 8), 10, 0))  # pyright: ignore[reportCallIssue]
-    other = FlatNet(build(NetConfig(width=8, norm="group"), (1, 8, 8), 10, 0))  # pyright: ignore[reportCallIssue]
-    config, cpu = MatchConfig(), torch.device("cpu")  # pyright: ignore[reportCallIssue]
+    small = FlatNet(build(NetConfig(width=8), (1, 8, 8), 10, 0))
+    other = FlatNet(build(NetConfig(width=8, norm="group"), (1, 8, 8), 10, 0))
+    config, cpu = MatchConfig(), torch.device("cpu")
 
     def name(net: FlatNet, iterations: int, compile: str = "auto") -> str:
         chosen = config.model_copy(update={"compile": compile})

@@ -146,7 +146,7 @@ def test_the_axis_of_the_picture(tmp_path, values, expected):
 def test_the_command_prints_the_result(swept, tmp_path):
     from typer.testing import CliRunner
 
-    from tadperf.cli.app import app  # pyright: ignore[reportMissingImports]
+    from tadperf.cli.app import app
 
     out, result = swept
     found = CliRunner().invoke(app, ["sweep", "--resume", "--out", str(out), "--json", "--quiet"])
