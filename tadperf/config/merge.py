@@ -189,9 +189,9 @@ def _merge_sections(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
-    # Python 3.10 takes list[int] for a type, and then issubclass refuses it
-    is_class = isinstance(kind, type) and get_origin(kind) is None
-    return kind if is_class and issubclass(kind, BaseModel) else None
+    if not isinstance(kind, type) or get_origin(kind) is not None:  # on Python 3.10 list[int] is an instance of type
+        return None
+    return kind if issubclass(kind, BaseModel) else None
 
 
 def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
