@@ -110,7 +110,7 @@ def diverse_pick_kernel(
         same_class = True
         while same_class:
             anomaly = tl.load(order_ptr + place)
-            best, similarity = best_candidate(
+            best, similarity = best_candidate(  # pyright: ignore[reportGeneralTypeIssues]
                 anomaly, begin, end, first, place, units_ptr, scores_ptr, pooled_ptr, qualified_ptr, usable_ptr,
                 rows_ptr, weight, n_candidates, n_features, ROWS, OTHERS, DEPTH,
             )  # fmt: skip

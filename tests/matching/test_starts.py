@@ -33,7 +33,7 @@ def test_a_method_sets_fields_that_are_not_set():
 
 
 def test_a_field_that_is_set_stays_even_at_its_default():
-    config = Config(match=match(method="ftd", ema=0.0), experts=ExpertConfig(rho=0.0))  # pyright: ignore
+    config = Config(match=match(method="ftd", ema=0.0), experts=ExpertConfig(rho=0.0))
     assert (config.match.ema, config.experts.rho, config.experts.alpha) == (0.0, 0.0, 0.3)
     stored: dict[str, Any] = Config(match=match(iterations=7)).model_dump()
     stored["match"]["method"] = "datm"
