@@ -1,4 +1,4 @@
-"""DistilledSet: the file that a run writes, with everything that is needed to use it."""
+"""DistilledSet: the file that a run writes, with everything needed to use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tadperf.files import load_tensors, save_tensors, to_json_value
 from tadperf.nets.students import Examples, train_student
 from tadperf.nets.training import Recipe, accuracy
 
-SCHEMA = 1  # version of the metadata; increased when this version of tadperf could misread a new file
+SCHEMA = 1  # version of the metadata; increased when older versions of tadperf would misread a new file
 SECTIONS = {  # the sections of the metadata, and their JSON types
     "class_names": list,
     "augment": str,
@@ -98,7 +98,7 @@ class DistilledSet:
         return self.normaliser.invert(self.images)
 
     def validate(self) -> None:
-        """Raises UserError if a network could not train on the set: wrong shapes, types or ranges, NaN."""
+        """Raises UserError for wrong shapes, types or ranges, and for NaN: no network could train on the set."""
         images = self.images
         if images.dtype != torch.float32 or images.ndim != 4 or 0 in images.shape:
             raise UserError("images", describe_tensor(images), "must be float32 [M, channels, H, W] with M > 0")
@@ -169,7 +169,7 @@ class DistilledSet:
     ) -> float:
         """Returns the share of `test` that `net` classifies correctly, in [0, 1].
 
-        test: a Dataset; a path or name for `open_data`, of which the test split is used; or a pair of images uint8
+        test: a Dataset; a path or name for `open_data`, whose test split is used; or a pair of images uint8
         [N, channels, H, W] and integer labels [N], as tensors or NumPy arrays.
         Raises UserError if its shape, its labels or the order of its classes do not fit the set.
         """

@@ -12,10 +12,10 @@ _JOINERS = "\u200c\u200d"  # format characters that belong to words and emoji
 
 
 class UserError(ValueError):
-    """Wrong use. Names the field, its value and the remedy.
+    """A mistake of the user. The message names the field, its value and the remedy.
 
     The command line prints `str(error)` after "tadperf: " and exits with 2. In Python, catch a ValueError. The text is
-    one line and has no control characters, whatever the names in the data are.
+    one line without control characters, even if names in the data have some.
     """
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Something in the data that the user should know and that does not stop the work."""
+    """Tells the user about a problem in the data that does not stop the work."""
 
 
 def warn_user(text: str) -> None:

@@ -27,7 +27,7 @@ def has_write_access() -> bool:
 
 
 def set_write_access(allowed: bool) -> None:
-    """Turns every write of this module on or off for this process."""
+    """Allows or forbids the writes of this module in this process."""
     global _write_access
     _write_access = allowed
 
@@ -44,7 +44,7 @@ def write_access(allowed: bool) -> Iterator[None]:
 
 
 def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
-    """Writes a file atomically and durably: after a kill or a power failure it is either complete or absent.
+    """Writes a file atomically and durably: a kill or a power failure leaves the old file or the complete new one.
 
     Writes a temporary file in the same folder, syncs it, renames it and syncs the folder. The mode follows the umask.
     Does nothing in a process without write access.
@@ -70,20 +70,20 @@ def write_bytes(path: Path | str, *chunks: bytes | memoryview) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk has no file name by itself
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the error of a full disk names no file
 
 
 def write_json(path: Path | str, value: object) -> None:
     """Writes a JSON file atomically. JSON has no NaN and no infinity: both become null.
 
-    A path that is not UTF-8 is written with escapes, from which JSON readers restore it.
+    Bytes of a path that are not UTF-8 become escapes, which JSON readers decode.
     """
     text = json.dumps(to_json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def to_json_value(value: Any) -> Any:
-    """Converts a value for JSON: tuples, tensors and NumPy arrays become lists, paths become text."""
+    """Converts a value for JSON: tuples, tensors and arrays become lists; other objects become text."""
     if isinstance(value, Mapping):
         return {str(key): to_json_value(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -103,7 +103,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     from safetensors.torch import save
 
-    # a path that is not UTF-8 has characters that UTF-8 lacks; the escapes are valid in the JSON text of the metadata
+    # UTF-8 cannot encode a path with undecodable bytes; the escapes are valid in the JSON text of the metadata
     metadata = {key: text.encode(errors="backslashreplace").decode() for key, text in (metadata or {}).items()}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = memoryview(save(contiguous, metadata))
@@ -134,9 +134,9 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def cache_folder(part: str, create: bool = True) -> Path:
-    """Returns $XDG_CACHE_HOME/tadperf/<part> (default: ~/.cache/tadperf/<part>), and creates it unless told not to.
+    """Returns $XDG_CACHE_HOME/tadperf/<part> (default: ~/.cache/tadperf/<part>). Creates it if `create` is True.
 
-    Only the owner may open the folder, because compiled code in it is executed. Raises UserError if it cannot be made.
+    Only the owner may open the folder, because compiled code in it is executed. Raises UserError if that fails.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home) / "tadperf" / part

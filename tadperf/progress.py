@@ -8,12 +8,12 @@ from typing import Protocol
 class Progress(Protocol):
     """Called as `progress(stage, done, total, **values)`. The stage ends when done equals total.
 
-    Stages: decode, resize, data, trust, trust:proxies, experts, matching, detector, diffusion, generate, refine,
-    round N, evaluate:<what>. `values` are figures to show, such as loss=0.31.
+    Stages: decode, resize, data, trust, trust:proxies, trust:neighbours, experts, matching, detector, diffusion,
+    generate, refine, round N, evaluate. `values` are figures to show, such as loss=0.31.
     """
 
     def __call__(self, stage: str, done: int, total: int, **values: object) -> None: ...
 
 
 def silent(stage: str, done: int, total: int, **values: object) -> None:
-    """Does nothing. The default of every function that takes a `Progress`."""
+    """Does nothing. Functions that take a `Progress` use this one by default."""

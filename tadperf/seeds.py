@@ -1,4 +1,4 @@
-"""Derives an independent random stream for every purpose from the one seed of a run."""
+"""Derives an independent random stream for each purpose from the seed of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def derive(seed: int, *purpose: object) -> int:
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """Returns a CPU generator for one purpose. All draws are made on the CPU, so that every device gets the same."""
+    """Returns a CPU generator for one purpose. Drawing on the CPU gives every device the same values."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *purpose))

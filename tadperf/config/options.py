@@ -1,4 +1,4 @@
-"""The options of the command line that set a field of the config. This table is the only place that ties them."""
+"""The options of the command line and the config fields that they set. No other place connects them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CONFIG_OPTIONS = (
     Option("DATA", "DATA", DATA_HELP, "data.path"),
     Option("--format", "NAME", "Format of DATA; by default it is detected.", "data.format"),
     Option("--image-size", "N", "Scale the shorter side to N, then crop the centre.", "data.image_size"),
-    Option("--labels", "FILE", "Labels to use instead: CSV, .npy, .pt:key.", "data.labels"),
+    Option("--labels", "FILE", "Labels that replace the given ones: CSV, .npy, .pt:key.", "data.labels"),
     Option("--noise", "KIND:P", "Add label noise: symmetric:P, asymmetric:P, instance:P.", "data.noise"),
     Option("--ipc", "N", "Synthetic images per class.", "match.ipc"),
     Option("--method", "NAME", "Distillation method: mtt, ftd or datm.", "match.method"),
     Option("--compile", "MODE", "auto, on or off: torch.compile for the steps of matching.", "match.compile"),
-    Option("--trust", "MODE", "on, off, or oracle (uses the clean labels, and says so).", "trust.mode"),
+    Option("--trust", "MODE", "on, off, or oracle (uses the clean labels, for comparison).", "trust.mode"),
     Option("--synthesis", "KIND", "matching, generative (diffusion), or hybrid.", "synthesis"),
     Option("--experts", "DIR", "Use the experts of another run.", "experts.path", Path),
-    Option("--repeats", "N", "Networks to train for each accuracy.", "evaluate.repeats"),
+    Option("--repeats", "N", "Networks trained for each accuracy.", "evaluate.repeats"),
     Option("--network", "NAME", "convnet, resnet18, alexnet or vgg11; may be repeated.", "evaluate.networks", list),
     Option("--seed", "N", "Random seed: same seed, same result.", "seed"),
     Option("--device", "NAME", "auto, cpu, cuda or cuda:i.", "device"),

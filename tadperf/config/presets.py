@@ -1,4 +1,4 @@
-"""Presets: named sets of settings, and what each method changes in them. Data only.
+"""Presets: named sets of settings, and the settings that each method changes in them. Holds data only.
 
 `tadperf config --preset NAME --method METHOD` prints all settings of a preset.
 """
@@ -11,9 +11,9 @@ Sections = dict[str, dict[str, Any]]
 
 
 def _ftd(path: str, ipc: int, steps: int, expert_epochs: int, max_start: int, lr_img: float, **match: Any) -> Sections:
-    """Trajectory matching with the values in the public code of FTD (Du et al., 2023), with experts trained by SGD.
+    """Returns trajectory matching with the values in FTD's public code (Du et al., 2023) and experts trained by SGD.
 
-    FTD's learning rate for the student's learning rate is not used here, because ours acts on the logarithm.
+    Leaves out FTD's learning rate of the student's learning rate, because tadperf learns its logarithm.
     """
     return {
         "data": {"path": path, "normalise": "meanstd" if path == "tiny-imagenet" else "zca"},
@@ -32,7 +32,7 @@ def _ftd(path: str, ipc: int, steps: int, expert_epochs: int, max_start: int, lr
 
 
 def _ftd_method(alpha: float, ema: float, **match: Any) -> Sections:
-    """What the method FTD adds: experts in flat minima and the decay of the images' average (its table 7)."""
+    """Returns what FTD adds: experts in flat minima, and the decay of the images' average (its table 7)."""
     return {"experts": {"alpha": alpha}, "match": {"ema": ema, **match}}
 
 
@@ -45,17 +45,17 @@ def _datm(
     lr_label: float,
     **match: Any,
 ) -> Sections:
-    """What the method DATM (Guo et al., 2024) changes: the values of its public configs.
+    """Returns what DATM (Guo et al., 2024) changes: the values in its public configs.
 
-    starts: earliest start epoch, latest one at first, latest one in the end.
-    widen: share of the iterations until the last of these is reached.
-    Two things of DATM are not used: its learning rate for the student's learning rate (see `_ftd`), and that it skips
-    a step whose matching loss is above 1.
+    starts: the earliest start epoch, and the latest start epoch at the beginning and at the end.
+    widen: share of the iterations after which the final latest epoch is used.
+    Leaves out two parts of DATM: its learning rate of the student's learning rate (see `_ftd`), and the rule that
+    skips a step with a matching loss above 1.
     """
     low, first, high = starts
     return {
         "data": {"normalise": "zca"},
-        "experts": {"epochs": 100},  # 13 GB for CIFAR-10; the last epoch gives the labels
+        "experts": {"epochs": 100},  # 13 GB for CIFAR-10; the last epoch gives the soft labels
         "match": {
             "iterations": 10000,
             "steps": steps,
@@ -73,7 +73,10 @@ def _datm(
 
 
 def _digits(ipc: int, **match: Any) -> Sections:
-    """Settings for the digits. Experts reach 98.8 % on held-out samples; soft labels and k-means starts matter most."""
+    """Returns settings for the digits.
+
+    Experts reach 98.8 % on held-out samples. Soft labels and k-means starts matter most.
+    """
     return {
         "data": {"path": "digits", "augment": "crop_scale_rotate"},
         "net": {"depth": 2, "width": 32},

@@ -27,7 +27,7 @@ class ConfigSources:
         return merge(self.preset, self.toml_path, self.sets, self.options, base)
 
     def preset_name(self) -> str:
-        """Returns the preset: the one that was named, or the default one for the data."""
+        """Returns the named preset, or the default one for the data."""
         from tadperf.config.merge import default_preset
 
         return self.preset or default_preset(self.toml_path, self.sets, self.options)

@@ -1,4 +1,4 @@
-"""Differentiable Siamese augmentation (DSA): one draw, which can be applied again with the same bits."""
+"""Differentiable Siamese augmentation (DSA): a draw can be applied again with the same bits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def draw(strategy: str, count: int, size: int, *generators: torch.Generator) -> 
     DSA's code draws one kind for a whole batch. One kind per image has the same marginal distribution, mixes the kinds
     within a batch, and makes the transform a static function of tensors (tadperf).
     size: the side of the images in pixels.
-    generators: `count` images are drawn from each in turn, so one call can serve many short epochs.
+    generators: each draws for `count` images, so one call can serve many short epochs.
     """
     kinds = parse(strategy)
     if not kinds:

@@ -19,7 +19,7 @@ class Dataset:
 
     images: uint8 [N, channels, H, W], in memory or memory-mapped, never copied as a whole.
     labels: int64 [N], the given labels, each an index into `class_names`.
-    clean_labels: int64 [N] if the true labels are known. They are for measuring only: no method may read them.
+    clean_labels: int64 [N] if the true labels are known. Only measurements and oracle mode may read them.
     file_names: for sets of files, the path of each image relative to the folder that was opened.
     source: what `open_data` needs to open the set again, as JSON values.
     Raises UserError if a tensor has another type or shape, if there is no image, or if a label is out of range.
@@ -85,5 +85,5 @@ class Dataset:
 
 
 def describe_tensor(tensor: Tensor) -> str:
-    """Type and shape for a message: "float32 [12, 3]"."""
+    """Returns type and shape for a message: "float32 [12, 3]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

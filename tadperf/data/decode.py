@@ -27,14 +27,14 @@ from tadperf.progress import Progress, silent
 
 CHUNK = 1024  # encoded images in memory at a time; not tuned
 BLOCK = 32  # images that a thread decodes in one task: on images of 32 x 32 a third faster than one by one
-NAMED = 20  # broken images that an error names
+NAMED = 20  # an error names at most this many broken images
 MAX_PIXELS = 178_956_970  # Pillow's own limit; an RGB image of this size takes 0.7 GB
 # A damaged or hostile header can declare a huge image in a few bytes. Real images stay below these limits: a 1-bit PNG
 # of one colour has 8240 pixels per byte.
 FREE_PIXELS, MAX_PIXELS_PER_BYTE = 10_000_000, 10_000
 GROUND = 128  # grey level behind transparent pixels: drawings in black and in white stay visible on it
 
-# The suffixes and formats that are read. Pillow knows more, but some of them start other programs (EPS, PDF) or are no
+# The suffixes and formats that are read. Pillow reads more, but some of them start other programs (EPS, PDF) or are not
 # images (HDF5, MPEG).
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff", ".avif",
@@ -56,7 +56,7 @@ class Encoded(NamedTuple):
 
 
 class BitDepth:
-    """The bits that the deep images (16-bit, 32-bit, float) of a whole set use. Found at the first call.
+    """Returns the bits that the deep images (16-bit, 32-bit, float) of a set use. Computes them at the first call.
 
     All images of a set, in all its splits, are scaled by this one value: 12-bit data in 16-bit files keep their
     contrast, and the brightness of an image does not depend on the other pixels in it. 0 means floats in 0..1.
@@ -91,10 +91,10 @@ def decode(
     """Decodes `count` images to uint8 [N, C, H, W]. C is 1 if all images are grey, else 3.
 
     image_size: resizes each image, shorter side to this size, then centre crop.
-    files: the files that the images come from; they name the mapped file of a set larger than memory (`mapped`).
+    files: the files that the images come from. The mapped file of a large set is named after them (`mapped`).
     Transparent pixels show mid grey. Images with more than 8 bits per channel are scaled by one value for the set.
-    Raises UserError on images that cannot be decoded (all of them in one message), and on a second size if no
-    `image_size` is given.
+    Raises UserError on images that cannot be decoded (all of them in one message), and on images
+    of two sizes if no `image_size` is given.
     """
     name = mapped.cache_name(files, "decoded", image_size, count)
     if (cached := mapped.cached_images(name)) is not None:
@@ -180,7 +180,7 @@ def _decode_one(data: bytes | Path, image_size: int | None, depth: BitDepth) -> 
 
 
 def _open(data: bytes | Path) -> Any:
-    """Opens an image of one of FORMATS and checks the size in its header. Decodes no pixel."""
+    """Opens an image of one of FORMATS and checks the size in its header. Does not decode the pixels."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats())
@@ -199,7 +199,7 @@ def _formats() -> tuple[str, ...]:
 
     Image.init()
     _silence_libtiff()
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints Pillow's log to stderr
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # without it, Python prints Pillow's log to stderr
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

@@ -13,7 +13,7 @@ from tadperf.data.text import nfc
 from tadperf.errors import UserError
 
 FIELD = "--labels"
-# Known words in a header, in lower case. The first label column that a table has is used.
+# Known words in a header, in lower case. The first of LABELS that a table has is its label column.
 LABELS = (
     "label", "given_label", "labels", "noisy_label", "target", "targets", "class", "class_name", "class_id",
     "category", "y",
@@ -37,17 +37,18 @@ class Table(NamedTuple):
 def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list[str] | None]:
     """Returns the labels and, if there are any, the clean labels of a CSV file in the order of the samples.
 
-    One column without a header, or columns with a header: a label (LABELS), optionally a clean label (CLEAN), and a
-    file name (FILES), an index 0..N-1 (INDICES) or either (IDS) that says which sample a row belongs to. Without one
-    of these, the rows are in the order of the samples. The separator is a comma, a semicolon or a tab. Raises UserError
-    on an unknown column, on a row without a sample and on a sample without a row.
+    The file has one column of labels without a header, or a header and these columns: a label (LABELS), optionally a
+    clean label (CLEAN), and optionally the sample of the row, as a file name (FILES), an index 0..N-1 (INDICES) or
+    either (IDS). Without a column for the sample, the rows must be in the order of the samples. The separator is a
+    comma, a semicolon or a tab. Raises UserError on an unknown column, on a row without a sample and on a sample
+    without a row.
     """
     table = _parse(path, spec, dataset)
     columns = table.columns
     label = next((name for name in LABELS if name in columns), None)
     if label is None:
         listed = ", ".join(columns)[:200]
-        raise UserError(FIELD, spec, f"has no column of labels, only {listed}; name it label")
+        raise UserError(FIELD, spec, f"has no column of labels, only {listed}; name the column of labels 'label'")
     known = {label, *CLEAN, *FILES, *INDICES, *IDS, *(AUDIT if "verdict" in columns else ("given_label",))}
     unknown = next((name for name in columns if name not in known), None)
     if unknown is not None:
@@ -83,7 +84,7 @@ def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
         raise UserError(FIELD, spec, f"line {wide + 1} has {len(rows[wide])} columns; the header has {len(header)}")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise UserError(FIELD, spec, f"has two columns {twice!r}; remove one")
+        raise UserError(FIELD, spec, f"has two columns named {twice!r}; remove one")
     columns = {name: [row[k].strip() for row in rows[1:]] for k, name in enumerate(header)}
     return Table(columns, len(rows) - 1)
 
@@ -100,7 +101,10 @@ def _separator(text: str) -> str:
 
 
 def _is_header(cells: list[str], rows: list[list[str]], dataset: Dataset) -> bool:
-    """Returns whether the first row is a header: a known word, or in one column a text that is no label."""
+    """Returns whether the first row is a header.
+
+    A header has a known word, or is the extra row of a single column and not a label.
+    """
     known = {*LABELS, *CLEAN, *FILES, *INDICES[:-1], *IDS}
     if set(cells) & known and not (len(cells) == 1 and _is_label(rows[0][0], dataset)):
         return True
@@ -152,7 +156,7 @@ def _rows_by_index(values: list[str], column: str, spec: str) -> list[int]:
 def _rows_by_file(values: list[str], column: str, spec: str, dataset: Dataset) -> list[int]:
     """Returns the row of each sample from a column of file names.
 
-    A name is a path, or the end of one, with or without its suffix. It must mean one file only.
+    A name is a path or the end of a path, with or without suffix. It must match exactly one file.
     """
     if dataset.file_names is None:
         remedy = f"column {column!r} names files, but {dataset.name} has no file names; use a column index"
@@ -180,9 +184,9 @@ def _rows_by_file(values: list[str], column: str, spec: str, dataset: Dataset) -
 def _samples_of(
     parts: list[str], file_names: tuple[str, ...], tables: dict[tuple[int, bool], dict[str, list[int]]]
 ) -> list[int]:
-    """Returns the samples whose path ends in these parts, else those that do so without their suffix.
+    """Returns the samples whose path ends in these parts, with its suffix or, if there are none, without it.
 
-    The longest end of the given path that fits any file counts: "/home/me/data/train/a/1.png" finds "train/a/1.png".
+    Uses the longest end of the given path that matches a file: "/home/me/data/train/a/1.png" finds "train/a/1.png".
     """
     deepest = max(name.count("/") for name in file_names) + 1
     for length in range(min(len(parts), deepest), 0, -1):
@@ -197,7 +201,7 @@ def _samples_of(
 
 
 def _ends(file_names: tuple[str, ...], length: int, with_suffix: bool) -> dict[str, list[int]]:
-    """Returns the samples by the last parts of their paths."""
+    """Returns the samples by the last `length` parts of their paths."""
     table: dict[str, list[int]] = {}
     for i, name in enumerate(file_names):
         path = PurePosixPath(name)

@@ -1,4 +1,4 @@
-"""Replaces the labels of a set by those in a file."""
+"""Replaces the labels of a set with those in a file."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class GivenLabels(NamedTuple):
 
 
 def replace_labels(dataset: Dataset, spec: str) -> Dataset:
-    """Replaces the labels by those in a file. Clean labels in the file become the clean labels.
+    """Replaces the labels with those in a file. Clean labels in the file become the clean labels.
 
-    The old labels are never assumed to be clean.
+    The old labels do not become clean labels.
     spec: `file.csv` (see `label_table.read_table`), `file.json` (a list), `file.npy` (integers), or `file.pt:key` (a
     dict of arrays, as CIFAR-N publishes; the key is optional if only one fits).
-    Raises UserError on a missing or damaged file, an unknown column or key, another number of labels, a label that is
-    no class, and if the clean labels differ from those of the set: then the rows are in another order.
+    Raises UserError on a missing or damaged file, an unknown column or key, a wrong number of labels, or a label that
+    is not a class. Clean labels in the file must equal those of the set, or its old labels if it has none: a difference
+    is refused as another order of the rows.
     """
     path, key = _split_key(spec)
     if not path.is_file():
@@ -129,14 +130,14 @@ def _read_pt(path: Path, key: str | None, spec: str) -> GivenLabels:
     clean = content.get("clean_label")
     keys = [name for name in content if name != "clean_label"]
     if key is None and len(keys) != 1:
-        raise UserError(FIELD, spec, f"name the labels: {path.name}:KEY, with KEY one of {', '.join(keys)[:200]}")
+        raise UserError(FIELD, spec, f"choose the labels: {path.name}:KEY, with KEY one of {', '.join(keys)[:200]}")
     if key is not None and key not in content:
         raise UserError(FIELD, spec, f"has no {key!r}; it holds {', '.join(content)[:200]}")
     return GivenLabels(content[key or keys[0]], clean)
 
 
 def _class_numbers(values: Any, dataset: Dataset, kind: str, spec: str) -> Tensor:
-    """Converts integers or class names to int64 [N]. Raises UserError on another number, type, name or range."""
+    """Converts integers or class names to int64 [N]. Raises UserError on a wrong number, type, name or range."""
     with parser_errors(f"list of {kind}", spec, "must be integers or class names", FIELD):
         array = as_numpy(values) if isinstance(values, Tensor) else np.asarray(values)
     if array.shape != (len(dataset),):
@@ -154,7 +155,7 @@ def _class_numbers(values: Any, dataset: Dataset, kind: str, spec: str) -> Tenso
 
 
 def _numbers_of_names(array: np.ndarray, class_names: tuple[str, ...], spec: str) -> np.ndarray:
-    """Converts text to class numbers: by class name if every value is one, else as integers."""
+    """Converts text to class numbers: as class names if every value is one, else as integers."""
     number = {nfc(name): c for c, name in enumerate(class_names)}
     names = [nfc(str(value)) for value in array]
     unknown = next(((k, name) for k, name in enumerate(names) if name not in number), None)

@@ -1,4 +1,4 @@
-"""What a reader finds at a path before it decodes an image, and the conversion of labels to class numbers."""
+"""What a reader finds at a path before it decodes images. Also converts labels to class numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tadperf.progress import Progress, silent
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the user asks of a reader. The columns are for parquet files only."""
+    """The user's options for a reader. The columns are for parquet files only."""
 
     image_size: int | None = None
     image_column: str | None = None
@@ -47,7 +47,7 @@ def index_labels(
     """Converts the labels of every split, integers or class names, to int64. Returns class names and labels.
 
     Without `class_names`, integers give "0".."C-1" and text gives the sorted names. Raises UserError on labels of
-    another type, on a label that is no class, and on a split without labels.
+    another type, on a label that is not a class, and on a split without labels.
     """
     arrays = {split: array.squeeze(1) if array.shape[1:] == (1,) else array for split, array in given.items()}
     for split, array in arrays.items():

@@ -33,7 +33,7 @@ def is_large(shape: Sequence[int]) -> bool:
 
 
 def cache_name(files: Iterable[Path], *description: object) -> str:
-    """Names the images made of these files. The name changes with their paths, sizes and modification times."""
+    """Returns a name for images made from these files. It changes with their paths, sizes and modification times."""
     digest = hashlib.blake2b(repr((VERSION, *description)).encode(), digest_size=16)
     for file in files:
         status = file.stat()
@@ -42,7 +42,7 @@ def cache_name(files: Iterable[Path], *description: object) -> str:
 
 
 def cached_images(name: str) -> Tensor | None:
-    """Maps the finished file of this name: uint8 [N, C, H, W]. Returns None if there is none."""
+    """Memory-maps the complete file of this name: uint8 [N, C, H, W]. Returns None if there is none."""
     try:
         # mode "c" copies on write: PyTorch needs writable memory, and the file must not change
         return torch.from_numpy(np.load(_folder(create=False) / f"{name}.npy", mmap_mode="c"))

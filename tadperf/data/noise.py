@@ -66,10 +66,10 @@ def parse_noise(spec: str) -> tuple[str, float]:
 
 
 def add_noise(dataset: Dataset, spec: str, seed: int) -> Dataset:
-    """Adds noise to the given labels. The labels before it become the clean labels, unless those are known already.
+    """Adds noise to the given labels. The old labels become the clean labels, unless clean labels are known.
 
-    symmetric:p   with probability p, another class drawn uniformly.
-    asymmetric:p  with probability p, the class it is confused with (`confusions`).
+    symmetric:p   with probability p, a label becomes another class, drawn uniformly.
+    asymmetric:p  with probability p, a label becomes the class it is confused with (`confusions`).
     instance:p    the rate and the new class depend on the image (Xia et al., 2020).
     The same seed and spec give the same labels on every machine. Raises UserError on a bad spec, on a set of one class,
     and if a class is left without a sample.

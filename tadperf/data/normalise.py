@@ -1,4 +1,4 @@
-"""Maps pixels to network inputs and back: by mean and standard deviation, or by ZCA whitening after that."""
+"""Maps pixels to network inputs and back: by mean and standard deviation, optionally followed by ZCA whitening."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tadperf.data.dataset import describe_tensor
 from tadperf.errors import UserError
 
 EPS = 0.1  # added to the eigenvalues of the covariance, as in MTT (kornia's ZCAWhitening with eps=0.1)
-# Most inputs for ZCA (64 x 64 x 3): its matrix takes 1.2 GB in float64, and the decomposition takes minutes.
+# Largest number of inputs for ZCA (64 x 64 x 3): the matrix takes 1.2 GB in float64, the decomposition minutes.
 MAX_ZCA_INPUTS = 12288
 CHUNK = 4096  # images normalised at a time; not tuned
 
@@ -56,7 +56,10 @@ class Normaliser:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Normaliser:
-        """The inverse of `tensors`. Raises UserError if a tensor is missing, unknown, or has a wrong type or shape."""
+        """Creates a normaliser from what `tensors` returns.
+
+        Raises UserError if a tensor is missing, unknown, or has a wrong type or shape.
+        """
         names = {field.name for field in fields(cls)}
         whitening = {"zca_mean", "zca", "zca_inverse"}
         if tensors.keys() not in (names, names - whitening):
@@ -72,7 +75,7 @@ class Normaliser:
 
 
 def fit_normaliser(images: Tensor, kind: str = "meanstd") -> Normaliser:
-    """Fits "meanstd" or "zca" to images uint8 [N, C, H, W]. ZCA follows mean and deviation, as in MTT.
+    """Fits "meanstd" or "zca" to images uint8 [N, C, H, W]. ZCA is applied after "meanstd", as in MTT.
 
     Mean and standard deviation are exact: they come from a histogram, which needs little memory. A constant channel
     gets deviation 1. Raises UserError on another kind, and for ZCA on images of more than 12288 inputs.
@@ -94,7 +97,7 @@ def _standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of pixels in [0, 1], computed in float64 from a histogram per channel."""
+    """Returns mean and standard deviation [C] of pixels in [0, 1], computed in float64 from a histogram per channel."""
     channels = images.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.float64)
     for chunk in images.split(CHUNK):
@@ -109,7 +112,7 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whitening(images: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ZCA of standardised pixels with covariance S: their mean [D], (S + eps I)^-1/2 and (S + eps I)^1/2 [D, D].
+    """Returns ZCA of standardised pixels with covariance S: mean [D], (S + eps I)^-1/2 and (S + eps I)^1/2 [D, D].
 
     Runs on the images' device. The decomposition uses float64: in float32 its error was 9e-4 on CIFAR-10.
     """

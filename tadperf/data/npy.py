@@ -1,4 +1,4 @@
-"""Reads NumPy's .npy format without NumPy's own loader: no pickles, and no memory before the size is checked."""
+"""Reads NumPy's .npy format without NumPy's own loader. Refuses pickles, and checks the size before it allocates."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def read_npy(
     header = read_npy_header(file, value, stored_bytes, compressed, field)
     data = bytearray(file.read(header.size + 1))
     if len(data) != header.size:
-        raise ValueError(f"{len(data)} bytes where the header declares {header.size}")
+        raise ValueError(f"{len(data)} bytes; the header declares {header.size}")
     return np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.order == "F" else "C")

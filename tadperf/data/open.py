@@ -133,7 +133,7 @@ def _read_split(layout: Layout, split: str, kind: str, place: Path, options: Rea
 
 
 def _require_classes(train: Dataset, place: Path) -> None:
-    """Raises UserError if there is one class only: neither trust nor distillation has a meaning then."""
+    """Raises UserError if there is only one class: trust and distillation make no sense then."""
     if train.num_classes > 1:
         return
     remedy = f"only one class, {train.class_names[0]!r}; put the images of each class into a folder of its own"
@@ -190,7 +190,7 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
 
 
 def _known_sets(folders: list[Path]) -> list[tuple[str, Path]]:
-    """Returns those of the folders that hold CIFAR's or MNIST's files."""
+    """Returns the folders that hold CIFAR's or MNIST's files."""
     kinds = {"cifar": holds_cifar, "idx": holds_idx}
     return [(kind, folder) for folder in sorted(folders) for kind, holds in kinds.items() if holds(folder)]
 

@@ -64,7 +64,7 @@ def require_size(
     field: str = "data",
     in_parts: bool = False,
 ) -> int:
-    """Checks the size of an array that a header declares, before memory is allocated for it. Returns its bytes.
+    """Checks the size of an array that a header declares, before memory is allocated. Returns its size in bytes.
 
     in_parts: the array is read in parts, so it may exceed the memory.
     Raises UserError if a side is negative, if the array cannot come from the stored bytes, or if it exceeds the memory.

@@ -61,7 +61,7 @@ def subsample(index: Tensor, images: Images, seed: int) -> Tensor:
 
 
 def assign_distinct(distance: Tensor) -> Tensor:
-    """Returns for each centre its nearest sample that no earlier centre has. distance: [K centres, N samples]."""
+    """Returns the nearest sample to each centre, without those of earlier centres. distance: [K centres, N samples]."""
     distance, chosen = distance.clone(), []
     for row in range(len(distance)):
         chosen.append(int(distance[row].argmin()))

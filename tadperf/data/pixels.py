@@ -40,9 +40,9 @@ def from_array(array: np.ndarray | Tensor, name: str) -> Tensor:
 def stack_parts(
     parts: Iterator[np.ndarray | Tensor], count: int, name: str, file: Path, progress: Progress = silent
 ) -> Tensor:
-    """Stacks the parts of an array of N images to uint8 [N, C, H, W]. Each part is as for `from_array`.
+    """Stacks the parts of an array of N images to uint8 [N, C, H, W]. `from_array` must accept each part.
 
-    A set larger than memory goes into a mapped file that is named by `name` and `file`.
+    A large set goes into a mapped file whose name depends on `name` and `file`.
     """
     key = mapped.cache_name([file], "stacked", name)
     if (cached := mapped.cached_images(key)) is not None:
@@ -97,7 +97,7 @@ def channels_first(image: Any) -> np.ndarray:
 
 
 def _channels_second(images: Tensor, name: str) -> Tensor:
-    """Returns images as [N, C, H, W]. Raises UserError on a shape that has no reading, or two."""
+    """Returns images as [N, C, H, W]. Raises UserError if the shape fits no layout, or fits two."""
     shape = list(images.shape)
     if images.ndim == 3:
         images = images[:, None]

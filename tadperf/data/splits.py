@@ -1,4 +1,4 @@
-"""Recognises the split that the name of a file or a folder means: train, test or validation."""
+"""Recognises the split (train, test or validation) in the name of a file or folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation", "holdout", "heldout"),
     "validation": ("validation", "valid", "val", "dev", "development"),
 }
-# Words that may stand beside a split word without changing its meaning: "seg_train", "train_images".
+# Words that may stand next to a split word without changing its meaning: "seg_train", "train_images".
 FILLERS = ("set", "data", "dataset", "split", "images", "image", "imgs", "img", "pics", "photos", "folder", "seg")
-TEST_ORDER = ("test", "validation")  # the first of these that a set has is its test split
+TEST_ORDER = ("test", "validation")  # the first of these in a set is its test split
 
 
 def split_of_folder(name: str) -> str | None:
@@ -34,7 +34,7 @@ def split_of_file(name: str) -> str | None:
 
 
 def choose_splits(names: Iterable[str]) -> dict[str, str]:
-    """Returns which of the splits found serve as "train" and as "test"."""
+    """Returns the names of the splits to use as "train" and as "test"."""
     found = set(names)
     test = next((name for name in TEST_ORDER if name in found), None)
     return ({"train": "train"} if "train" in found else {}) | ({"test": test} if test else {})

@@ -75,7 +75,7 @@ def test_other_tables_and_lists(tmp_path, dataset, name, text):
     [
         ("a.csv", table("file,label", WORDS, WORDS), "column 'file' names files, but made-up has no file names"),
         ("a.csv", table("index,id,label", range(12), BACK, WORDS), "columns 'index' and 'id' name different samples"),
-        ("a.csv", table("label,label", WORDS, WORDS), "two columns 'label'"),
+        ("a.csv", table("label,label", WORDS, WORDS), "two columns named 'label'"),
         ("a.csv", table("label,comment", WORDS, WORDS), "column 'comment' is unknown; remove it"),
         ("a.csv", table(",label", BACK[:6] * 2, WORDS), "the column without a name must hold all of 0..11"),
         ("a.csv", 'label\n"ant', "not a CSV file"),

@@ -24,7 +24,7 @@ from tadperf.progress import Progress
 CHUNK = 1024  # images of a larger array in memory at a time; not tuned
 Parts = tuple[int, Iterator[np.ndarray | Tensor]]  # the number of images, and the images in parts
 
-# Names of images and labels that people use.
+# Common names of images and labels.
 KEYS = {
     "train": (("images", "x", "x_train", "train_images"), ("labels", "y", "y_train", "train_labels")),
     "test": (("x_test", "test_images"), ("y_test", "test_labels")),

@@ -51,7 +51,7 @@ def read_cifar(path: Path, options: ReadOptions) -> Layout:
         images, labels = [], []
         for name in splits[split]:
             if name not in files:
-                raise UserError("data", path / name, "is missing; the other batches are there: add it")
+                raise UserError("data", path / name, "is missing, but other batches exist; add it")
             batch = _load(files[name](), path / name)
             images.append(_pixels(_field(batch, ("data",), path / name), path / name))
             labels.append(_labels(_field(batch, ("fine_labels", "labels"), path / name), path / name))
@@ -97,7 +97,7 @@ class _Array:
 
 
 def _require_small_memo(data: bytes) -> None:
-    """Refuses an index into the memo that no honest pickle has: Python would allocate memory up to this index."""
+    """Refuses a memo index above the number of bytes: Python would allocate memory up to this index."""
     try:
         for code, argument, _ in pickletools.genops(data):
             if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
@@ -177,7 +177,7 @@ def _pixels(data: object, file: Path) -> np.ndarray:
 
 
 def _in_tar(path: Path) -> dict[str, Callable[[], bytes]]:
-    """Returns a reader for each file of an archive, by its last name. Nothing is written to disk."""
+    """Returns a reader for each file of an archive, by file name without folders. Writes nothing to disk."""
     with parser_errors("tar archive", path), tarfile.open(path) as archive:
         members = [member for member in archive.getmembers() if member.isfile()]
 

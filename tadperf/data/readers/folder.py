@@ -15,16 +15,16 @@ from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
 from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
 
-MAX_DESCENT = 2  # levels of folders that hold one folder only; the classes may be below them
-LISTED = 8  # kinds of files that a warning names
+MAX_DESCENT = 2  # levels with a single folder that are skipped in search of the classes
+LISTED = 8  # a warning names at most this many kinds of files or folders
 
 
 def read_folder(path: Path, options: ReadOptions) -> Layout:
     """Reads a folder per class, below split folders (`splits.WORDS`) or directly in `path` (then no test split).
 
     Classes are in the order of their names, and images in the order of their paths. Names that start with a dot are
-    ignored; other files that are no images are counted in a warning. Raises UserError if there is no image, if a split
-    is ambiguous, and if the test split has a class that train does not have.
+    ignored; a warning counts other files that are not images. Raises UserError if there is no image, if a split
+    is ambiguous, and if the test split has a class that train lacks.
     """
     if not path.is_dir():
         raise UserError("data", path, "is a file; an image folder is a folder with a folder per class")
@@ -100,14 +100,14 @@ def _is_split_folder(folder: Path) -> bool:
 
 
 def _nested(folder: Path) -> Path:
-    """Returns the folder inside if a split folder holds only another one of the same split: seg_train/seg_train."""
+    """Returns the inner folder if a split folder holds only a folder of the same split: seg_train/seg_train."""
     inside = _visible_folders(folder)
     same = len(inside) == 1 and split_of_folder(inside[0].name) == split_of_folder(folder.name)
     return inside[0] if same and _visible_folders(inside[0]) else folder
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
-    """Returns the folders of each class. Two folders whose names differ in their Unicode form only are one class."""
+    """Returns the folders of each class. Folders whose names differ only in Unicode form are one class."""
     classes: dict[str, list[Path]] = {}
     for folder in _visible_folders(root):
         classes.setdefault(display_name(folder.name), []).append(folder)
@@ -139,7 +139,7 @@ def _images(folders: list[Path], skipped: Counter[str]) -> list[Path]:
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yields the visible files below a folder. Follows symbolic links, except to a folder that it is in already."""
+    """Yields the visible files below a folder. Follows symbolic links, except to a folder above."""
     status = folder.stat()
     place = (status.st_dev, status.st_ino)
     if place in above:

@@ -53,7 +53,7 @@ def _idx_pair(path: Path, prefixes: tuple[str, ...]) -> tuple[Path, Path] | None
         if images and labels:
             return images, labels
         if images or labels:
-            raise UserError("data", images or labels, "the other file of images and labels is missing; add it")
+            raise UserError("data", images or labels, "the matching file of images or labels is missing; add it")
     return None
 
 
@@ -80,9 +80,9 @@ def _read_array(file: Path, ndim: int) -> np.ndarray:
         shape = _read_header(stream, file, ndim)
         data = bytearray(stream.read(math.prod(shape) + 1))
     if len(data) != math.prod(shape):
-        amount = "more" if len(data) > math.prod(shape) else f"{len(data)}"
+        amount = "too many" if len(data) > math.prod(shape) else f"{len(data)}"
         sides = " x ".join(map(str, shape))
-        raise UserError("data", file, f"{amount} bytes where the header declares {sides}; copy the file again")
+        raise UserError("data", file, f"{amount} bytes; the header declares {sides}; copy the file again")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 

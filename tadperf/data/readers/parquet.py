@@ -32,9 +32,9 @@ BATCH = 1024  # rows read at a time; not tuned
 def read_parquet(path: Path, options: ReadOptions) -> Layout:
     """Reads a parquet file or a folder of them: images as struct {bytes, path} or bytes, labels as integers or names.
 
-    Columns: those of the options, else of the hub's metadata, else known names, else the only one that fits. Splits: by
-    the names of files and folders. Raises UserError on a damaged file, on a missing shard, if no column or several
-    columns fit, and if a folder holds several data sets.
+    Takes the columns that the options name, else those in the hub's metadata, else known names, else the only one that
+    fits. Recognises the splits by the names of files and folders. Raises UserError on a damaged file, on a missing
+    shard, if no column or several columns fit, and if a folder holds several data sets.
     """
     files = _split_files(path)
     schema = _open(next(iter(files.values()))[0]).schema_arrow
@@ -87,7 +87,7 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _require_one_set(path: Path, files: list[Path]) -> None:
-    """Raises UserError if the files lie in several folders that are no splits: a hub repository of several configs."""
+    """Raises UserError if files lie in several folders that are not splits: a hub repository of several configs."""
     sets = set()
     for file in files:
         parents = file.relative_to(path).parent.parts
@@ -116,7 +116,7 @@ def _open(file: Path) -> Any:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """Returns the hub's features by column, {} if the file has none."""
+    """Returns the hub's features by column; {} if the file has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -196,15 +196,15 @@ def _read_column(files: list[Path], column: str) -> np.ndarray:
 
 
 def _require_few_classes(columns: dict[str, np.ndarray], label: str, path: Path) -> None:
-    """Raises UserError if a column that is only guessed to be the labels has a value of its own in most rows."""
+    """Raises UserError if a guessed label column has more than half as many distinct values as rows."""
     values = np.concatenate(list(columns.values()))
     if len(np.unique(values)) * 2 > len(values):
-        remedy = f"column {label!r} differs in most rows, so it is no label; use --set data.label_column=NAME"
+        remedy = f"column {label!r} has too many different values for labels; use --set data.label_column=NAME"
         raise UserError("data", path, remedy)
 
 
 def _is_unlabelled(values: np.ndarray) -> bool:
-    """Returns whether every label is -1: the hub's sign for a test split whose labels are secret."""
+    """Returns whether every label is -1, as in the hub's test splits with secret labels."""
     return values.dtype.kind == "i" and bool((values == -1).all())
 
 
@@ -221,6 +221,6 @@ def _encoded(files: list[Path], column: str) -> Iterator[Encoded]:
                     values = values.field("bytes")
                 for value in values.to_pylist():
                     if not isinstance(value, bytes):
-                        raise UserError("data", f"{file} row {row}", "no bytes of an image; embed the image files")
+                        raise UserError("data", f"{file} row {row}", "has no image bytes; embed the image files")
                     yield Encoded(f"{file} row {row}", value)
                     row += 1

@@ -199,12 +199,12 @@ def test_idx_errors(tmp_path, pixels, classes):
             open_data(tmp_path)
         assert caught.value.value == images
 
-    refuse("the other file of images and labels is missing")
+    refuse("the matching file of images or labels is missing")
     labels.write_bytes(gzip.compress(idx(classes)))
     whole = idx(pixels[..., 0])
     for cut in (-5, 100, 12):
         refuse("not a valid gzip file", cut=cut)
-    refuse("700 bytes where the header declares 12 x 8 x 8", whole[: 16 + 700])
+    refuse("700 bytes; the header declares 12 x 8 x 8", whole[: 16 + 700])
     refuse("does not start as an idx3", whole[:10])
     refuse("does not start as an idx3", idx(classes))
     refuse("11 images but 12 labels", idx(pixels[1:, ..., 0]))
