@@ -1,4 +1,4 @@
-"""Which labels can be trusted: TAD's dual loop, and an audit of labels that needs no distillation."""
+"""Decides which labels to trust: TAD's dual loop, and an audit of labels without distillation."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from tadperf.trust.loop import assign_verdicts, dual_loop, label_loss
 from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.state import TrustState, as_given
 
-MIN_PROBABILITY = 1e-6  # smaller probabilities count as this one; not tuned
+MIN_PROBABILITY = 1e-6  # smaller probabilities are raised to this one; not tuned
 ROW_SUM_TOLERANCE = 0.01  # bfloat16 rounds each probability by up to 0.2 %
 RANKINGS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 FILTERS = (
@@ -42,10 +42,10 @@ FILTERS = (
 
 
 def audit(dataset: Dataset, config: Config | None = None, progress: Progress = silent) -> TrustState:
-    """Runs the dual loop on a set of images: a verdict for every label (TAD; `dual_loop`).
+    """Runs the dual loop on a set of images and returns a verdict for every label (TAD; `dual_loop`).
 
-    config: uses the sections data (normalise, augment), net and trust, and seed, device and tf32. None means the
-    default preset for this set: the digits preset for the built-in digits, else `quick`. Does not read
+    config: only the sections data (normalise, augment), net and trust, and seed, device and tf32 are used. None means
+    the default preset for this set: a digits preset for the built-in digits, else `quick`. Does not read
     `dataset.clean_labels`.
     """
     if config is None:
@@ -76,14 +76,14 @@ def find_label_issues(
 ) -> np.ndarray:
     """Finds label errors from a model's probabilities; replaces cleanlab.filter.find_label_issues (tadperf).
 
-    labels: integers [N] in 0..C-1. pred_probs: [N, C], best from a model that was not trained on the sample.
-    features: [N, D] of the same samples. With features, neighbours and anchors are used too (one round of the dual
-    loop); without, the odds against the given label decide (`contradicted_labels`).
-    Returns a bool mask [N]. With `return_indices_ranked_by` (one of cleanlab's three) returns the indices of the
-    issues, the most suspicious first; the order is always that of our score.
-    frac_noise: share of the issues to return, the most suspicious ones. min_examples_per_class: keeps at least this
-    many samples of each class without an issue. n_jobs and verbose have no effect. The other arguments of cleanlab do
-    not change the result either: a UserWarning says so.
+    labels: integers [N] in 0..C-1. pred_probs: [N, C], preferably from a model that was not trained on the samples.
+    features: [N, D] of the same samples. With features, runs one round of the dual loop, which also uses neighbours
+    and anchors. Without features, uses the odds against the given label (`contradicted_labels`).
+    Returns a bool mask [N], True for an issue. With `return_indices_ranked_by` (one of cleanlab's three names), returns
+    the indices of the issues, the most suspicious first. All three names give the order of tadperf's score.
+    frac_noise: share of the issues to return, the most suspicious ones. min_examples_per_class: at least this many
+    samples of each class are not issues. n_jobs and verbose have no effect. The other arguments of cleanlab do not
+    change the result either; setting one issues a UserWarning.
     Raises ValueError for wrong shapes or types, labels out of range, pred_probs that are not probabilities, unknown
     values of the arguments, and multi_label.
     """
@@ -101,7 +101,7 @@ def find_label_issues(
         state = assign_verdicts_from_probabilities(given, probabilities, z)
         issues, score = state.issues, state.score
     if return_indices_ranked_by is None and frac_noise == 1 and _enough_left(issues, given, min_examples_per_class):
-        return issues.numpy()  # needs no sorting, which is half of the time
+        return issues.numpy()  # without sorting, which takes half of the time
     order = issues.nonzero().squeeze(1)
     order = order[score[order].argsort(descending=True, stable=True)]
     order = _leave_enough(order, given, min_examples_per_class)[: round(frac_noise * len(order))]
@@ -111,12 +111,12 @@ def find_label_issues(
 
 
 def contradicted_labels(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels that probabilities [N, C] contradict, bool [N], and the log odds [N] of the likeliest other class.
+    """Returns the labels that probabilities [N, C] contradict, bool [N], and the log odds [N] against each label.
 
-    The odds follow two Gaussians: right labels and wrong labels. A label is an issue if another class is likelier and
-    the upper Gaussian is more probable (tadperf). Losses are not used, because they are bounded by 0: on simulated
-    classifiers a mixture of losses found nothing in 10 of 18 cases. The mixture of odds has a higher F1 than cleanlab
-    in 13 of them and a lower one in 5.
+    The odds compare the likeliest other class with the label. They follow two Gaussians: right labels and wrong labels.
+    A label is an issue if another class is likelier and the upper Gaussian is more probable (tadperf). Losses are not
+    used, because they are bounded by 0: on simulated classifiers a mixture of losses found nothing in 10 of 18 cases.
+    The mixture of odds has a higher F1 than cleanlab in 13 of them and a lower one in 5.
     """
     column = labels.unsqueeze(1)
     given_probability = probabilities.gather(1, column).squeeze(1)
@@ -129,7 +129,7 @@ def contradicted_labels(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, 
 def assign_verdicts_from_probabilities(
     labels: Tensor, probabilities: Tensor, features: Tensor, seed: int = 0
 ) -> TrustState:
-    """One round of the dual loop on a model's probabilities [N, C] and features [N, D]."""
+    """Runs one round of the dual loop on a model's probabilities [N, C] and features [N, D]."""
     directions = F.normalize(features - features.mean(0), dim=1)
     names = tuple(map(str, range(probabilities.shape[1])))
     outputs = ProxyOutputs(label_loss(probabilities, labels), probabilities, directions)
@@ -153,7 +153,7 @@ def _check_options(
 
 
 def _warn_ignored(**arguments: object) -> None:
-    """Warns of arguments that would change the result of cleanlab, but not this one."""
+    """Warns about arguments that change cleanlab's result, but not tadperf's."""
     names = [name for name, value in arguments.items() if value is not None]
     if names:
         warnings.warn(f"find_label_issues ignores {', '.join(names)}: tadperf has its own rule", stacklevel=3)
@@ -199,13 +199,13 @@ def _check_probabilities(p: Tensor) -> None:
 
 
 def _enough_left(issues: Tensor, labels: Tensor, least: int) -> bool:
-    """Whether every class with issues keeps `least` samples without an issue, or all that it has."""
+    """Returns whether every class keeps `least` samples that are not issues, or all samples if it has fewer."""
     left = labels.bincount() - labels[issues].bincount(minlength=int(labels.max()) + 1)
     return bool((left >= labels.bincount().clamp(max=least)).all())
 
 
 def _leave_enough(order: Tensor, labels: Tensor, least: int) -> Tensor:
-    """Drops the least suspicious issues of each class that would keep fewer than `least` samples without an issue."""
+    """Drops the least suspicious issues of each class until `least` of its samples are not issues."""
     class_sizes = labels.bincount()
     most_issues = (class_sizes - least).clamp(min=0)
     issue_labels = labels[order]

@@ -10,15 +10,15 @@ import numpy as np
 from tadperf.progress import Progress
 
 INTERVAL = 1.0  # seconds between two reports
-# Seconds before the first report. Workers are forked in this time: the thread then only waits and holds no lock.
+# Seconds before the first report. Workers are forked in this time, while the thread waits and holds no lock.
 START_DELAY = 2.0
 
 
 class EpochProgress:
-    """Calls `progress` with the epochs that all networks together have finished, about once per second.
+    """Reports how many epochs all networks together have finished, about once per second.
 
-    Inside the `with` block, forked workers call `epoch_done`: their counters are in shared memory. A thread of this
-    process reads them.
+    Inside the `with` block, forked workers call `epoch_done`, which counts in shared memory. A thread of this process
+    reads the counts.
     """
 
     def __init__(self, progress: Progress, stage: str, networks: int, epochs: int) -> None:
@@ -34,7 +34,7 @@ class EpochProgress:
         self._counts[network] += 1
 
     def network_done(self, network: int) -> None:
-        """Counts all epochs of a network, also of one that another rank has trained, and reports."""
+        """Counts all epochs of a network as done, even if another rank trained it, and reports."""
         self._counts[network] = self._epochs
         self._report()
 

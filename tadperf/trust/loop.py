@@ -1,7 +1,7 @@
 """The dual loop: an outer partition by losses and an inner recalibration by anchors (TAD, arXiv 2502.05027).
 
-Every round starts from the given labels again, so a later round can undo an earlier mistake. A round inherits one thing
-only: the trusted view, on which its proxies train.
+Every round starts from the given labels again, so a later round can undo an earlier mistake. A round inherits only the
+trusted view, on which its proxies train, and with `memory` the scores.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tadperf.trust.proxies import ProxyOutputs, train_proxies
 from tadperf.trust.recalibrate import recalibrate
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, TrustState, as_given
 
-MIN_PROBABILITY = 1e-3  # smaller probabilities count as this one; not tuned
+MIN_PROBABILITY = 1e-3  # smaller probabilities are raised to this one; not tuned
 MAX_LOSS = 15.0  # nats; a float32 score, 1 - exp(-loss), cannot tell larger losses apart
-MIN_CHANGE = 0.005  # the loop stops when a round changes a smaller share of the samples; not tuned
+MIN_CHANGE = 0.005  # the loop stops when a round changes less than this share of the samples; not tuned
 
 
 class DualLoopResult(NamedTuple):
@@ -45,10 +45,10 @@ def dual_loop(
 ) -> DualLoopResult:
     """Gives every sample a verdict: trusted, recalled, relabelled or untrusted.
 
-    Source: TAD, arXiv 2502.05027; only its abstract is public, what it leaves open is ours.
+    Source: TAD, arXiv 2502.05027. Only its abstract is public; the parts that it leaves open are tadperf's.
 
     problem: its labels are the given labels, int64 [N]. The loop never needs clean labels.
-    folder: stores each finished round there; a killed run continues after the last one. One seed gives one result.
+    folder: stores each finished round, so that a killed run continues after the last one. One seed gives one result.
     With mode "off" or a single class, nothing is trained and every label is trusted. Raises ValueError for mode
     "oracle" (use `as_given(labels, class_names, clean)` instead), and UserError if the proxies diverge.
     """
@@ -100,13 +100,14 @@ def assign_verdicts(
     seed: int,
     progress: Progress = silent,
 ) -> TrustState:
-    """One round's verdicts: a pure function of the proxies' losses, probabilities and features.
+    """Returns one round's verdicts: a pure function of the proxies' losses, probabilities and features.
 
-    before: the state after the previous round. number: of this round, from 1. seed: of the neighbours' draws.
-    The loss of a sample is the mean of the proxies' and the neighbours' loss. With `config.memory` the score is that of
-    the mean loss of all rounds: on 3000 CIFAR-10 images with CIFAR-10N's worse labels its average precision is 0.64
-    after two rounds, without it 0.60. The partition uses this round's losses only: with the mean loss, on digits with
-    symmetric:0.8, 83 % of the labels in the view are right at 41 % coverage, instead of 91 % at 61 % (2 seeds).
+    before: the state after the previous round. number: the number of this round, from 1. seed: for the neighbours.
+    The loss of a sample is the mean of the proxies' and the neighbours' loss. With `config.memory`, the score comes
+    from the mean loss of all rounds. On 3000 CIFAR-10 images with CIFAR-10N's worse labels, its average precision after
+    two rounds is 0.64 with memory and 0.60 without. The partition uses this round's losses only. On digits with
+    symmetric:0.8, 91 % of the labels in the view are then right at 61 % coverage; with the mean loss, 83 % at 41 %
+    (2 seeds).
     """
     _refuse_diverged(outputs, config)
     given, classes = before.given, len(before.class_names)
@@ -150,7 +151,7 @@ def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
 
 
 def label_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each label [N], clipped at log 1000 so that outliers form no mixture component of their own."""
+    """Returns the cross-entropy of each label [N], clipped at log 1000 so that outliers are no mixture component."""
     return -probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).clamp(min=MIN_PROBABILITY).log()
 
 
@@ -160,5 +161,5 @@ def loss_to_score(losses: Tensor) -> Tensor:
 
 
 def score_to_loss(score: Tensor) -> Tensor:
-    """The inverse of `loss_to_score`."""
+    """Maps a score back to a loss; inverts `loss_to_score`."""
     return -torch.log1p(-score)

@@ -1,4 +1,4 @@
-"""Measures trust against clean labels. Kept apart from the method, which never sees a clean label."""
+"""Measures trust against clean labels. The method is in other modules and never sees a clean label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, TrustState
 
 
 def round_metrics(rounds: Sequence[TrustState], clean: Tensor | None = None) -> list[dict[str, Any]]:
-    """One record per round: verdicts by given class, coverage and, given clean labels, `compare_with_clean`."""
+    """Returns one record per round: coverage, verdicts by given class and, with clean labels, `compare_with_clean`."""
     return [
         {
             "round": number,
@@ -27,12 +27,13 @@ def round_metrics(rounds: Sequence[TrustState], clean: Tensor | None = None) -> 
 
 
 def compare_with_clean(state: TrustState, clean: Tensor | ArrayLike) -> dict[str, float]:
-    """Compares the verdicts with clean labels, integers [N]; shares in [0, 1], NaN for a share of no samples.
+    """Compares the verdicts with clean labels, integers [N]. Returns shares in [0, 1]; a share of no samples is NaN.
 
     view_accuracy: right working labels in the view. coverage: samples in the view.
-    precision: right labels among the trusted samples. recall: trusted samples among the right labels.
+    precision: right labels among the samples with verdict trusted. recall: these samples among the right labels.
     recalled_accuracy, relabel_accuracy: right working labels with that verdict.
-    issue_precision, issue_recall: the same for suspected label errors. suggested_accuracy: right suggestions.
+    issue_precision: wrong labels among the issues. issue_recall: issues among the wrong labels.
+    suggested_accuracy: right suggestions.
     Raises ValueError if the number of labels differs.
     """
     clean = as_tensor("clean", clean)

@@ -8,9 +8,9 @@ estimate the true class by likelihood, not by the largest g (tadperf):
     P(k | i) ~ T_k,y_i exp(n sum_j g_ij log T_kj)
 
 Example: a neighbourhood with 45 % label c, 55 % label c + 1 and no label c + 2 has class c, because class c + 1 would
-also have produced labels c + 2. T, the reach a and n are estimated from the given labels alone. n says how many
-independent labels a neighbourhood counts as. g_i leaves out the labels of the sample's own fold, and we choose the a
-and n that predict y_i best.
+also have produced labels c + 2. T, the reach a and n are estimated from the given labels alone. A neighbourhood counts
+as n independent labels. g_i leaves out the labels of the sample's own fold, and we choose the a and n that predict y_i
+best.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ PRIOR = 50.0  # pseudo-labels that pull each row of T towards a symmetric matrix
 SYMMETRIC_PRIOR = 1e9  # large enough to make T symmetric
 FLOOR = 0.01  # share of each row of T that is uniform, so that no label is impossible
 MIN_MASS = 1e-12  # guards divisions by zero
-SELECTION_SIZE = 2**20  # samples x classes from which reach and n are chosen
-FOLD_SIZE = 2**25  # limit of samples x classes x folds for the fold method: 128 MB, and the same for every reach
+SELECTION_SIZE = 2**20  # samples x classes used to choose reach and n
+FOLD_SIZE = 2**25  # largest samples x classes x folds for the fold method: 128 MB, plus as much for every reach
 BLOCK = 2**24  # similarities in a block: 64 MB
-REPORTED_SIZE = 2**16  # samples x classes from which progress is reported
+REPORTED_SIZE = 2**16  # smallest samples x classes with reported progress
 
 
 class NeighbourEstimate(NamedTuple):
@@ -64,8 +64,8 @@ def estimate_from_neighbours(
 ) -> NeighbourEstimate:
     """Estimates the true classes from the neighbours' labels (tadperf; see the top of this module).
 
-    features: float [N, D], compared by cosine. labels: int64 [N], as given. seed: of the folds and of the samples from
-    which reach and n are chosen. transition: False keeps T symmetric, so that the most frequent label wins.
+    features: float [N, D], compared by cosine. labels: int64 [N], as given. seed: for the folds and for the samples
+    used to choose reach and n. transition: False keeps T symmetric, so that the most frequent label wins.
     progress: on larger sets, called as stage "trust:neighbours" after each step of spreading and each pair of reach and
     n.
     """
@@ -105,7 +105,7 @@ def _step_counter(progress: Progress, count: int, num_classes: int) -> Callable[
 
 
 def _uses_folds(count: int, num_classes: int) -> bool:
-    """Whether FOLDS copies of [N, C] are small enough to hide the labels of each sample's fold."""
+    """Returns whether FOLDS copies of [N, C] are small enough to hide the labels of each sample's fold."""
     return count * num_classes * FOLDS <= FOLD_SIZE
 
 
@@ -115,7 +115,7 @@ def neighbour_labels(
     """Yields each reach with the labels that every sample sees in the other samples, [N, C].
 
     The labels of a sample's own fold are hidden from it. If FOLDS copies of [N, C] are too large, yields one reach
-    only, with two steps of spreading; the part that comes from the sample's own label is then subtracted exactly.
+    only, with two steps of spreading, and subtracts exactly what comes from the sample's own label.
     """
     count = len(labels)
     given = F.one_hot(labels, num_classes).float()
@@ -133,7 +133,7 @@ def neighbour_labels(
 
 
 def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and index, both [N, k], of each sample's nearest other samples. Exact; computed in blocks."""
+    """Returns cosine similarity and index, both [N, k], of each sample's nearest other samples. Exact, in blocks."""
     z = F.normalize(features, dim=1)
     step = max(1, BLOCK // len(z))
     values, index = [], []
@@ -148,7 +148,7 @@ def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def affinity(features: Tensor) -> Tensor:
-    """S, sparse [N, N]: D^-1/2 (W + W^T) D^-1/2 over the nearest neighbours, with weights similarity^3 (not tuned)."""
+    """Returns S = D^-1/2 (W + W^T) D^-1/2, sparse [N, N]. W holds similarity^3 of nearest neighbours (not tuned)."""
     count = len(features)
     similarity, index = nearest_neighbours(features, min(NEIGHBOURS, count - 1))
     weight = similarity.clamp(min=0).pow(3).flatten()
@@ -167,7 +167,7 @@ def affinity(features: Tensor) -> Tensor:
 def spread_labels(
     graph: Tensor, values: Tensor, reaches: tuple[float, ...], step_done: Callable[[], None] = lambda: None
 ) -> list[Tensor]:
-    """sum_t a^t S^t Y for every reach a, from one sequence of products; values Y [N, K]."""
+    """Returns sum_t a^t S^t Y for every reach a, from one sequence of products. values: Y [N, K]."""
     sums = [values.clone() for _ in reaches]
     for step in range(1, SPREAD_STEPS + 1):
         values = graph @ values
@@ -179,7 +179,7 @@ def spread_labels(
 
 
 def confident_classes(scores: Tensor) -> Tensor:
-    """One-hot rows [N, C] of the largest score, weighted by its lead over the second, both as shares of the row."""
+    """Returns one-hot rows [N, C] of the largest score, times its lead over the second (as shares of the row)."""
     top = (scores / scores.sum(1, keepdim=True)).topk(2, 1)
     lead = top.values[:, 0] - top.values[:, 1]
     return F.one_hot(top.indices[:, 0], scores.shape[1]) * lead.unsqueeze(1)
@@ -195,7 +195,7 @@ def fit_transition(g: Tensor, labels: Tensor, start: Tensor, label_count: float,
 
 
 def estimate_transition(classes: Tensor, labels: Tensor, prior: float) -> Tensor:
-    """T [C, C]: the share of each given label in each true class. classes: distributions [N, C]; labels: int64 [N].
+    """Returns T [C, C], the shares of given labels by true class. classes: distributions [N, C]; labels: int64 [N].
 
     `prior` pseudo-labels per row pull T towards a symmetric matrix. The diagonal is raised to the largest entry of its
     row: the classes can be identified only if the given label is the most likely one.

@@ -29,7 +29,7 @@ from tadperf.kernels import Mixture, mixture
 MIN_SAMPLES = 20  # a class with fewer samples is not fitted alone: a mixture has five parameters; not tuned
 MIN_ASHMAN_D = 2.0  # above 2 the two modes are clearly separated (Ashman, Bird and Zepf, 1994)
 MIN_THRESHOLD = 0.5
-KEEP_ONE_IN = 10  # a class keeps the best tenth of its posteriors from 0.5 up, even above the budget; not tuned
+KEEP_ONE_IN = 10  # a class keeps the best tenth of its posteriors >= 0.5, even above the budget; not tuned
 
 
 class Partition(NamedTuple):
@@ -53,10 +53,11 @@ def partition(
 ) -> Partition:
     """Splits samples into trusted and untrusted by their losses (TAD's outer loop; see the top of this module).
 
-    losses: float [N] in nats, from any model, low if it agrees with the label; +inf counts as surely wrong.
-    labels: integers [N] in 0..C-1, as given. Both may be tensors or NumPy arrays; the result is tensors.
-    class_wise: one mixture for each class, otherwise one for all. dynamic_threshold: a threshold for each class by the
-    budget, otherwise 0.5. budget: expected share of wrong labels among the trusted samples of a class; not tuned.
+    losses: float [N] in nats, from any model, low if the model agrees with the label; +inf means surely wrong.
+    labels: integers [N] in 0..C-1, as given. Both may be tensors or NumPy arrays. Returns tensors.
+    class_wise: fits one mixture per class instead of one for all. dynamic_threshold: computes a threshold per class
+    from the budget instead of 0.5. budget: expected share of wrong labels among the trusted samples of a class; not
+    tuned.
     min_wrong_loss: lowest mean loss that the mode of wrong labels may have.
     Raises ValueError if shapes differ, a label is out of range, or a loss is NaN or -inf.
     """
@@ -84,7 +85,7 @@ def _split_classes(losses: Tensor, labels: Tensor, classes: int, min_wrong_loss:
 
 
 def _split_together(losses: Tensor, labels: Tensor, classes: int, min_wrong_loss: float) -> tuple[Tensor, Tensor]:
-    """Returns posteriors [N] of one mixture for all classes, 1 if there are no two modes; and the same bool for all."""
+    """Returns posteriors [N] of one mixture, and whether it has two modes [C]. If not, finite losses get 1."""
     posterior, bimodal = _split(losses, torch.zeros_like(labels), 1, min_wrong_loss)
     return torch.where(bimodal | losses.isinf(), posterior, 1.0), bimodal.expand(classes)
 
@@ -111,13 +112,13 @@ def _check(losses: Tensor, labels: Tensor, num_classes: int | None) -> tuple[Ten
 
 
 def _split(losses: Tensor, groups: Tensor, count: int, min_wrong_loss: float) -> tuple[Tensor, Tensor]:
-    """Posterior [N] of the lower mode, and the groups whose upper mode consists of wrong labels, bool [count]."""
+    """Returns the posterior [N] of the lower mode, and which groups have an upper mode of wrong labels [count]."""
     fit = mixture(losses, groups, count, monotone=True)
     return fit.posterior.float(), _is_bimodal(fit, losses, groups) & (fit.mean[:, 1] > min_wrong_loss)
 
 
 def _is_bimodal(fit: Mixture, losses: Tensor, groups: Tensor) -> Tensor:
-    """Groups with two real modes: BIC prefers them to one Gaussian (3 parameters fewer), and Ashman's D is above 2."""
+    """Returns which groups have two modes: BIC prefers them to one (3 parameters fewer), and Ashman's D is above 2."""
     count = len(fit.weight)
     used = (groups >= 0) & losses.isfinite()
     x, g = (losses, groups) if used.all() else (losses[used], groups[used])
@@ -132,7 +133,7 @@ def _is_bimodal(fit: Mixture, losses: Tensor, groups: Tensor) -> Tensor:
 
 
 def _threshold(posterior: Tensor, groups: Tensor, count: int, budget: float) -> Tensor:
-    """Lowest threshold >= 0.5 of each group at which mean(1 - posterior) above it is within the budget, [count].
+    """Returns each group's lowest threshold >= 0.5 with mean(1 - posterior) above it within the budget, [count].
 
     A group keeps the best tenth of its posteriors >= 0.5 even above the budget, so that every class has an anchor.
     """

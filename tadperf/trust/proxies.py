@@ -39,11 +39,12 @@ class ProxyOutputs(NamedTuple):
 
 
 def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, progress: Progress) -> ProxyOutputs:
-    """Trains the proxies on the view and runs them on all samples; on a CPU several in parallel, one core each.
+    """Trains the proxies on the view and runs them on all samples.
 
-    problem: its labels are the given labels; losses are of these. Losses and probabilities are means over the last
-    epochs and over the proxies. With `config.held_out`, proxy m trains without fold m of the samples, and the outputs
-    of those samples come from proxy m alone. The result depends on (seed, view) only.
+    On a CPU, several train in parallel on one core each. problem: its labels are the given labels. Losses and
+    probabilities are means over the last epochs and over the proxies. With `config.held_out`, proxy m trains without
+    fold m of the samples, and the outputs of those samples come from proxy m alone. The result depends on (seed, view)
+    only.
     """
     count, proxies, seed = len(problem.images), config.proxies, problem.seed
     fold = torch.randperm(count, generator=seeds.generator(seed, "proxy folds")) % proxies
@@ -124,7 +125,7 @@ def epoch_losses(
     for _, x in batches(images, index[order], drawn, config.batch, pixels, target.device):
         stop = start + len(x)
         y = target[order[start:stop]]
-        if config.mixup:  # Zhang et al. (2018), Beta(1, 1): mixing makes a network slower to fit single wrong labels
+        if config.mixup:  # Zhang et al. (2018), Beta(1, 1): the network fits single wrong labels more slowly
             share = float(torch.rand((), generator=generator))
             pair = torch.randperm(len(x), generator=generator)
             x, y = torch.lerp(x[pair], x, share), torch.lerp(y[pair], y, share)
@@ -138,7 +139,7 @@ def epoch_losses(
 
 
 def consistency_loss(module: Callable[[Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-    """Mean KL(p(first) || p(second)) of two augmented views of the same images; no gradient through the first view."""
+    """Returns the mean KL(p(first) || p(second)) of two views of the same images; no gradient through the first."""
     with torch.no_grad():
         reference = module(first).log_softmax(1)
     return F.kl_div(module(second).log_softmax(1), reference, reduction="batchmean", log_target=True)
@@ -146,14 +147,14 @@ def consistency_loss(module: Callable[[Tensor], Tensor], first: Tensor, second: 
 
 @torch.no_grad()
 def predict_all(module: nn.Module, images: Images, device: torch.device) -> Tensor:
-    """Outputs of `module` in eval mode for all images, computed in batches."""
+    """Returns the outputs of `module` in eval mode for all images, computed in batches."""
     predict = fused_forward(module.eval())
     index = torch.arange(len(images))
     return torch.cat([predict(images[part].to(device)) for part in index.split(EVAL_BATCH)])
 
 
 def compact_features(features: Tensor, width: int, seed: int) -> Tensor:
-    """Centres features [N, D] and scales them to length 1; a random projection first reduces D to at most `width`.
+    """Centres features [N, D], reduces D to at most `width` by a random projection, and scales them to length 1.
 
     The projection keeps distances approximately (Johnson and Lindenstrauss, 1984).
     """

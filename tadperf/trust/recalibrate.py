@@ -1,10 +1,10 @@
-"""The inner recalibration: class anchors in feature space decide about samples whose label the losses did not trust.
+"""The inner recalibration: class anchors in feature space decide about the samples that the partition does not trust.
 
-Anchors are the reliability-weighted means of the trusted features. They share one covariance, which is shrunk (Ledoit
-and Wolf, 2004). A sample gets a candidate class if the nearest anchor by Mahalanobis distance and the nearest by cosine
-agree, both with a margin that is large enough on the trusted samples. The sample is recalled if the candidate is its
-given label, and relabelled otherwise. TAD (arXiv 2502.05027) names the two measures; the margins and the reliability
-are ours.
+Anchors are the means of the trusted features, weighted by the posterior. They share one covariance, which is shrunk
+(Ledoit and Wolf, 2004). A sample gets a candidate class if the nearest anchor by Mahalanobis distance and the nearest
+by cosine agree, both with a large enough margin; the trusted samples set the smallest margin. The sample is recalled if
+the candidate is its given label, and relabelled otherwise. TAD (arXiv 2502.05027) names the two measures; the margins
+and the reliability are ours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def recalibrate(
 ) -> Recalibration:
     """Returns candidate classes for all samples, and the reliability of trusted ones (TAD's inner loop).
 
-    features: float [N, D] of any type, finite; never copied as a whole. labels: int64 [N]. trusted: bool [N].
+    features: finite floats [N, D] of any precision; never copied as a whole. labels: int64 [N]. trusted: bool [N].
     posterior: float [N], the probability that the label is right.
     strength: the share of correct labels among trusted samples with margins at least as large. reliability: the
     posterior if both measures find the given class; otherwise it falls with the distance rank within the class, down
@@ -72,10 +72,10 @@ def recalibrate(
 
 
 def fit_anchors(features: Tensor, labels: Tensor, weight: Tensor, num_classes: int) -> Anchors:
-    """Weighted class means, and the shared, shrunk covariance around them.
+    """Returns weighted class means, and the shared, shrunk covariance around them.
 
-    If no sample of a class has weight, all of its samples count as 1, so that the class can come back. A class without
-    samples has no anchor.
+    If no sample of a class has weight, each gets weight 1, so that samples of the class can be trusted again. A class
+    without samples has no anchor.
     """
     total = torch.zeros(num_classes, dtype=weight.dtype, device=weight.device).index_add_(0, labels, weight)
     weight = torch.where(total[labels] > 0, weight, 1.0)
@@ -96,13 +96,13 @@ def fit_anchors(features: Tensor, labels: Tensor, weight: Tensor, num_classes: i
 
 
 def row_blocks(count: int, width: int) -> Iterator[slice]:
-    """Slices of `count` rows of `width` numbers, about BLOCK numbers each: temporary copies stay small."""
+    """Returns slices of `count` rows of `width` numbers, at most BLOCK numbers each, so that copies stay small."""
     step = max(1, BLOCK // width)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def shrunk_cholesky(residuals: Callable[[slice], Tensor], count: int, size: int, device: torch.device) -> Tensor:
-    """Lower Cholesky factor [D, D] of the Ledoit-Wolf covariance around zero; D is `size`.
+    """Returns the lower Cholesky factor [D, D] of the Ledoit-Wolf covariance around zero; D is `size`.
 
     residuals: returns rows of a matrix [N, D]; N is `count`. The shrinkage is that of
     sklearn.covariance.ledoit_wolf_shrinkage, computed in one pass. Products use float32, sums over blocks float64.
@@ -123,7 +123,7 @@ def shrunk_cholesky(residuals: Callable[[slice], Tensor], count: int, size: int,
 
 
 def calibrate_margin(margin: Tensor, right: Tensor, trusted: Tensor) -> tuple[Tensor, float]:
-    """Strength [N] of each margin, and the lowest margin above which PRECISION of the trusted samples are right.
+    """Returns the strength [N] of each margin, and the lowest margin with PRECISION of the trusted samples right.
 
     The strength is the share of right samples among the trusted samples with at least that margin. Its running maximum
     makes it monotone: a larger margin never has less strength. Without trusted samples: strength 0, margin infinity.
@@ -142,7 +142,7 @@ def calibrate_margin(margin: Tensor, right: Tensor, trusted: Tensor) -> tuple[Te
 
 
 def rank_within(values: Tensor, groups: Tensor) -> Tensor:
-    """Rank of each value within its group, from 0 (lowest) to 1 (highest), float [N]."""
+    """Returns the rank of each value within its group, from 0 (lowest) to 1 (highest), float [N]."""
     order = values.argsort(stable=True)
     order = order[groups[order].argsort(stable=True)]
     size = groups.bincount()

@@ -1,4 +1,4 @@
-"""The verdict of trust about every sample, and its files."""
+"""The verdicts on all samples after a round, and their files."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class TrustState:
 
     given: int64 [N], the labels as given. working: int64 [N], the labels to learn; only relabelled samples differ from
     `given`. verdict: uint8 [N], index into VERDICTS. reliability: float32 [N] in [0, 1], the probability that the
-    working label is right, used as the weight. decided: int16 [N], the round of the verdict. score: float32 [N] in
-    [0, 1], how suspicious the given label is. suggested: int64 [N], the most probable class.
+    working label is right, used as the weight. decided: int16 [N], the round that set the verdict. score: float32 [N]
+    in [0, 1], how suspicious the given label is. suggested: int64 [N], the most probable class.
     Raises ValueError if a tensor has another type or shape, or a value is out of range.
     """
 
@@ -77,25 +77,25 @@ class TrustState:
 
     @property
     def trusted(self) -> Tensor:
-        """Samples in the trusted view, bool [N]: trusted, recalled or relabelled."""
+        """Returns which samples are in the trusted view, bool [N]: trusted, recalled or relabelled."""
         return self.verdict != UNTRUSTED
 
     @property
     def issues(self) -> Tensor:
-        """Suspected label errors, bool [N]: samples that are untrusted or relabelled."""
+        """Returns the suspected label errors, bool [N]: samples that are untrusted or relabelled."""
         return (self.verdict == UNTRUSTED) | (self.verdict == RELABELLED)
 
     def view(self) -> TrustedView:
-        """The samples that experts, students and detectors learn from."""
+        """Returns the samples that experts, students and detectors learn from."""
         index = self.trusted.nonzero().squeeze(1)
         return TrustedView(index, self.working[index], self.reliability[index])
 
     def worst(self) -> Tensor:
-        """Indices of all samples int64 [N], the most suspicious first; equal scores keep the order of the data."""
+        """Returns the indices of all samples int64 [N], the most suspicious first; equal scores keep their order."""
         return self.score.argsort(descending=True, stable=True)
 
     def counts(self) -> dict[str, list[int]]:
-        """Number of samples for each verdict and given class."""
+        """Returns the number of samples for each verdict and given class."""
         classes = len(self.class_names)
         return {
             name: self.given[self.verdict == code].bincount(minlength=classes).tolist()
@@ -103,7 +103,7 @@ class TrustState:
         }
 
     def pairs(self) -> list[tuple[str, str, int]]:
-        """(suggested class, given class, samples) of the suspected label errors, the most frequent pair first."""
+        """Returns (suggested class, given class, count) of the suspected label errors, the most frequent pair first."""
         wrong = self.issues & (self.suggested != self.given)
         classes = len(self.class_names)
         pair, count = (self.suggested * classes + self.given)[wrong].unique(return_counts=True)
@@ -150,7 +150,7 @@ class TrustState:
         files.write_bytes(path, writers[path.suffix.lower()](self.table()))
 
     def table(self) -> dict[str, list[Any]]:
-        """The columns of `export`, the most suspicious sample first."""
+        """Returns the columns of `export`, the most suspicious sample first."""
         order = self.worst()
 
         def class_names(labels: Tensor) -> list[str]:
