@@ -12,7 +12,7 @@ from tadperf.refine.start import config_of
 
 
 def check_refine_config(config: Config) -> None:
-    """Raises UserError for every mistake that the config alone shows."""
+    """Raises UserError for a mistake that shows in the config alone."""
     refine = config.refine
     if refine.top_k > refine.candidates:
         raise UserError("refine.top_k", refine.top_k, f"must not be above refine.candidates = {refine.candidates}")

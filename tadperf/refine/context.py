@@ -1,4 +1,4 @@
-"""What every step of refinement needs, as one value."""
+"""The values that every step of refinement needs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class RefineContext:
 
     @property
     def labels(self) -> Tensor:
-        """The class of every synthetic image, int64 [M], class by class; M = C * IPC."""
+        """Returns the class of every synthetic image, int64 [M], class by class; M = C * IPC."""
         return torch.arange(self.task.train.num_classes).repeat_interleave(self.task.config.match.ipc)
 
     @property
     def certain_labels(self) -> Tensor:
-        """Labels of the training samples, int64 [N] on the CPU; -1 where trust is not certain."""
+        """Returns the labels of the training samples, int64 [N] on the CPU; -1 if trust did not confirm the label."""
         return self.samples.labels.where(self.samples.confirmed, -1).cpu()
 
     def pixels(self, index: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def classify_images(detector: nn.Module, images: Images, batch: int = BATCH) -> 
 
 
 def train_detector(config: DetectorConfig, problem: Problem) -> nn.Module:
-    """Trains a new detector on the images, labels int64 [N] and weights of `problem`, whose `net` is not used."""
+    """Trains a new detector on the images, labels int64 [N] and weights of `problem`. Ignores `problem.net`."""
     seed = seeds.derive(problem.seed, "detector")
     module = build_detector(config, problem.images, problem.num_classes, seed).to(problem.device)
     recipe = Recipe(config.epochs, config.batch, config.lr, config.momentum, config.weight_decay, problem.augment)
@@ -93,10 +93,10 @@ def load_detector(path: Path | str, module: nn.Module, num_classes: int) -> nn.M
 
 
 def check_detector(detector: nn.Module, images: Images, labels: Tensor, class_names: tuple[str, ...]) -> float:
-    """Returns the accuracy on held-out normalised images with labels int64 [N], and refuses a useless detector.
+    """Returns the accuracy on held-out normalised images with labels int64 [N]; refuses a useless detector.
 
     Raises UserError if the accuracy is less than three standard errors above chance, or if the detector's classes are
-    in another order: several classes are each mostly predicted as another class, and these form a permutation.
+    in another order (`class_permutation`).
     """
     logits = classify_images(detector, images).logits
     count, classes = logits.shape
@@ -120,7 +120,7 @@ def check_detector(detector: nn.Module, images: Images, labels: Tensor, class_na
 
 
 def class_permutation(confusion: Tensor) -> list[int]:
-    """Returns which of the detector's classes stands for each class; the identity without clear evidence (tadperf).
+    """Returns the detector's class for each class; without clear evidence, the class itself (tadperf).
 
     confusion: int64 [C, C], one row per label. A class is moved if more than half of its samples are predicted as one
     other class, and if following these predictions from class to class leads back to it.

@@ -17,7 +17,7 @@ from tadperf.report.refined import save_refined
 
 
 def draw_refinement(context: RefineContext, detector: nn.Module, state: RefineState) -> None:
-    """Writes refined.png and gradcam.png into the run folder; a picture that fails is a warning."""
+    """Writes refined.png and gradcam.png into the run folder. Logs a warning if a picture fails."""
     folder = context.run.path
     save_safely(draw_before_and_after, folder / "refined.png", context, detector, state)
     save_safely(draw_heat_maps, folder / "gradcam.png", context, detector, state)
@@ -36,7 +36,7 @@ def draw_before_and_after(path: Path, context: RefineContext, detector: nn.Modul
 def draw_heat_maps(path: Path, context: RefineContext, detector: nn.Module, state: RefineState) -> None:
     """Draws one real, one first and one refined image of each class with their Grad-CAM maps.
 
-    Of the refined images, shows the first of the class that was replaced, or its first image if none was.
+    Shows the first replaced image of a class, or its first image if none was replaced.
     """
     names, ipc = context.task.train.class_names, context.task.config.match.ipc
     certain, classes = context.certain_labels, torch.arange(len(names))

@@ -27,7 +27,7 @@ from tadperf.task.task import Task
 
 
 class RefinedImages(NamedTuple):
-    """The result of generative synthesis, class by class (M images, C classes).
+    """The result of generative synthesis: M images of C classes, class by class.
 
     images: normalised float32 [M, channels, H, W]. labels: int64 [M], or the detector's logits float32 [M, C].
     first: images and labels before refinement. lr: the learning rate of the run that was refined, if there is one.
@@ -46,10 +46,9 @@ def refine(
 ) -> RefinedImages:
     """Generates images of every class and refines them with a detector (arXiv 2507.13074; parts are tadperf's).
 
-    Uses the given training samples only. With refine.start, the images of another run are refined: those that the
-    detector assigns to their own class stay as they are. Runs the stages detector, diffusion and refine, and skips
-    what a killed run had finished. Raises UserError on a wrong config, diffusion model or detector, or when a class
-    has too few samples.
+    Uses the given training samples only. With refine.start, refines the images of another run and keeps those that the
+    detector accepts. Runs the stages detector, diffusion and refine, and skips what a killed run had finished. Raises
+    UserError on a wrong config, diffusion model or detector, or when a class has too few samples.
     """
     check_refine_config(task.config)
     _, height, width = task.train.shape
@@ -95,7 +94,7 @@ def final_labels(labels: Tensor, logits: Tensor, state: RefineState, start: Dist
     """Returns the labels that students learn: classes int64 [M], or logits float32 [M, C].
 
     Images of `start` that did not change keep the soft labels that their run has learned. All other images have the
-    detector's logits, or their class if neither `soft` nor `start` asks for soft labels.
+    detector's logits, or their class if `soft` is False and `start` has no soft labels.
     """
     start_labels = start.labels if start and start.labels.is_floating_point() else None
     if start_labels is None:

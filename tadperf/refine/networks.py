@@ -17,8 +17,8 @@ from tadperf.refine.models.base import DiffusionModel, Target
 from tadperf.refine.models.open import open_model
 from tadperf.refine.models.train import PixelSamples, train_diffusion_model
 
-# Share of the first images that refine.backend = "auto" expects to be anomalous; it expects half as many in each later
-# round. On digits it was 0 of 100 with a trusted view of 99.8 % right labels, and 23 of 100 with 10 % of pair flips.
+# Expected share of anomalous first images, for refine.backend = "auto"; each later round expects half as many. On
+# digits it was 0 of 100 with a trusted view of 99.8 % right labels, and 23 of 100 with 10 % of pair flips.
 ANOMALOUS = 0.1
 
 

@@ -29,7 +29,7 @@ def class_prototypes(
     pixels: returns uint8 images by index int64 [B]. encode: maps images to the model's space. labels: int64 [N], -1 for
     samples that are not trusted. With refine.prototypes = "latents", the prototypes are the centres of clusters of the
     encoded images. With "pixels", they are the encoded samples nearest to the centres of clusters of pixels (tadperf).
-    Holds one class at a time. Raises UserError if a class has fewer than `ipc` trusted samples.
+    Holds the images of one class at a time. Raises UserError if a class has fewer than `ipc` trusted samples.
     """
     prototypes = []
     for label, name in enumerate(class_names):

@@ -36,7 +36,7 @@ def refine_images(
 ) -> RefineState:
     """Computes the prototypes, generates the first images and runs the rounds; saves a checkpoint in every round.
 
-    Processes share the generation. Rank 0 takes every decision.
+    Processes share the generation. Rank 0 makes every decision.
     """
     config, device, labels = context.config, context.task.device, context.labels
     prototypes = ranks.once(partial(_prototypes, context, model))
@@ -75,7 +75,7 @@ def _prototypes(context: RefineContext, model: DiffusionModel) -> Tensor:
 def _first_state(
     context: RefineContext, model: DiffusionModel, prototypes: Tensor, checkpoint: Path, start: DistilledSet | None
 ) -> RefineState:
-    """The checkpoint's state, or the images of `start`, or newly generated images."""
+    """Returns the checkpoint's state, or the images of `start`, or newly generated images."""
     state = ranks.once(lambda: load_state(checkpoint) if checkpoint.exists() else None)
     if state is not None:
         return state
@@ -107,7 +107,7 @@ def normalise_state(state: RefineState, normaliser: Normaliser, start: Distilled
 
 
 def unchanged_images(state: RefineState) -> Tensor:
-    """Returns which images still are as first generated, bool [M]."""
+    """Returns which images have not changed since they were generated, bool [M]."""
     return (state.images == state.first).flatten(1).all(1)
 
 
@@ -158,8 +158,9 @@ def replace_anomalies(
 ) -> Tensor:
     """Replaces each anomalous image by its best candidate, and returns uint8 images [M, ...].
 
-    An image stays if its best candidate is anomalous too and less confident. So no round can make an image worse in
-    the detector's eyes (tadperf). output: of the M images. candidates: [A, N, ...]. candidate_output: A * N rows.
+    An image stays if its best candidate is anomalous too, with no higher probability of the label. So no round makes an
+    image worse for the detector (tadperf). output: for the M images. candidates: [A, N, ...]. candidate_output: A * N
+    rows.
     """
     device = output.logits.device
     place, kept = flagged.nonzero()[:, 0].to(device), (~flagged).nonzero()[:, 0].to(device)

@@ -33,7 +33,8 @@ def choose(
     """Returns the index of the best candidate for each of A anomalies, int64 [A]; -1 if none is finite (2507.13074).
 
     candidates: logits [A, N, C] and features [A, N, D]; labels int64 [A]. qualified: features [Q, D] of the images that
-    are not anomalous, with classes qualified_labels [Q]. If some are predicted as their label, only they compete.
+    are not anomalous, with classes qualified_labels [Q]. If some candidates of an anomaly are predicted as its label,
+    only those compete.
     """
     expected = labels[:, None].expand(candidates.logits.shape[:2])
     correct = candidates.logits.argmax(-1) == expected

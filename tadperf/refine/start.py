@@ -16,7 +16,7 @@ from tadperf.run.folder import Run, stored_config
 from tadperf.task.task import Task
 from tadperf.trust.state import TrustState
 
-# Config sections that may differ from the other run's, and those that trust, detector and diffusion model depend on.
+# FREE may differ from the other run's config. Trust, detector and diffusion model depend on UPSTREAM.
 FREE = ("refine", "detector", "diffusion", "evaluate", "device", "tf32")
 UPSTREAM = ("data", "net", "trust", "seed", "device", "tf32")
 
@@ -89,7 +89,7 @@ def copy_folder(source: Path, target: Path) -> None:
 def inherit(folder: Path, task: Task, run: Run) -> None:
     """Copies the rounds of trust, the detector and the diffusion model of the finished run in `folder` (tadperf).
 
-    Does nothing if the config or the data say that `task` would train other ones.
+    Does nothing if the config or the data differ, because `task` would train other ones.
     """
     other, now = stored_config(folder), task.config
     if other is None or not (folder / "DONE").exists():

@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 def save_curves(path: Path | str, fields: Sequence[str], rows: Sequence[Row]) -> None:
-    """Draws the rows of `pipeline.sweep.run_sweep`, means and deviations, into a PNG file (tadperf).
+    """Draws the rows of `pipeline.sweep.run_sweep`, with means and deviations, into a PNG file (tadperf).
 
     The horizontal axis is the field with the most numeric values, or the first field if none is numeric.
     """
@@ -82,12 +82,12 @@ def _numeric_ticks(axes: Axes, places: list[float]) -> None:
 
 
 def _percent(share: float) -> float:
-    """A share in percent; infinite values become NaN, which matplotlib leaves out."""
+    """Returns a share in percent; infinite values become NaN, which matplotlib leaves out."""
     return 100 * share if math.isfinite(share) else math.nan
 
 
 def _plain(text: str) -> str:
-    """The text in one line of limited length, without matplotlib's markup for formulas."""
+    """Returns the text in one line of limited length, without matplotlib's markup for formulas."""
     line = clean_text(text)
     line = line if len(line) <= MAX_LABEL else line[:MAX_LABEL] + "…"
     return line.replace("$", r"\$")

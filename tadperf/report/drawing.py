@@ -57,7 +57,7 @@ def to_drawable(pixels: Tensor) -> np.ndarray:
 
 
 def cell_size(height: int, width: int, smallest: int, largest: int) -> tuple[int, int]:
-    """Height and width at which an image is drawn; the longer side is between `smallest` and about `largest` pixels.
+    """Returns the height and width to draw an image with, in pixels. The longer side has `smallest` to about `largest`.
 
     Small images are enlarged by a whole number, large ones are reduced.
     """

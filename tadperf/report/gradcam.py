@@ -35,15 +35,15 @@ STRENGTH = 0.55  # share of the heat colours in an overlay
 class GradCam(NamedTuple):
     """Maps and predictions for N images."""
 
-    maps: Tensor  # float32 [N, H, W], of the size of the images; the maximum of each is 1, or 0 if it is empty
+    maps: Tensor  # float32 [N, H, W], as large as the images; the maximum of each is 1, or 0 if the map is empty
     probability: Tensor  # float32 [N, C]
 
 
 def grad_cam(net: nn.Module, images: Tensor, classes: Tensor) -> GradCam:
     """Computes Grad-CAM of each image for its class (Selvaraju et al., 2017, equations 1 and 2), enlarged bilinearly.
 
-    net: a network of `nets.architectures`; the maps are those before its last pool. The network computes in eval mode,
-    and every layer gets its own mode back. images: normalised, float [N, C, H, W]. classes: int64 [N].
+    net: a network of `nets.architectures`; takes the maps before its last pool. Runs the network in eval mode, then
+    restores the mode of every layer. images: normalised, float [N, C, H, W]. classes: int64 [N].
     Raises ValueError if the network has no feature maps.
     """
     features, head = _split_head(net)
@@ -91,8 +91,8 @@ def draw_gradcam(
 ) -> Image:
     """Draws images above their Grad-CAM overlays, with a named row for each kind of image (tadperf).
 
-    rows: by name, for example "real" or "refined", pixels uint8 [M, C, H, W] and their classes int64 [M]; the maps are
-    for these classes. The caption is the network's prediction: in ink if it is the class, otherwise in grey.
+    rows: by name, such as "real" or "refined", pixels uint8 [M, C, H, W] and the classes int64 [M] that the maps
+    explain. The caption is the network's prediction: black if it is the class, otherwise grey.
     """
     from PIL import Image, ImageDraw
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CELL = 48  # pixels to which a small image is enlarged: an 8 x 8 digit is then easy to see
 MAX_CELL = 256  # pixels to which a large image is reduced
 MAX_ROWS = 1000  # classes that are drawn
-WIDTH = 2400  # pixels of the images of one row; images of wider rows are not enlarged
+WIDTH = 2400  # pixels; images are enlarged only up to this width of a row
 GAP = 2  # pixels between images
 HEADLINE = 16  # pixels of the headline's font
 
@@ -40,7 +40,7 @@ def save_grid(path: Path | str, distilled: DistilledSet) -> None:
 def draw_grid(distilled: DistilledSet) -> Image:
     """Draws a headline, then one row for each class with its name and its images (tadperf).
 
-    Sets that would take more than about 12 megapixels are drawn in part; the headline says so.
+    If a picture would exceed about 12 megapixels, draws part of the set; the headline says so.
     """
     from PIL import Image, ImageDraw
 
@@ -70,7 +70,7 @@ def draw_grid(distilled: DistilledSet) -> Image:
 
 
 def _cell(distilled: DistilledSet, longest: int, classes: int) -> tuple[int, int]:
-    """Height and width of one image: enlarged if the row has room, reduced if one column is too large."""
+    """Returns height and width of one image: enlarged if the row has room, reduced if one column is too large."""
     _, height, width = distilled.shape
     room = min(CELL, max(height, width) * max(1, WIDTH // (longest * width)))
     largest = min(MAX_CELL, int((MEGAPIXELS * 1e6 / classes) ** 0.5))

@@ -51,10 +51,11 @@ def draw_refined(
     class_names: tuple[str, ...],
     beta: float,
 ) -> Image:
-    """Draws two panels, before and after, with a row for each class; below each image the confidence, and
-    the predicted class if it is another one.
+    """Draws two panels, before and after, with a row for each class.
 
-    images: uint8 [M, C, H, W] each. labels: int64 [M], the classes the images should show. logits: float [M, K] each.
+    The caption of an image is the confidence, and the predicted class if it is another one.
+    images: uint8 [M, C, H, W] each. labels: int64 [M], the classes that the images should show. logits: float [M, K]
+    each.
     """
     from PIL import Image, ImageDraw
 

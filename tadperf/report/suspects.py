@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tadperf.trust.state import TrustState
 
 MAX_SHOWN, COLUMNS = 40, 8
-CELL = 112  # pixels of an image's longer side, about
+CELL = 112  # approximate pixels of an image's longer side
 CAPTION = 34  # pixels below an image: two lines of text
 FONT, HEADLINE, HEAD = 13, 16, 44  # pixels: captions, headline, and both lines above the images
 
@@ -26,7 +26,7 @@ def save_suspects(path: Path | str, dataset: Dataset, state: TrustState) -> None
 
 
 def draw_suspects(dataset: Dataset, state: TrustState) -> Image:
-    """Draws the 40 suspected label errors with the highest score: given label struck out, suggested label below."""
+    """Draws the 40 suspected label errors with the highest score, with their given and suggested labels."""
     from PIL import Image, ImageDraw
 
     order = state.worst()

@@ -27,12 +27,12 @@ FONT_FOLDERS = (
     "C:/Windows/Fonts",
 )
 PREFERRED_FONTS = ("dejavusans.", "notosans-regular", "notosanscjk", "unifont", "wqy", "sourcehansans", "arialuni")
-MAX_FONTS = 200  # font files that are tried at most; not tuned
+MAX_FONTS = 200  # largest number of font files to try; not tuned
 MISSING = "\U0010ffff"  # no font has a glyph for this character
 
 
 class Names(NamedTuple):
-    """Class names that can be drawn, and a note for the caption if some could not ("" otherwise)."""
+    """Class names that can be drawn, and a note for the caption if some cannot ("" otherwise)."""
 
     texts: list[str]
     note: str
@@ -83,17 +83,17 @@ def shorten_text(text: str, size: int, width: float) -> str:
 
 
 def text_width(text: str, size: int) -> float:
-    """Width of one line of text in pixels."""
+    """Returns the width of one line of text in pixels."""
     return font_for(text, size).getlength(text)
 
 
 def widest(texts: Iterable[str], size: int, limit: float) -> int:
-    """Width in pixels of the widest text, at most `limit`."""
+    """Returns the width in pixels of the widest text, at most `limit`."""
     return int(min(limit, max((text_width(text, size) for text in texts), default=0)))
 
 
 def font_for(text: str, size: int) -> FreeTypeFont:
-    """The font that draws the text: Pillow's built-in one, else a font of this machine."""
+    """Returns the font that draws the text: Pillow's built-in one, else a font of this machine."""
     return load_font(font_file(text) or "", size)
 
 
@@ -105,21 +105,21 @@ def load_font(file: str, size: int) -> FreeTypeFont:
     if file:
         return ImageFont.truetype(file, size)
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # so documented for a size
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as documented for calls with a size
     return font
 
 
 @lru_cache(maxsize=4096)
 def font_file(text: str) -> str | None:
-    """The first font that has all characters of the text: "" for the built-in one, None if there is none."""
+    """Returns the first font with all characters of the text: "" for the built-in one, None if there is none."""
     letters = [letter for letter in dict.fromkeys(text) if unicodedata.category(letter) not in ("Zs", "Cf", "Mn")]
     return next((file for file in ("", *font_files()) if all(has_glyph(file, letter) for letter in letters)), None)
 
 
 @cache
 def font_files() -> tuple[str, ...]:
-    """Fonts of this machine, those with many characters first, and matplotlib's fonts if it is installed."""
-    folders = [Path(os.path.expanduser(folder)) for folder in FONT_FOLDERS]  # works without a home folder too
+    """Returns the fonts of this machine and of matplotlib if it is installed, those with many characters first."""
+    folders = [Path(os.path.expanduser(folder)) for folder in FONT_FOLDERS]  # works without a home, too
     matplotlib = find_spec("matplotlib")
     if matplotlib and matplotlib.origin:
         folders.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf")
@@ -128,14 +128,14 @@ def font_files() -> tuple[str, ...]:
     def order(file: Path) -> tuple[bool, str]:
         return not file.name.lower().startswith(PREFERRED_FONTS), str(file)
 
-    # The font LastResort draws a box with the name of the script instead of every character.
+    # The font LastResort draws a box with the name of the script instead of the character.
     usable = (file for file in files if not file.name.lower().startswith("lastresort"))
     return tuple(map(str, sorted(usable, key=order)[:MAX_FONTS]))
 
 
 @lru_cache(maxsize=1 << 16)
 def has_glyph(file: str, letter: str) -> bool:
-    """Whether a font draws this character as something other than its sign for missing characters."""
+    """Returns whether a font draws this character as something other than its sign for missing characters."""
     return _render(file, letter) not in (None, _missing_sign(file))
 
 
@@ -145,7 +145,7 @@ def _missing_sign(file: str) -> bytes | None:
 
 
 def _render(file: str, letter: str) -> bytes | None:
-    """The pixels of one character; None if the font cannot be used, such as a colour font of one fixed size."""
+    """Returns the pixels of one character; None if the font is unusable, such as a colour font of fixed size."""
     from PIL import Image, ImageDraw
 
     try:

@@ -25,7 +25,7 @@ BAR, LENGTH = 12, 640  # pixels: height of a bar, width of the longest bar
 GAP = 9  # pixels between classes
 HEAD = 64  # pixels: three lines above the bars
 MAX_CLASSES = 40  # classes with their own row; the others share one more row
-MAX_ROUNDS = 50  # rounds that are drawn, the last ones
+MAX_ROUNDS = 50  # only the last rounds are drawn
 
 
 def save_trust_growth(path: Path | str, rounds: Sequence[TrustState]) -> None:
@@ -36,7 +36,7 @@ def save_trust_growth(path: Path | str, rounds: Sequence[TrustState]) -> None:
 def draw_trust_growth(rounds: Sequence[TrustState]) -> Image:
     """Draws the samples by given class (rows), round (bars, the first on top) and verdict (colours) (tadperf).
 
-    Raises ValueError without a round.
+    Raises ValueError if there is no round.
     """
     from PIL import Image, ImageDraw
 
@@ -70,12 +70,12 @@ def _draw_legend(draw: ImageDraw, rows: list[tuple[str, list[dict[str, int]]]], 
         if any(counts[verdict] for _, bars in rows for counts in bars):
             draw.rectangle((x, y, x + BAR, y + BAR), colour)
             x += BAR + 20 + int(draw_text(draw, (x + BAR + 5, y - 2), verdict, 14, INK))
-    text = "percentages: share of the class that is learned from (all but untrusted)"
+    text = "percentages: share of the class used for training (all but untrusted)"
     draw_text(draw, (MARGIN, y + 18), f"{text};  {note}" if note else text, 12, FAINT, width=width - 2 * MARGIN)
 
 
 def _draw_bar(draw: ImageDraw, position: tuple[int, int], counts: dict[str, int], longest: int) -> None:
-    """Draws one bar and the share of the samples that are learned from."""
+    """Draws one bar and the share of the samples used for training."""
     x, y = position
     total = sum(counts.values())
     start = 0
@@ -90,7 +90,7 @@ def _draw_bar(draw: ImageDraw, position: tuple[int, int], counts: dict[str, int]
 
 
 def class_counts(rounds: Sequence[TrustState]) -> tuple[list[tuple[str, list[dict[str, int]]]], str]:
-    """For each row its name, and for each round the number of samples by verdict; also a note about the names."""
+    """Returns each row's name and, for each round, its samples by verdict; and a note about the names."""
     counts = [state.counts() for state in rounds]
     total = len(rounds[0].class_names)
     names = drawable_names(rounds[0].class_names[:MAX_CLASSES])

@@ -54,7 +54,7 @@ def denoise_from(
 
 
 def num_steps(steps: int, strength: float) -> int:
-    """Returns how many of `steps` denoising steps a strength uses, rounded down as in diffusers. 0 raises UserError."""
+    """Returns how many of `steps` denoising steps a strength uses, rounded down as in diffusers. Refuses 0."""
     count = min(int(steps * strength), steps)
     if count < 1:
         remedy = f"is less than one of refine.steps = {steps} steps; must be at least {1 / steps:.3g}"
@@ -68,13 +68,13 @@ def denoiser_calls(config: RefineConfig) -> tuple[int, int]:
 
 
 def apply_guidance(predictions: Tensor, guidance: float) -> Tensor:
-    """Applies classifier-free guidance (Ho and Salimans, 2022) to predictions with labels [B], then without [B]."""
+    """Applies classifier-free guidance (Ho and Salimans, 2022) to 2 B predictions: B with labels, then B without."""
     conditional, unconditional = predictions.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 
 def to_range(images: Tensor, channels: int, side: int) -> Tensor:
-    """Converts uint8 images [B, C, H, W] to float32 [B, channels, side, side] in [-1, 1]; repeats grey channels."""
+    """Converts uint8 images [B, C, H, W] to float32 [B, channels, side, side] in [-1, 1], grey if channels differ."""
     x = images.float().div(127.5).sub(1)
     if x.shape[1] != channels:
         x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
@@ -84,7 +84,7 @@ def to_range(images: Tensor, channels: int, side: int) -> Tensor:
 
 
 def to_pixels(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Converts floats [B, c, h, w] in [-1, 1] to uint8 [B, *shape]: resizes if needed, rounds, clamps."""
+    """Converts floats [B, c, h, w] in [-1, 1] to uint8 [B, *shape]: resizes or turns grey if needed, rounds, clamps."""
     channels, height, width = shape
     x = x.float()
     if x.shape[-2:] != (height, width):

@@ -21,7 +21,7 @@ from tadperf.refine.models import sampling, unet
 from tadperf.refine.models.base import Target
 from tadperf.run.folder import Run
 
-SAVE_EVERY = 30.0  # seconds between checkpoints; their times change no result
+SAVE_EVERY = 30.0  # seconds between checkpoints; does not change the result
 WARMUP = 100  # steps until the peak learning rate; not tuned
 BETAS = (0.9, 0.99)  # of AdamW; not tuned
 CLIP = 1.0  # largest norm of a gradient; not tuned

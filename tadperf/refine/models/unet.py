@@ -17,13 +17,14 @@ from tadperf.errors import UserError
 from tadperf.refine.models import sampling
 from tadperf.refine.models.base import DiffusionModel, Target, class_map, compile_part, load_pipeline
 
-LEVELS = 5  # at most; each level halves the side; not tuned
+LEVELS = 5  # largest number of levels; each level halves the side; not tuned
 
 
 def build(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int, seed: int) -> Any:
     """Returns an untrained UNet for images of `shape`; class number `num_classes` means "no class" (tadperf).
 
-    Adds levels until the side is 4. Only that level has attention. Images are padded so that each level can halve them.
+    Adds levels until the side is about 4. Only the middle block has attention. Images are padded so that each level can
+    halve them.
     """
     from diffusers import UNet2DModel
 
@@ -70,7 +71,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
-    """Opens a class-conditional DDPM or DDIM pipeline, such as a trained one, from a folder or the hub."""
+    """Opens a class-conditional DDPM or DDIM pipeline, such as one that `train` saved, from a folder or the hub."""
     from diffusers import DDIMPipeline
 
     pipe = load_pipeline(config.source, DDIMPipeline)
