@@ -44,6 +44,6 @@ def test_sources_are_merged_and_name_their_preset(tmp_path):
     assert ConfigSources("quick").preset_name() == "quick"
 
 
-def test_every_preset_has_a_line():
+def test_every_preset_has_a_summary():
     assert list(SUMMARIES) == list(PRESETS)
     assert all(0 < len(line) <= 100 for line in SUMMARIES.values())

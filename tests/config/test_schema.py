@@ -12,14 +12,14 @@ from tadperf.config.schema import SCHEMA, config_from_json, config_to_json, flat
 from tadperf.errors import UserError
 
 
-def test_a_config_is_read_back_and_carries_its_version():
+def test_a_config_is_read_back_with_its_version():
     config = merge("digits", options={"seed": 3})
     text = json.dumps(config_to_json(config))
     assert json.loads(text)["schema"] == SCHEMA == 1
     assert config_from_json(text, "--resume", "config.json") == config
 
 
-def test_a_file_without_a_version_is_of_version_0_and_takes_defaults_for_newer_fields():
+def test_a_file_without_version_has_version_0_and_newer_fields_get_defaults():
     config = merge("digits")
     values = config.model_dump(mode="json")
     for name in ("image_column", "label_column"):  # added after version 0
@@ -34,7 +34,10 @@ def test_a_file_without_a_version_is_of_version_0_and_takes_defaults_for_newer_f
         ('{"schema": "1"}', "has schema version '1'"),
         ('{"schema": true}', "has schema version True"),
         ('{"schema": -1}', "has schema version -1"),
-        ('{"seed": -1}', "seed: Input should be greater than or equal to 0; another tadperf or an editor wrote it"),
+        (
+            '{"seed": -1}',
+            "seed: Input should be greater than or equal to 0; restore it or use the tadperf that wrote it",
+        ),
         ('{"sed": 1}', "sed: Extra inputs are not permitted"),
         ("[]", "the file: "),
         ("{", "not valid JSON"),

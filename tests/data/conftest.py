@@ -1,4 +1,4 @@
-"""Small made-up sets that several readers are tested on."""
+"""Small synthetic sets for the tests of several readers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from PIL import Image
 
 @pytest.fixture
 def pixels() -> np.ndarray:
-    """Twelve colour images, uint8 [12, 8, 8, 3]."""
+    """Returns twelve colour images, uint8 [12, 8, 8, 3]."""
     return np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 
 
 @pytest.fixture
 def classes() -> np.ndarray:
-    """Their labels: three classes of four."""
+    """Returns their labels: four images in each of three classes."""
     return np.arange(12) % 3
 
 
 @pytest.fixture
 def png():
-    """Encodes uint8 [H, W] or [H, W, 3] without loss."""
+    """Returns a function that encodes uint8 [H, W] or [H, W, 3] as PNG."""
 
     def encode(array: np.ndarray) -> bytes:
         file = io.BytesIO()

@@ -46,7 +46,7 @@ def test_rotation_equals_kornia(size):
 @pytest.mark.parametrize("size", [12, 13])
 def test_scale_equals_kornia(size):
     x, drawn = images(size=size), draw("scale", 16, size, seeded())
-    zoom = torch.stack([affine(drawn)[:, 0, 0], affine(drawn)[:, 1, 1]], 1)  # of x and of y, drawn apart
+    zoom = torch.stack([affine(drawn)[:, 0, 0], affine(drawn)[:, 1, 1]], 1)  # of x and of y, drawn independently
     assert zoom.min() >= 1 / SCALE
     assert zoom.max() <= SCALE
     assert zoom.min() < 0.95 < 1.1 < zoom.max()
@@ -55,14 +55,14 @@ def test_scale_equals_kornia(size):
 
 
 def test_any_affine_map_equals_kornia():
-    """All kinds at once, which no draw does: rotated, scaled, mirrored and shifted about the centre of the image."""
+    """Rotates, scales, flips and shifts about the centre of the image at once; no draw combines kinds."""
     x, size = images(4), 12
     a, zoom, shift = 0.2, torch.tensor([1.1, 0.9]), torch.tensor([2.0, -1.0])
     turn = torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
     matrix = turn @ torch.diag(zoom * torch.tensor([-1.0, 1.0]))
     ours = apply(x, Draw(torch.cat([matrix, (shift * 2 / size)[:, None]], 1).expand(4, 2, 3), None, None))
     centre = torch.full((2,), (size - 1) / 2)
-    whole = torch.eye(3)  # in pixels, from output to input; kornia wants the other way
+    whole = torch.eye(3)  # in pixels, from output to input; kornia needs the inverse
     whole[:2, :2], whole[:2, 2] = matrix, centre + shift - matrix @ centre
     truth = kornia.warp_affine(x, whole.inverse()[None, :2].expand(4, 2, 3), (size, size))
     close(ours, truth)
@@ -110,7 +110,7 @@ def test_cutout_is_a_square_clipped_at_the_border(size, side):
 
 
 def dsa_color(x: Tensor, b: float, s: float, c: float) -> Tensor:
-    """Brightness, saturation, contrast of one image as DSA's public code computes them, in its order."""
+    """Applies brightness, saturation and contrast to one image, in the order of DSA's public code."""
     x = x + b
     mean = x.mean(dim=1, keepdim=True)
     x = (x - mean) * s + mean
@@ -133,7 +133,7 @@ def test_colour_equals_dsa(channels):
 
 
 def touched(drawn: Draw) -> dict[str, Tensor]:
-    """Which images get which kind; a crop by nothing and an unflipped flip do not show."""
+    """Returns which images show which kind. A crop by 0 pixels and half of the flips change nothing."""
     matrix, color, hole = drawn
     assert matrix is not None
     assert color is not None
@@ -149,7 +149,7 @@ def test_each_image_gets_one_kind_and_all_kinds_come_equally_often():
     count, size = 12_000, 32
     kinds = touched(draw(FULL, count, size, seeded()))
     assert torch.stack(list(kinds.values())).sum(0).max() == 1
-    shown = {"flip": 1 / 2, "crop": 1 - 1 / 81}  # half of the flips; 9 x 9 shifts, one of which is none
+    shown = {"flip": 1 / 2, "crop": 1 - 1 / 81}  # half of the flips; one of 9 x 9 shifts is zero
     for kind in KINDS:
         share = shown.get(kind, 1.0) / len(KINDS)
         deviation = math.sqrt(count * share * (1 - share))

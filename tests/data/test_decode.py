@@ -18,7 +18,7 @@ from tadperf.errors import DataWarning, UserError
 
 @pytest.fixture
 def read(tmp_path) -> Callable[..., torch.Tensor]:
-    """Decodes images that are saved under these names."""
+    """Returns a function that saves images under these names and decodes them."""
 
     def decode_all(**images: Image.Image | bytes) -> torch.Tensor:
         files = []
@@ -51,7 +51,7 @@ def test_grey_with_alpha_stays_grey(read):
     assert image.tolist() == [[[10, GROUND]]]
 
 
-def test_a_transparent_colour_of_a_palette(read, tmp_path):
+def test_a_transparent_palette_colour_shows_mid_grey(read, tmp_path):
     palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.save(tmp_path / "a.gif", transparency=1)
@@ -87,7 +87,7 @@ def test_negative_and_non_finite_pixels_are_refused(read, value):
         read(a_tif=Image.fromarray(np.array([[0.5, value]], np.float32)))
 
 
-def test_images_of_eight_bits_are_not_scaled_by_deep_ones_beside_them(read):
+def test_deep_images_do_not_change_the_scale_of_8_bit_images(read):
     images = read(a_png=grey(7, 250), b_png=grey(16, 4095, dtype=np.uint16))
     assert images[:, 0, 0].tolist() == [[7, 250], [1, 255]]
 
@@ -105,7 +105,7 @@ def test_at_most_twenty_broken_images_are_named(read):
 def test_pillows_warnings_are_counted_in_one_line(read, tmp_path):
     grey(1, 2).save(tmp_path / "a.tif", description="x" * 10)
     data = bytearray((tmp_path / "a.tif").read_bytes())
-    data[9] = 1  # 256 more entries in the table of tags than there are
+    data[9] = 1  # declares 256 more entries in the table of tags than exist
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         images = read(b_tif=bytes(data), c_tif=grey(3, 4))
@@ -133,7 +133,7 @@ def test_suffixes_and_formats_are_known_to_pillow():
     assert not {"EPS", "PDF", "WMF", "HDF5", "MPEG"} & set(FORMATS)
 
 
-def test_lossless_formats_of_other_suffixes(read):
+def test_lossless_formats_keep_their_pixels(read):
     assert (
         read(**{f"{k}_{suffix[1:]}": grey(9, 9) for k, suffix in enumerate((".pgm", ".tga", ".dib", ".pcx"))})
         .eq(9)
@@ -149,7 +149,7 @@ def test_equal_images_are_reported(read):
         read(d_png=grey(1, 2), e_png=grey(1, 2), f_png=grey(1, 3))
 
 
-def test_the_bits_are_found_once(tmp_path):
+def test_the_bit_depth_is_computed_once(tmp_path):
     calls = []
     grey(0, 1000, dtype=np.uint16).save(tmp_path / "a.png")
 

@@ -46,7 +46,7 @@ def test_csv(tmp_path, dataset, text):
     (tmp_path / "noisy.csv").write_text(text, encoding="utf-8")
     replaced = replace_labels(dataset, str(tmp_path / "noisy.csv"))
     assert torch.equal(replaced.labels, NOISY)
-    assert replaced.clean_labels is None  # the set's own are not taken as clean
+    assert replaced.clean_labels is None  # the old labels do not count as clean
     assert torch.equal(dataset.labels, OWN)
     assert replaced.source == {"path": "x", "labels": str(tmp_path / "noisy.csv")}
 
@@ -109,7 +109,7 @@ def test_npy(tmp_path, dataset, dtype):
     assert torch.equal(replaced.labels, NOISY)
 
 
-def test_labels_that_the_set_knows_clean_stay_clean(tmp_path, dataset):
+def test_known_clean_labels_of_the_set_are_kept(tmp_path, dataset):
     np.save(tmp_path / "noisy.npy", NOISY.numpy())
     known = dataset.with_labels(OWN.roll(2), OWN)
     replaced = replace_labels(known, str(tmp_path / "noisy.npy"))
@@ -139,7 +139,7 @@ def test_pt_with_one_candidate_needs_no_key(tmp_path, dataset):
 
 
 def test_pt_written_by_an_older_numpy(tmp_path, dataset):
-    """CIFAR-N's own file spells numpy.core, and says its arrays' bytes by _codecs.encode (protocol 2 of Python 3)."""
+    """CIFAR-N's file names numpy.core and stores array bytes as _codecs.encode (Python 3, protocol 2)."""
     import zipfile
 
     torch.save({"clean_label": OWN.numpy(), "worse_label": NOISY.numpy()}, tmp_path / "new.pt")

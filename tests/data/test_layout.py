@@ -1,4 +1,4 @@
-"""Labels of every split to class names and class numbers."""
+"""Converts the labels of every split to class names and class numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets above the limit: the same pixels from a mapped file, made once, made anew when the source changes."""
+"""Large sets give the same pixels from a mapped file. It is written once, and again when the source changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(place: Path, colour: bool) -> Path:
 def npz(place: Path, colour: bool) -> Path:
     images = grey()
     if colour:
-        images = np.stack([images, images, 255 - images], 3).astype(np.float32) / 255  # [N, H, W, C], not as we keep it
+        images = np.stack([images, images, 255 - images], 3).astype(np.float32) / 255  # stored as [N, H, W, C]
     np.savez(place / "set.npz", images=images, labels=np.arange(7) % 2)
     return place / "set.npz"
 
@@ -53,7 +53,7 @@ def safetensors(place: Path, colour: bool) -> Path:
 
 def idx(place: Path, colour: bool) -> Path:
     head = bytes((0, 0, 8, 3)) + np.array([7, 5, 6], ">u4").tobytes()
-    ending = ".gz" if colour else ""  # these have no colours
+    ending = ".gz" if colour else ""  # idx images are always grey
     for name, data in {
         "images-idx3": head + grey().tobytes(),
         "labels-idx1": bytes((0, 0, 8, 1, 0, 0, 0, 7)) + bytes([0, 1, 0, 1, 0, 1, 0]),
@@ -83,12 +83,12 @@ def test_the_same_pixels_from_a_mapped_file(tmp_path, cache, monkeypatch, make, 
     assert not list(cache.glob("*.part")) + list(cache.glob("*.narrow"))
 
 
-def test_a_changed_source_is_read_anew_and_a_part_is_overwritten(tmp_path, cache, monkeypatch):
+def test_a_changed_source_is_read_again_and_a_partial_file_is_overwritten(tmp_path, cache, monkeypatch):
     path = npz(tmp_path, False)
     monkeypatch.setattr(mapped, "is_large", lambda shape: True)
     assert torch.equal(open_data(path).train.images[:, 0], torch.from_numpy(grey()))
     (whole,) = cache.glob("*.npy")
-    whole.rename(whole.with_suffix(".part"))  # as a kill leaves it
+    whole.rename(whole.with_suffix(".part"))  # like after a kill
     whole.with_suffix(".part").write_bytes(b"torn")
     assert torch.equal(open_data(path).train.images[:, 0], torch.from_numpy(grey()))
     np.savez(path, images=255 - grey(), labels=np.arange(7) % 2)
@@ -106,7 +106,7 @@ def test_writing_into_a_mapped_set_changes_no_file(cache, monkeypatch):
     assert (again == 7).all()
 
 
-def test_of_two_processes_one_fills_the_file(tmp_path, cache, monkeypatch):
+def test_only_one_of_two_processes_fills_the_file(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(mapped, "is_large", lambda shape: True)
 
     def fill(out: np.ndarray) -> int:
@@ -126,7 +126,7 @@ def test_of_two_processes_one_fills_the_file(tmp_path, cache, monkeypatch):
     assert mapped.fill_images((4, 3, 8, 8), "set", fill).shape == (4, 1, 8, 8)
 
 
-def test_damaged_and_full(tmp_path, cache, monkeypatch):
+def test_a_damaged_image_and_a_full_disk_are_reported(tmp_path, cache, monkeypatch):
     path = folder(tmp_path / "set", True)
     (path / "train" / "b" / "5.png").write_bytes(b"no image")
     monkeypatch.setattr(mapped, "is_large", lambda shape: True)
@@ -138,7 +138,7 @@ def test_damaged_and_full(tmp_path, cache, monkeypatch):
         open_data(npz(tmp_path, True))
 
 
-def test_what_is_large():
+def test_sets_above_a_quarter_of_the_memory_are_large():
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert not mapped.is_large((memory // 8,))
     assert mapped.is_large((memory // 2,))

@@ -31,7 +31,7 @@ def test_the_observed_rate_is_the_requested_one(kind, rate):
     noisy = add_noise(made_up(20000, tuple("abcde")), f"{kind}:{rate}", seed=3)
     flipped = (noisy.labels != noisy.clean_labels).double().mean().item()
     expected = rate
-    if kind == "instance":  # the mean of the normal cut to [0, 1]
+    if kind == "instance":  # the mean of the normal distribution truncated to [0, 1]
         expected = stats.truncnorm(-rate / 0.1, (1 - rate) / 0.1, loc=rate, scale=0.1).mean()
     assert abs(flipped - expected) < 5 * math.sqrt(0.25 / 20000)
 
@@ -76,7 +76,7 @@ def test_confusions():
 
 
 def test_instance_noise_depends_on_the_image():
-    """Xia et al.: equal images of a class go to nearly one target; another seed's weights send them elsewhere."""
+    """Equal images of a class get nearly always one target (Xia et al.); another seed gives another target."""
     images = torch.randint(256, (8, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).repeat(
         500, 1, 1, 1
     )
@@ -95,7 +95,7 @@ def test_instance_noise_depends_on_the_image():
 
 
 def test_instance_targets_follow_the_papers_softmax(monkeypatch):
-    """Against a plain per-sample loop over the same draws, small blocks included."""
+    """Compares with a loop over samples and the same draws, also in small blocks."""
     from tadperf import seeds
     from tadperf.data import noise
     from tadperf.data.normalise import fit_normaliser
@@ -144,7 +144,7 @@ def test_known_clean_labels_are_kept(spec):
     truth = plain.labels.roll(1)
     noisy = add_noise(plain.with_labels(plain.labels, truth), spec, 0)
     assert noisy.clean_labels is truth
-    assert torch.equal(noisy.labels, add_noise(plain, spec, 0).labels)  # made from the given labels alone
+    assert torch.equal(noisy.labels, add_noise(plain, spec, 0).labels)  # depends on the given labels only
     assert torch.equal(cast(Tensor, add_noise(plain, spec, 0).clean_labels), plain.labels)
 
 

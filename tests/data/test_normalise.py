@@ -16,7 +16,7 @@ from tadperf.errors import UserError
 
 
 def images(count=500, channels=3, size=4, seed=0):
-    """Uneven, correlated pixels."""
+    """Returns uneven, correlated pixels."""
     g = torch.Generator().manual_seed(seed)
     smooth = (
         torch.rand(count, channels, 1, 1, generator=g) * 120 + torch.rand(count, channels, size, size, generator=g) * 90
@@ -75,7 +75,7 @@ def test_zca_gives_white_noise_variance_one_over_one_plus_eps():
     count=st.integers(1, 9),
 )
 @settings(max_examples=30, deadline=None)
-def test_inverting_gives_the_pixels_back(kind, channels, seed, count):
+def test_invert_returns_the_original_pixels(kind, channels, seed, count):
     x = torch.randint(256, (count, channels, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     fitted = fit_normaliser(x, kind)
     assert torch.equal(fitted.invert(fitted(x)), x)

@@ -109,7 +109,7 @@ def test_torchvisions_folders_are_found_below_their_root(tmp_path):
         open_data(tmp_path / "two")
 
 
-def test_folders_around_the_classes_are_passed_and_one_class_is_refused(tmp_path, pixels):
+def test_folders_around_the_class_folders_are_skipped_and_one_class_is_refused(tmp_path, pixels):
     for name in ("a", "b"):
         (tmp_path / "x" / "y" / "z" / "images" / name).mkdir(parents=True)
         Image.fromarray(pixels[0]).save(tmp_path / "x" / "y" / "z" / "images" / name / "0.png")
@@ -147,7 +147,7 @@ def test_a_set_of_small_images_makes_no_cache_folder(tmp_path, pixels, monkeypat
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_format_that_is_not_the_files(tmp_path, pixels, classes):
+def test_a_wrong_format_is_refused(tmp_path, pixels, classes):
     np.savez(tmp_path / "set.npz", images=pixels, labels=classes)
     for other in ("parquet", "folder", "cifar", "safetensors", "idx"):
         with pytest.raises(UserError):

@@ -57,7 +57,7 @@ def test_central_samples_are_the_nearest_to_the_centres_of_scikit_learn(ipc):
         centres = KMeans(ipc, n_init=3, random_state=5).fit(points).cluster_centers_  # pyright: ignore
         for k, centre in enumerate(centres):
             distance = np.sqrt(((points - centre) ** 2).sum(1))
-            distance[taken[:k]] = np.inf  # what an earlier centre took
+            distance[taken[:k]] = np.inf  # samples of earlier centres
             assert distance[taken[k]] <= distance.min() + 1e-5  # two samples around their own centre are equally near
 
 

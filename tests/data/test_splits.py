@@ -1,4 +1,4 @@
-"""Names of files and folders, and the splits that they mean."""
+"""Splits recognised in the names of files and folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers' real classes, with random weights, saved as a checkpoint is."""
+"""Tiny pipelines of diffusers' classes with random weights, saved like checkpoints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stable_folder(tmp_path_factory) -> Path:
         max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     vae = AutoencoderKL(**VAE)
-    # As SD 1.5 has it: of the steps' noise levels, the scheduler skips the first.
+    # As in SD 1.5: without Runge-Kutta steps, and with time steps shifted by one.
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear")
     pipe = StableDiffusionPipeline(
         vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, requires_safety_checker=False  # pyright: ignore
@@ -59,7 +59,7 @@ def stable_folder(tmp_path_factory) -> Path:
 
 
 def clip_tokenizer(folder: Path):
-    """CLIP's tokenizer over single letters and digits."""
+    """Returns CLIP's tokenizer for single letters and digits."""
     from transformers import CLIPTokenizer
 
     letters = [*ascii_lowercase, *digits]

@@ -42,7 +42,7 @@ def test_a_linear_network_with_a_known_map():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_against_the_formula(name):
-    """Against hooks on the last feature maps, one image at a time, in float64."""
+    """Compares with hooks on the last feature maps, one image at a time, in float64."""
     net = build(NetConfig.model_validate({"name": name, "width": 8}), (3, 32, 32), 4, 0)
     net.double().train()
     last = [part for part in net.children() if isinstance(part, (nn.ReLU, Residual))][-1]

@@ -64,7 +64,7 @@ def distilled(labels: Tensor, shape: tuple[int, int, int], class_names: tuple[st
 
 
 def state(labels: Tensor, class_names: tuple[str, ...], seed: int = 0) -> TrustState:
-    """Random verdicts."""
+    """Returns a state with random verdicts."""
     generator = torch.Generator().manual_seed(seed)
     verdict = torch.randint(0, 4, labels.shape, generator=generator).to(torch.uint8)
     suggested = torch.randint(0, len(class_names), labels.shape, generator=generator)

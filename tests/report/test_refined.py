@@ -11,7 +11,7 @@ from tadperf.report.refined import CELL, HEAD, draw_refined, save_refined
 
 
 def marks(picture: np.ndarray) -> tuple[bool, bool]:
-    """Whether the picture has text in red (another class) and in orange (low confidence); text edges are lighter."""
+    """Returns whether the picture has red text (another class) and orange text (low confidence); edges are lighter."""
     red, green, blue = picture.astype(int).transpose(2, 0, 1)
     return bool((red - green > 100).any()), bool((green - blue > 60).any())
 

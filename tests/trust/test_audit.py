@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(count: int = 600, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Labels with 20 % errors, probabilities and features of a simulated model, and a mask of the wrong labels."""
+    """Returns labels with 20 % errors, a simulated model's probabilities and features, and which labels are wrong."""
     rng = np.random.default_rng(seed)
     clean = np.arange(count) % classes
     centres = rng.normal(size=(classes, 8)) * 2

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def clouds() -> tuple[Tensor, Tensor, Tensor]:
-    """Features of three clouds, labels of which a fifth are wrong, and losses."""
+    """Returns features of three clouds, labels with 20 % errors, and losses."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.arange(3).repeat(40)
     features = 3 * torch.eye(3, 8)[clean] + torch.randn(120, 8, generator=generator)

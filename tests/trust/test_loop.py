@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"rounds": 2, "proxies": 2, "epochs": 8, "batch": 32}
 
 
 def digits(noise: str, count: int = 400, classes: int = 10) -> Dataset:
-    """The first digits of the first classes."""
+    """Returns the first digits of the first classes."""
     train = open_data("digits").train
     part = train.subset((train.labels < classes).nonzero().squeeze(1)[:count])
     part = Dataset(part.images, part.labels, part.class_names[:classes], "digits", part.labels, part.source)
@@ -62,7 +62,7 @@ def test_the_view_is_far_cleaner_than_the_labels(noisy):
     data, result = noisy
     assert data.clean_labels is not None
     figures = compare_with_clean(result.state, data.clean_labels)
-    assert figures["view_accuracy"] > 0.95  # of the labels as given: 0.7
+    assert figures["view_accuracy"] > 0.95  # 0.7 for the given labels
     assert figures["coverage"] > 0.8
     assert figures["relabel_accuracy"] > 0.9
     wrong = data.labels != data.clean_labels
@@ -151,7 +151,7 @@ def test_more_than_half_flipped_ends_in_a_valid_state():
 
 
 def clouds(classes: int, each: int, noise: float, size: int = 64) -> tuple[ProxyOutputs, torch.Tensor, torch.Tensor]:
-    """Simulated proxy outputs for Gaussian clouds, the given labels and the clean labels."""
+    """Returns simulated proxy outputs for Gaussian clouds, the given labels and the clean labels."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.arange(classes).repeat_interleave(each)
     centres = torch.randn(classes, size, generator=generator)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def points(classes: int, each: int, spread: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Gaussian clouds about random centres in 16 dimensions."""
+    """Returns Gaussian clouds around random centres in 16 dimensions."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.arange(classes).repeat(each)
     centres = torch.randn(classes, 16, generator=generator)
@@ -96,7 +96,7 @@ def test_the_transition_matrix_beats_the_vote_for_pair_flips():
 
 
 def test_with_more_than_half_flipped_the_flipped_class_is_found():
-    """Above 50 % the wrong label is the most likely one. No method can find out; the result stays finite."""
+    """Above 50 % the wrong label is the most likely one. No method can detect that; the result stays finite."""
     z, clean = points(4, 100)
     estimate = estimate_from_neighbours(z, noisy(clean, 0.6, "pair"), 4, 0)
     assert estimate.posterior.isfinite().all()

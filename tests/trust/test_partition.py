@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(wrong: Tensor, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Small for right labels, around 3 nats for wrong ones."""
+    """Returns losses: small for right labels, around 3 nats for wrong ones."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(wrong), generator=generator) - 0.5
     return torch.where(wrong, 3 + 2 * noise, 0.25 + 0.4 * noise) * scale
@@ -112,7 +112,7 @@ def test_the_order_of_samples_does_not_matter():
 
 
 def test_sorting_by_group_is_exact_and_handles_ties():
-    """Against a sort by two keys; many equal posteriors, groups without members, and the extremes 0, 0.5 and 1."""
+    """Compares with a sort by two keys; with many ties, empty groups, and the extremes 0, 0.5 and 1."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.randint(0, 1000, (5000,), generator=generator) * 3
     posterior = torch.rand(5000, generator=generator).clamp(min=0.5)

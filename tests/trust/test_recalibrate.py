@@ -51,7 +51,7 @@ def test_anchors_are_weighted_means_and_empty_classes_have_no_anchor():
         0,
         1,
         2,
-    ]  # class 2 has no weight, so all its samples count; 3 and 4 have no samples
+    ]  # class 2 has no weight, so its samples get weight 1; classes 3 and 4 have no samples
     for c in (0, 1):
         own = clean == c
         mean = (z[own] * weight[own, None]).sum(0) / weight[own].sum()

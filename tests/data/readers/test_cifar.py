@@ -75,7 +75,7 @@ def test_cifar100_fine_labels(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(5))
-def test_restricted_load_admits_arrays_and_containers(protocol):
+def test_restricted_load_accepts_arrays_and_containers(protocol):
     arrays = {
         "bytes": np.arange(6, dtype=np.uint8).reshape(2, 3),
         "big-endian": np.array([1.5, -2], ">f4"),
@@ -97,7 +97,7 @@ def test_both_spellings_of_numpy_and_python_2():
     for spelling in (core, old):
         spelled = data.replace(core if core in data else old, spelling)
         assert restricted_load(spelled).tolist() == [0, 1, 2, 3]
-    # As Python 2 wrote CIFAR's files: the array's bytes are a str.
+    # Python 2, which wrote CIFAR's files, stores the array's bytes as a str.
     make = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     python2 = make + b"(K\x01K\x03\x85" + dtype + b"\x89U\x03\x01\xfe\xfftb."
@@ -182,7 +182,7 @@ def test_random_damage_never_escapes_as_another_error():
     assert refused > 50
 
 
-def test_an_archive_that_holds_something_else(tmp_path):
+def test_an_archive_without_cifar_files_is_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("readme"), io.BytesIO())
     with pytest.raises(UserError, match="holds neither data_batch"):

@@ -42,7 +42,7 @@ def test_classes_directly_in_the_folder_and_every_suffix(tmp_path, pixels):
     )
 
 
-def test_grey_stays_one_channel_until_one_is_coloured(tmp_path, pixels):
+def test_grey_images_have_one_channel_unless_one_image_is_coloured(tmp_path, pixels):
     for k in range(2):
         save(pixels[k, ..., 0], tmp_path / "ab"[k] / "grey.png")
     save(pixels[2, ..., 0] > 127, tmp_path / "a/bits.png")
@@ -66,14 +66,14 @@ def test_first_frame_of_a_gif(tmp_path):
     assert open_data(tmp_path).train.images.unique().tolist() == [10]
 
 
-def test_resize_takes_the_shorter_side_and_the_centre(tmp_path):
+def test_resize_scales_the_shorter_side_and_crops_the_centre(tmp_path):
     wide = np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8)
     save(wide, tmp_path / "a/wide.png")
     save(wide.transpose(1, 0, 2), tmp_path / "b/tall.png")
     whole = np.asarray(Image.fromarray(wide).resize((12, 4), Image.Resampling.BICUBIC))
     expected = torch.from_numpy(whole[:, 4:8].copy()).permute(2, 0, 1)
     images = open_data(tmp_path, image_size=4).train.images.int()
-    assert (images[0] - expected).abs().max() <= 1  # pillow rounds after either direction
+    assert (images[0] - expected).abs().max() <= 1  # Pillow rounds after each of the two directions
     assert (images[1] - expected.transpose(1, 2)).abs().max() <= 1
 
 

@@ -70,7 +70,7 @@ def test_without_metadata_classes_are_numbered_over_both_splits(tmp_path, classe
     assert test.class_names == ("0", "1", "2")
 
 
-def test_one_file_is_a_train_split_and_fine_labels_win(tmp_path, classes, encoded):
+def test_one_file_is_a_train_split_and_fine_labels_are_preferred(tmp_path, classes, encoded):
     features = {"img": {"_type": "Image"}, "coarse_label": {"_type": "ClassLabel", "names": ["x"]}}
     features["fine_label"] = {"_type": "ClassLabel", "names": NAMES}
     table = pa.table({"img": encoded, "coarse_label": [0] * 12, "fine_label": classes})
@@ -81,7 +81,7 @@ def test_one_file_is_a_train_split_and_fine_labels_win(tmp_path, classes, encode
     assert train.labels.tolist() == classes.tolist()
 
 
-def test_a_test_split_whose_labels_are_kept_back_gives_way_to_validation(tmp_path, classes, encoded):
+def test_validation_replaces_a_test_split_with_secret_labels(tmp_path, classes, encoded):
     write(tmp_path / "train.parquet", encoded, classes.tolist())
     write(tmp_path / "test.parquet", encoded, [-1] * 12)
     write(tmp_path / "validation.parquet", encoded[:3], [1, 1, 0])
@@ -90,7 +90,7 @@ def test_a_test_split_whose_labels_are_kept_back_gives_way_to_validation(tmp_pat
     assert test.labels.tolist() == [1, 1, 0]
 
 
-def test_mixed_sizes_name_both_and_image_size_helps(tmp_path, pixels, encoded, png):
+def test_mixed_sizes_are_named_and_accepted_with_image_size(tmp_path, pixels, encoded, png):
     path = write(tmp_path / "set.parquet", [*encoded[:2], png(pixels[2, :5])], [0, 1, 0])
     with pytest.raises(UserError, match=r"8 x 8 .* and 5 x 8; give --image-size"):
         open_data(path)
@@ -158,7 +158,7 @@ def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encode
         ({"mask": [b"x"] * 3, "photo2": [b"x"] * 3, "label": [0, 1, 0]}, None),
     ],
 )
-def test_columns_that_are_no_labels_are_refused(tmp_path, encoded, columns, words):
+def test_columns_that_hold_no_labels_are_refused(tmp_path, encoded, columns, words):
     image = "img" if words else "rendering"
     pq.write_table(pa.table({**columns, image: encoded[:3]}), tmp_path / "a.parquet")
     with pytest.raises(UserError) as caught:
