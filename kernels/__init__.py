@@ -1,4 +1,4 @@
-"""Fused operators for training on noisy labels. Usable alone: imports torch and numpy, and nothing else of tadperf."""
+"""Fused operators for training on noisy labels. The package imports torch, and no other part of tadperf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of tensors that all operators share. Each raises ValueError with the argument, its value and the remedy."""
+"""Tensor checks that all operators use. Each raises ValueError with the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def check_memory(**tensors: Tensor | None) -> None:
         available = x.untyped_storage().nbytes()
         if (x.storage_offset() + span) * x.element_size() > available or x.data_ptr() == 0:
             raise ValueError(
-                f"{name}: {describe(x)}: its storage has {available} bytes of memory, too few; "
+                f"{name}: {describe(x)}: its storage has only {available} bytes; "
                 "it was freed or resized, restore it first"
             )

@@ -1,7 +1,8 @@
 """Chooses how an operator runs: directly in compiled code, through PyTorch's dispatcher, or as its plain reference.
 
-The direct way saves tens of microseconds a call. It is right only for plain tensors outside of every mode that must see
-the operator: fake tensors, make_fx, torch.jit.trace, profilers, subclasses, torch.func transforms.
+A direct call saves tens of microseconds. It is correct only for plain tensors, and only if no mode has to see the
+operator. So it is not used for fake tensors and subclasses, or under make_fx, torch.jit.trace, profilers and torch.func
+transforms.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Route(Enum):
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
-    """Whether compiled code may be called directly for these tensors. For operators that PyTorch does not know."""
+    """Returns whether compiled code may be called directly. Used by operators that are not registered with PyTorch."""
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
@@ -40,7 +41,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
 def route(operator: str, *tensors: Tensor | None) -> Route:
     """Chooses how `operator` runs on these tensors.
 
-    Under torch.func.grad and vjp it is the reference, which these transforms can differentiate. Raises
+    Returns the reference under torch.func.grad and torch.func.vjp, which can differentiate it. Raises
     NotImplementedError for forward-mode tangents and for torch.vmap.
     """
     if torch.compiler.is_compiling():
@@ -62,7 +63,7 @@ def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _no_mode() -> bool:
-    """Whether no mode and no tracer is active that must see the operators."""
+    """Returns whether no active mode or tracer has to see the operators."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
@@ -71,7 +72,7 @@ def _no_mode() -> bool:
 
 
 def _only_device_modes() -> bool:
-    """Whether all modes are those of torch.device or torch.set_default_device, which do not change any operator."""
+    """Returns whether all modes come from torch.device or torch.set_default_device, which change no operator."""
     depth = torch._C._len_torch_function_stack()
     return all(isinstance(torch._C._get_function_stack_at(level), DeviceContext) for level in range(depth))
 

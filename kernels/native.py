@@ -37,7 +37,7 @@ def module() -> ModuleType | None:
 
 
 def available() -> bool:
-    """Whether operators run compiled code on CPU tensors."""
+    """Returns whether operators run compiled code on CPU tensors."""
     return module() is not None
 
 
@@ -54,7 +54,10 @@ def thread_pool() -> str:
 
 @cache
 def isa_index() -> int:
-    """Index of the instruction set in use in `module().isas()`; -1 without the compiled part."""
+    """Returns the index of the instruction set in use, in the list `module().isas()`; -1 without the compiled part.
+
+    Raises ValueError if TADPERF_ISA names an instruction set that this machine lacks.
+    """
     native = module()
     if native is None:
         return -1
@@ -74,13 +77,13 @@ def isa() -> str | None:
 def call(operator: str, *arguments: Any, isa: int | None = None, threads: int | None = None) -> Any:
     """Calls a function of the compiled part with tensors and numbers.
 
-    Tensors must be on the CPU. They cross as DLPack capsules, 0.3 us each. The compiled function checks their types
-    and shapes, and takes no copies. isa: index of the instruction set; threads: how many to use. The defaults are
+    Tensors must be on the CPU. They are passed as DLPack capsules, 0.3 us each. The compiled function checks their
+    types and shapes, and makes no copies. isa: index of the instruction set; threads: how many to use. The defaults are
     `isa_index()` and `torch.get_num_threads()`.
     """
     native = module()
     assert native is not None
-    # DLPack knows no lazily negated views (x.conj().imag). It has no gradients either: a capsule is always detached.
+    # DLPack does not support lazily negated views (x.conj().imag). A capsule carries no gradient, so results have none.
     return getattr(native, operator)(
         *[
             to_dlpack(value.resolve_neg() if value.is_neg() else value) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""The list of operators. Each operator enters itself, with what runs it on each device."""
+"""The list of operators. Each operator registers itself, with its implementation on each device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tadperf.kernels import gpu, native
 
 
 class Operator(NamedTuple):
-    """What runs an operator where it is available. Without it the plain PyTorch reference runs."""
+    """The implementation of an operator on each device. If it is not available, the plain PyTorch reference runs."""
 
     cpu: Literal["native"]
     cuda: Literal["triton", "reference"]
@@ -20,7 +20,7 @@ _operators: dict[str, Operator] = {}
 
 
 def register(name: str, *, cpu: Literal["native"] = "native", cuda: Literal["triton", "reference"] = "triton") -> None:
-    """Enters an operator in the list."""
+    """Adds an operator to the list."""
     _operators[name] = Operator(cpu, cuda)
 
 

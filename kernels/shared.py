@@ -1,4 +1,4 @@
-"""What operators share with their Triton kernels: result types, constants, preparation of inputs."""
+"""Result types, constants and input preparation that operators share with their Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 # Constants of `mixture`. Compiled code and Triton take them from here.
-SLACK = 1e-6  # a step may lower the mean log-density this much: the floor on the variances lowers it too, 2e-7 was seen
-TINY = 10 * torch.finfo(torch.float64).eps  # added to the weight of a component, as in sklearn: no division by 0
+SLACK = 1e-6  # a step may lower the mean log-density by this much; the floor of the variances alone lowered it by 2e-7
+TINY = 10 * torch.finfo(torch.float64).eps  # added to the weight of a component, as in sklearn; avoids a division by 0
 MAX_CUTS = 20  # cuts by two-means; not tuned
 SMALLEST_PART = 50  # a part keeps at least one in 50 samples: 2 %
 

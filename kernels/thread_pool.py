@@ -26,7 +26,7 @@ def configure(module: ModuleType) -> str:
     """
     wanted = os.environ.get("TADPERF_THREADS", "")
     if wanted not in ("", "pool"):
-        raise ValueError(f"TADPERF_THREADS: {wanted}: expected pool, or leave it unset")
+        raise ValueError(f"TADPERF_THREADS: {wanted}: must be pool or unset")
     found = None if wanted else openmp_of_torch()
     module.set_openmp(found[0] if found else 0)
     if found:
@@ -35,7 +35,7 @@ def configure(module: ModuleType) -> str:
 
 
 def openmp_of_torch() -> tuple[int, Path] | None:
-    """Address of GOMP_parallel in the OpenMP library that libtorch_cpu calls, and the library's path; None without one.
+    """Returns the address of GOMP_parallel in libtorch_cpu's OpenMP library, and the library's path; None without one.
 
     Other packages may load an OpenMP library of their own (scikit-learn does). So the search goes through libtorch_cpu
     and the libraries that it links. A library from LD_PRELOAD comes first, as for the dynamic linker.
@@ -60,7 +60,7 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def _entry(library: Path | None) -> tuple[int, Path] | None:
-    """Address of GOMP_parallel in a library or those that it links, and the path of the file that has it.
+    """Returns the address of GOMP_parallel in a library or those that it links, and the path of the file that has it.
 
     library: None searches the libraries that the process has loaded globally.
     """

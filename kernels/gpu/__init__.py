@@ -1,7 +1,7 @@
 """Triton kernels of the operators, one file each. A file is imported when a CUDA tensor first needs it.
 
-Matrix products have the accuracy of float32: three TF32 products each, or float32 itself on AMD, where Triton has no
-TF32. PyTorch's settings for TF32 have no effect on them.
+Matrix products have the accuracy of float32. Each one is computed as three TF32 products, or in float32 on AMD, where
+Triton has no TF32. PyTorch's TF32 settings do not change this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MATMUL_PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 @cache
 def available() -> bool:
-    """Whether Triton can build kernels here. Without it CUDA tensors run the PyTorch reference.
+    """Returns whether Triton can build kernels here. If not, CUDA tensors run the PyTorch reference.
 
     Triton has no macOS build, and it needs a C compiler. The first call builds one kernel, and warns if that fails.
     """
@@ -29,7 +29,7 @@ def available() -> bool:
         from tadperf.kernels.gpu import trial
 
         trial.build()
-    except Exception as error:  # whatever a compiler, a driver or a missing file can raise
+    except Exception as error:  # a compiler, a driver or a missing file may raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"Triton cannot build kernels, so CUDA tensors run plain PyTorch: {reason}", stacklevel=2)
         return False
@@ -37,5 +37,5 @@ def available() -> bool:
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Context manager that makes the device of x the current one. Triton launches kernels on the current device."""
+    """Returns a context manager that makes the device of x current. Triton launches kernels on the current device."""
     return torch.cuda.device_of(x)

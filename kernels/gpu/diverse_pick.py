@@ -22,7 +22,7 @@ def largest_cosines(
     row_ptrs, row_mask, units_ptr, others, other_mask, largest, n_features,
     ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Returns the maximum of `largest` and of the cosines of the unit rows [ROWS] with rows `others` of `units_ptr`."""
+    """Returns `largest` [ROWS], updated with each unit row's cosines with the rows `others` of `units_ptr`."""
     cosines = tl.zeros((ROWS, OTHERS), tl.float32)
     for start in range(0, n_features, DEPTH):
         feature = start + tl.arange(0, DEPTH)
@@ -39,7 +39,7 @@ def best_candidate(
     anomaly, begin, end, first, place, units_ptr, scores_ptr, pooled_ptr, qualified_ptr, usable_ptr, rows_ptr, weight,
     n_candidates, n_features, ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Returns the row of the winner of one anomaly (-1 if there is none), and its similarity.
+    """Returns the row and the similarity of the winner of one anomaly; the row is -1 if there is no winner.
 
     The class holds the qualified images begin..end, and the winners of the anomalies first..place.
     """
@@ -71,7 +71,7 @@ def best_candidate(
         empty_class = tl.max(largest) == float("-inf")
         value = tl.where(valid, tl.where(empty_class, score, value), float("-inf"))
         highest = tl.max(value)
-        lowest_row = tl.min(tl.where(value == highest, row, row + ROWS))  # of equal values
+        lowest_row = tl.min(tl.where(value == highest, row, row + ROWS))  # among equal values
         better = highest > best_value
         best = tl.where(better, lowest_row, best)
         similarity = tl.where(better, tl.max(tl.where(row == lowest_row, largest, float("-inf"))), similarity)
@@ -84,7 +84,7 @@ def diverse_pick_kernel(
     units_ptr,  # unit rows of the candidates, float32 [A, K, D]
     scores_ptr,  # float64 [A, K]; -inf and NaN never win
     pooled_ptr,  # int8 [A, K]: whether a candidate is in the pool
-    order_ptr,  # int64 [A]: anomalies sorted by class, in their order within a class
+    order_ptr,  # int64 [A]: anomalies sorted by class, and by index within a class
     classes_ptr,  # int64 [A], sorted
     qualified_ptr,  # unit rows, float32 [Q, D], sorted by class
     usable_ptr,  # int8 [Q]
@@ -123,7 +123,7 @@ def diverse_pick_kernel(
 
 
 def _pool(scores: Tensor, usable: Tensor, top_k: int | None) -> Tensor:
-    """Returns bool [A, K]: the top_k usable candidates by score. Of equal scores the lower index comes first."""
+    """Returns bool [A, K]: the top_k usable candidates by score. Among equal scores the lower index comes first."""
     usable = usable & (scores > -math.inf)
     if top_k is None or top_k >= scores.shape[1]:
         return usable

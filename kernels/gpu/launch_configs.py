@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton kernels: a table by device name, so that nothing is tuned in a compiled region.
+"""Launch configurations of the Triton kernels, in a table by device name. No kernel is tuned inside compiled code.
 
 `tadperf bench --tune` writes the user's file, launch_configs.json in the cache folder. It takes precedence over the
 launch_configs.json beside this file:
@@ -42,7 +42,7 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def lookup(operator: str, device_name: str, size: int) -> dict[str, int]:
-    """Returns the entry for this size, without `up_to`, from the table of the device or else the default table."""
+    """Returns the entry for this size, without `up_to`: that of the device if there is one, else the default entry."""
     for name in (device_name, "default"):
         for table in _tables():
             for entry in table.get(name, {}).get(operator, []):
@@ -59,7 +59,7 @@ def launch_config(operator: str, device: torch.device, size: int) -> dict[str, i
 
 @contextlib.contextmanager
 def override(choose: Callable[[str, int, dict[str, int]], dict[str, int]]) -> Iterator[None]:
-    """Context manager that replaces launch configurations by choose(operator, size, config). The tuner uses it."""
+    """Replaces each launch configuration inside the block by choose(operator, size, config). The tuner uses it."""
     global _override
     before, _override = _override, choose
     try:

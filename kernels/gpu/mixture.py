@@ -1,9 +1,9 @@
 """`mixture` in Triton: sorts the samples by group, then one program does the whole fit of one group.
 
-Everything is in float64, as on a CPU: if components overlap, EM multiplies the rounding error of a step. The losses of
-a group stay in the caches of the multiprocessor, which reads them dozens of times. Sums run over fixed tiles in a fixed
-order, so every run gives the same bits. A group out of range cannot be reported without waiting for the device: its
-samples are ignored.
+Everything is in float64, as on a CPU: if components overlap, EM amplifies the rounding error of each step. The losses
+of a group stay in the caches of the multiprocessor, which reads them dozens of times. Sums run over fixed tiles in a
+fixed order, so every run gives the same bits. Samples with a group out of range are ignored, because reporting them
+would mean waiting for the device.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _gaussians(theta):
-    """Returns mean, half precision and height of both components.
+    """Returns the mean, half of the precision (1 / variance) and the height of each component.
 
     The log-density of a component is height - half_precision (z - mean)^2 - log(2 pi) / 2.
     """
@@ -98,7 +98,10 @@ def _gaussians(theta):
 
 @triton.jit
 def _shares(u, half0, height0, w, half1, height1):
-    """Returns the probabilities of both components at deviations u and w, and a, b with log-density a + log(b)."""
+    """Returns the probabilities of both components, then a and b. The log-density is a + log(b) - log(2 pi) / 2.
+
+    u, w: deviations from the two means.
+    """
     a = height0 - u * u * half0
     b = height1 - w * w * half1
     e = tl.exp(-tl.abs(a - b))
@@ -109,7 +112,7 @@ def _shares(u, half0, height0, w, half1, height1):
 
 @triton.jit
 def _step(x_ptr, begin, end, low, scale, added, theta, BLOCK: tl.constexpr):
-    """One step of EM. Returns the next theta, and the total log-density at the present one."""
+    """Takes one step of EM. Returns the next theta, and the total log-density at the current one."""
     m0, half0, height0, m1, half1, height1 = _gaussians(theta)  # pyright: ignore[reportGeneralTypeIssues]
     n0 = tl.zeros([BLOCK], tl.float64)
     n1 = tl.zeros([BLOCK], tl.float64)
@@ -176,7 +179,7 @@ def _start(x_ptr, begin, end, low, scale, floor, BLOCK: tl.constexpr):
 
 @triton.jit
 def _fit(x_ptr, begin, end, low, scale, floor, rounds, tolerance, BLOCK: tl.constexpr):
-    """EM in rounds of three steps, the third one extrapolated. Returns theta and the number of steps."""
+    """Runs EM in rounds of three steps and extrapolates each third step. Returns theta and the number of steps."""
     theta, added = _start(x_ptr, begin, end, low, scale, floor, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
     slack = SLACK * (end - begin).to(tl.float64)
     limit = tl.full([], 1.0, tl.float64)  # the longest extrapolation; 1 is a plain step
@@ -208,7 +211,7 @@ def _fit(x_ptr, begin, end, low, scale, floor, rounds, tolerance, BLOCK: tl.cons
 def _write(x_ptr, sample_ptr, posterior_ptr, begin, end, low, scale, theta, lower, fits, monotone, BLOCK: tl.constexpr):
     """Writes the posteriors of a group in the order of the samples. Returns the total log-density."""
     m0, half0, height0, m1, half1, height1 = _gaussians(theta)  # pyright: ignore[reportGeneralTypeIssues]
-    turn = (m0 * half0 - m1 * half1) / (half0 - half1)  # the odds turn here, not between the means
+    turn = (m0 * half0 - m1 * half1) / (half0 - half1)  # turning point of the odds; it does not lie between the means
     lowest = tl.where(monotone & ((half0 > half1) == lower), turn, -1.0)
     highest = tl.where(monotone & ((half0 < half1) == lower), turn, 2.0)
     density = tl.zeros([BLOCK], tl.float64)
@@ -242,7 +245,7 @@ def mixture_kernel(
     monotone,
     BLOCK: tl.constexpr,
 ):
-    """One program per group: runs EM to convergence and writes all six results, the lower mean first."""
+    """Runs EM on one group per program. Writes all six results, with the component of the lower mean first."""
     group = tl.program_id(0).to(tl.int64)
     begin = tl.load(begins_ptr + group)
     end = tl.load(begins_ptr + group + 1)

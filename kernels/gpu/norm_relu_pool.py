@@ -1,11 +1,12 @@
 """`norm_relu_pool` in Triton: each program handles PLANES planes, in chunks of BLOCK windows.
 
-A window holds the pixels of one pooled pixel. If a side is odd, the last windows are cut. They count in the sums and
-have no pooled pixel. A single chunk is read once and stays in registers. Several chunks are read once for each sum.
+A window holds the pixels of one pooled pixel. If a side is odd, the last windows are incomplete. Their pixels count in
+the sums, but there is no pooled pixel. A single chunk is read once and stays in registers. Several chunks are read once
+for each sum.
 """
 
-# Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps. It also takes
-# some functions of Triton for functions that never return.
+# Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps. It also
+# believes that some functions of Triton never return.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def backward_kernel(
     grad_y_ptr, x_ptr, weight_ptr, bias_ptr, moments_ptr, grad_x_ptr, partial_ptr, n_planes, n_channels, height, width,
     PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOW: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of x, and the part of each plane in the gradients of weight and bias, PLANES per program."""
+    """Writes the gradient of x, and each plane's share of the gradients of weight and bias, PLANES per program."""
     size = height * width
     plane, inside, channel = planes_of(n_planes, n_channels, PLANES)
     step = n_channels if LAST else 1
@@ -131,11 +132,11 @@ def backward_kernel(
             passed = tl.where((d * scale + shift <= 0) | (exists == 0), 0.0, g)
             sums += passed
             sums_d += passed * d
-    of_bias = tl.sum(sums, 1, keep_dims=True)
-    of_weight = tl.sum(sums_d, 1, keep_dims=True) * rstd
-    tl.store(partial_ptr + plane, of_weight, inside)
-    tl.store(partial_ptr + n_planes + plane, of_bias, inside)
-    offset, slope = scale * of_bias / size, scale * rstd * of_weight / size
+    grad_bias = tl.sum(sums, 1, keep_dims=True)
+    grad_weight = tl.sum(sums_d, 1, keep_dims=True) * rstd
+    tl.store(partial_ptr + plane, grad_weight, inside)
+    tl.store(partial_ptr + n_planes + plane, grad_bias, inside)
+    offset, slope = scale * grad_bias / size, scale * rstd * grad_weight / size
     for chunk in range(CHUNKS):
         at, exists = pooled(chunk * BLOCK, height, width, BLOCK, WINDOW)
         g = tl.load(grad_y_ptr + first_y + at * step, inside & exists, other=0).to(tl.float32) * (
@@ -183,7 +184,7 @@ def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bo
 def norm_relu_pool_gradient(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, weight and bias. Sums the parts of the planes over the images without atomics."""
+    """Returns the gradients of x, weight and bias. Sums the shares of the planes over the images without atomics."""
     sizes, constants = _launch(x, pool)
     grad_x, partial = torch.empty_like(x), torch.empty_like(moments)
     if len(x):

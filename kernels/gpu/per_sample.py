@@ -1,6 +1,6 @@
 """`per_sample` in Triton: each program handles ROWS rows, in chunks of BLOCK classes.
 
-Every lane keeps the running maximum, second maximum, argmax and sums of its own column of the chunks (the online
+Each lane handles one column of every chunk. It keeps a running maximum, second maximum, argmax and sums (the online
 softmax, with one exponential per logit). The lanes are merged once, after the last chunk. The logits are read once.
 """
 
@@ -17,7 +17,7 @@ from tadperf.kernels.gpu import on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.shared import PerSample, empty_results
 
-# NaN must not be such a constant: Triton compares the constants of a kernel before each launch, and NaN != NaN.
+# NaN must not be a constant like this: Triton compares the constants of a kernel before each launch, and NaN != NaN.
 INF = tl.constexpr(float("inf"))
 
 
@@ -29,7 +29,7 @@ def first_logits(x, column):
 
 @triton.jit
 def next_logits(top, second, argmax, total, weighted, x, column):
-    """Returns the state after one more logit. total sums e = exp(x - top), weighted sums e * (x - top)."""
+    """Returns the state after one more logit. total adds up e = exp(x - top), weighted e * (x - top)."""
     higher = x > top  # strictly higher: the first column of equal logits stays
     d = tl.where((x == -INF) | (top == -INF), -INF, -tl.abs(x - top))
     e = tl.exp(d)

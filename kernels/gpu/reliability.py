@@ -25,7 +25,7 @@ def whiten_kernel(
     features_ptr, centre_ptr, inverse_ptr, out_ptr, n_rows, n_features, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes (features - centre) inverse' to out [N, D]. inverse is lower triangular: tiles above it are skipped."""
+    """Writes (features - centre) inverse' to out [N, D]. `inverse` is lower triangular: skips the tiles that are 0."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
     column = (first + tl.arange(0, COLUMNS)).to(tl.int64)
@@ -50,7 +50,7 @@ def _tile_products(
     samples_ptr, anchors_ptr, row, column, n_rows, n_classes, n_features, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns the products of samples [ROWS] with anchors [COLUMNS]."""
+    """Returns the dot products of samples [ROWS] with anchors [COLUMNS]."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, n_features, INNER):
         at = (k + tl.arange(0, INNER)).to(tl.int64)
@@ -70,9 +70,9 @@ def _tile_products(
 
 @triton.jit
 def _add_scores(score, first, best, best_class, second, second_class, COLUMNS: tl.constexpr):
-    """Returns the best two classes of each row after one more tile of scores: of equals the lowest, NaN never."""
+    """Returns the best two classes of each row after one more tile. The lowest class wins a tie, NaN never wins."""
     score = tl.where(score == score, score, -float("inf"))
-    # return_indices gives the lowest of equals
+    # return_indices gives the lowest index among equals
     top, place = tl.max(score, 1, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
     score = tl.where(tl.arange(0, COLUMNS)[None, :] == place[:, None], -float("inf"), score)
     next_top, next_place = tl.max(score, 1, return_indices=True)
@@ -104,7 +104,7 @@ def _exact(s, anchors_ptr, index, at, n_features, valid, DISTANCE: tl.constexpr)
 
 @triton.jit
 def _store(index_ptr, value_ptr, row, n_rows, index, value):
-    """Writes classes and values; -1 and NaN where there is none."""
+    """Writes classes and values; -1 and NaN if there is none."""
     defined = (index >= 0) & (tl.abs(value) < float("inf"))
     tl.store(index_ptr + row, tl.where(defined, index, -1).to(tl.int64), row < n_rows)
     tl.store(value_ptr + row, tl.where(defined, value, float("nan")), row < n_rows)
@@ -182,7 +182,7 @@ def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliabil
     identity = torch.eye(width, dtype=torch.float64, device=device)
     inverse = torch.linalg.solve_triangular(cholesky.double(), identity, upper=False).float().contiguous()
     whitened = _whiten(anchors.float(), centre, inverse, torch.empty_like(directions))
-    usable = directions[:, 0] * 0  # NaN where an anchor is, else 0
+    usable = directions[:, 0] * 0  # NaN for anchors that are not finite, else 0
     squares = whitened.square().sum(-1) + usable
     out = Reliability(*(torch.empty(rows, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32) * 4))
     step = max(1, BLOCK // width)

@@ -1,4 +1,4 @@
-"""`trajectory_distance` in Triton: sums of blocks, which a second kernel adds in float64. Uses no atomics."""
+"""`trajectory_distance` in Triton: one kernel sums blocks, a second one adds the sums in float64. Uses no atomics."""
 
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
 # pyright: reportCallIssue=false
@@ -85,7 +85,7 @@ def gradient_kernel(
     NEED_U: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the gradients for one block of one row, or of all rows in order."""
+    """Writes the gradients of one block, for one row or for all rows in order."""
     program = tl.program_id(0).to(tl.int64)
     first, block = program // n_blocks * n_rows, program % n_blocks
     begin, end, segment = (
@@ -149,7 +149,7 @@ def _strides(*inputs: Tensor) -> list[int]:
 def trajectory_distance(student: Tensor, target: Tensor, start: Tensor, lengths: list[int]) -> list[Tensor]:
     """Returns the three results, float32 [B, S], for inputs [B or 1, P] with adjacent parameters.
 
-    The first call with new lengths copies their blocks to the device. Make it before you capture a CUDA graph.
+    The first call with new lengths copies a table of blocks to the device. Make it before you capture a CUDA graph.
     """
     rows = next((len(x) for x in (student, target, start) if len(x) != 1), 1)
     config = launch_config("trajectory_distance", student.device, student.shape[1])

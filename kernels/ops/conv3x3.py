@@ -4,12 +4,12 @@ For each 4 x 4 tile d of a channel, the 2 x 2 output pixels of the tile are (Lav
 
     y = A^T [(G g G^T) * (B^T d B)] A,  with the sum over channels inside the brackets: 16 products instead of 36
 
-So the products are 16 matrix products over tiles and channels. The gradient of the input is the same convolution with
+These are 16 matrix products over tiles and channels. The gradient of the input is the same convolution with
 the kernel rotated by 180 degrees. The gradient of the kernel is G^T [(B^T d B) * (A g_y A^T)] G, summed over the tiles.
 The error is a few 1e-7 of the largest value. An infinity makes its whole tile NaN.
 
-For first-order training only. There is no second derivative: asking for one raises. Use torch.conv2d for anything that
-is differentiated twice.
+For first-order training only: a second derivative raises RuntimeError. Use torch.conv2d for anything that is
+differentiated twice.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ registry.register("conv3x3", cuda="reference")  # torch.conv2d
 
 MIN_TILES = 128  # tiles per partial sum of the kernel gradient
 MAX_PARTS = 8  # partial sums of the kernel gradient, 16 matrices each; a power of two, so that threads share evenly
-# With this many channels it is faster than PyTorch's direct convolution (bench/results/ledger.md).
+# In this range of channels it is faster than PyTorch's direct convolution (bench/results/ledger.md).
 MIN_CHANNELS, MAX_CHANNELS = 32, 256
 
 
 def covers(x: Tensor, channels_in: int, channels_out: int) -> bool:
-    """Whether compiled code supports these maps: float32 on a CPU, 32 to 256 channels, in multiples of 16."""
+    """Returns whether compiled code supports these maps: float32 on a CPU, 32 to 256 channels, in multiples of 16."""
     return (
         is_direct(x)
         and x.is_cpu
@@ -48,9 +48,9 @@ def covers(x: Tensor, channels_in: int, channels_out: int) -> bool:
 def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolves x [N, C, H, W] with kernel [K, C, 3, 3] and padding 1; returns [N, K, H, W] (Lavin and Gray, 2016).
 
-    float32 on a CPU with 32 to 256 channels, in multiples of 16, runs compiled code, with the same bits for any number
-    of threads. Its result is channels_last and can be differentiated once. Everything else runs torch.conv2d. Raises
-    ValueError for wrong shapes or types, and RuntimeError for a second derivative of compiled code.
+    float32 maps on a CPU with 32 to 256 channels, in multiples of 16, run compiled code. It gives the same bits for any
+    number of threads. Its result is channels_last and can be differentiated once. All other maps run torch.conv2d.
+    Raises ValueError for wrong shapes or types, and RuntimeError for a second derivative of compiled code.
     """
     _check(x, kernel, kernel.shape[1:2])
     if not is_direct(kernel) or not covers(x, kernel.shape[1], kernel.shape[0]):
@@ -85,7 +85,7 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
-        # create_graph=True enables gradients here. once_differentiable would accept a constant grad.
+        # create_graph=True enables gradients here. once_differentiable would not raise if grad is a constant.
         if torch.is_grad_enabled():
             raise RuntimeError("conv3x3 has no second derivative: use torch.conv2d")
         x, kernel = ctx.saved_tensors
@@ -94,7 +94,7 @@ class _Conv3x3(torch.autograd.Function):
 
 
 def conv3x3_input(grad: Tensor, kernel: Tensor) -> Tensor:
-    """Returns the gradient of x, given that of y [N, K, H, W]. Raises ValueError for wrong shapes or types."""
+    """Returns the gradient of x, given the gradient of y [N, K, H, W]. Raises ValueError for wrong shapes or types."""
     _check(grad, kernel, kernel.shape[:1])
     if not is_direct(kernel) or not covers(grad, kernel.shape[1], kernel.shape[0]):
         return _backward(grad, grad[:, :1].expand(-1, kernel.shape[1], -1, -1), kernel, 0)
@@ -103,7 +103,7 @@ def conv3x3_input(grad: Tensor, kernel: Tensor) -> Tensor:
 
 
 def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns the gradient of the kernel [K, C, 3, 3], given that of y [N, K, H, W].
+    """Returns the gradient of the kernel [K, C, 3, 3], given the gradient of y [N, K, H, W].
 
     The bits are the same for any number of threads. Raises ValueError for wrong shapes or types.
     """
@@ -153,7 +153,7 @@ def _kernel_transform(rotated: bool) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:
-    """Returns a gradient by PyTorch: of the input for which=0, of the kernel for which=1."""
+    """Computes a gradient with PyTorch: that of the input if which is 0, that of the kernel if which is 1."""
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(
         grad, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask

@@ -1,8 +1,8 @@
-"""Picks one candidate for each anomalous image: of the best scores, the one least similar to the images of its class.
+"""Picks a candidate for each anomalous image: among the best scores, the one least similar to the images of its class.
 
-Label-consistent distillation with detector-guided refinement (arXiv 2507.13074) takes a pool of the k candidates with
-the highest confidence. From it, it picks the one least similar to the qualified images of the class. With
-s(x) = max cos(x, u) over all images u of the class, the winner has
+Label-consistent distillation with detector-guided refinement (arXiv 2507.13074) collects the k candidates with the
+highest confidence in a pool. From the pool it picks the candidate least similar to the qualified images of the class.
+With s(x) = max cos(x, u) over all images u of the class, the winner has
 
     the smallest s                          if weight is None
     the largest score + weight * (1 - s)    otherwise (tadperf)
@@ -49,7 +49,7 @@ def diverse_pick(
     top_k: int | None = None,
     weight: float | None = None,
 ) -> DiversePick:
-    """Greedy choice of the least similar candidate, class by class (arXiv 2507.13074; rules at the top of this file).
+    """Picks the least similar candidates greedily, class by class (arXiv 2507.13074; rules at the top of this file).
 
     candidates: features, float [A, K, D], of A anomalous images with K candidates each. scores: float [A, K],
     confidence of the target class. qualified: features, float [Q, D]. classes [A], qualified_classes [Q]: int32 or
@@ -59,11 +59,11 @@ def diverse_pick(
     wrong shapes, types, devices or settings.
     """
     _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
-    way = route("diverse_pick", candidates, scores, qualified, classes, qualified_classes)
+    chosen = route("diverse_pick", candidates, scores, qualified, classes, qualified_classes)
     tensors = candidates.detach(), scores.detach(), qualified.detach(), classes, qualified_classes
-    if way is Route.REFERENCE:
+    if chosen is Route.REFERENCE:
         return diverse_pick_reference(*tensors, top_k=top_k, weight=weight)
-    run = _operator if way is Route.DISPATCHER else _forward
+    run = _operator if chosen is Route.DISPATCHER else _forward
     return DiversePick(*run(*tensors, top_k, None if weight is None else float(weight)))
 
 
@@ -77,7 +77,7 @@ def diverse_pick_reference(
     top_k: int | None = None,
     weight: float | None = None,
 ) -> DiversePick:
-    """`diverse_pick` as a loop over the anomalies in plain PyTorch, on any device and float type."""
+    """Computes `diverse_pick` by a loop over the anomalies in plain PyTorch, on any device and float type."""
     _check(candidates, scores, qualified, classes, qualified_classes, top_k, weight)
     units, usable = unit_rows(candidates.detach())
     wide = torch.promote_types(candidates.dtype, qualified.dtype)  # rounds neither of them
@@ -101,7 +101,7 @@ def diverse_pick_reference(
             value = -largest.double() if weight is None else scores[anomaly, pool] + weight * (1 - largest.double())
         else:
             largest, value = units.new_full(pool.shape, -math.inf), scores[anomaly, pool]
-        best = (value == value.amax()).byte().argmax()  # the first: argmax documents no order among equals
+        best = (value == value.amax()).byte().argmax()  # the first maximum; argmax alone may return any of them
         index[anomaly], similarity[anomaly] = pool[best], largest[best]
         held[label] = torch.cat([held[label], units[anomaly, pool[best]].unsqueeze(0)])
     return DiversePick(index, similarity)

@@ -11,7 +11,7 @@ V is the variance of the group. With this floor, shifting or scaling the losses 
 posterior. It equals sklearn's reg_covar on standardised losses.
 
 Start: the group is cut in two parts, and each component takes the moments of one part. The first cut is the mean. It
-then moves by two-means (Lloyd) as long as both parts keep 2 % of the samples; otherwise one outlier could be a part.
+then moves by two-means (Lloyd) as long as both parts keep 2 % of the samples, so that one outlier cannot be a part.
 Acceleration: plain EM may take thousands of steps, so every third step is extrapolated (SQUAREM; Varadhan and Roland,
 2008, S3) and undone if the likelihood falls. The fixed points are those of EM.
 
@@ -19,9 +19,9 @@ Losses that are not finite are not part of the fit. Their posterior is NaN for N
 losses of a group are equal, one component remains: weights (1, 0), both means that loss, variances 0, posterior 1,
 log-likelihood NaN. A group without losses has NaN everywhere.
 
-The wider of two Gaussians has the higher density on both sides, so the posterior is not monotone. Far below m_0 it
-falls again if v_0 < v_1, and far above m_1 it rises if v_0 > v_1. With `monotone` the posterior is constant beyond the
-turning point, which does not lie between the means. Nothing else changes.
+Far from the means, on both sides, the wider Gaussian has the higher density. So the posterior of component 0 is not
+monotone: far below m_0 it falls again if v_0 < v_1, and far above m_1 it rises again if v_0 > v_1. With `monotone` the
+posterior is constant beyond the turning point, which does not lie between the means. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ registry.register("mixture")
 
 
 class Mixture(NamedTuple):
-    """Results of `mixture`: the posterior [...] of the component of the lower mean. The others are per group.
+    """Results of `mixture`: the posterior [...] of the component with the lower mean, and five results for each group.
 
-    weight, mean and variance hold the component of the lower mean first.
+    In weight, mean and variance the component with the lower mean comes first.
     """
 
     posterior: Tensor
@@ -65,28 +65,28 @@ def mixture(
     floor: float = 1e-6,
     monotone: bool = False,
 ) -> Mixture:
-    """Posterior of the low-loss component for each sample, group by group (tadperf; formulas at the top of this file).
+    """Fits each group; returns each sample's posterior of the low-loss component (tadperf; formulas at the top).
 
     losses: float [...], any strides. groups: int32 or int64 [...], 0 to G-1 for G = num_groups, or -1 to ignore the
     sample (its posterior is NaN). iterations: maximum number of EM steps of a group. tolerance: a group is done when
-    its estimated distance to the fixed point is below this. The distance counts standard deviations for a mean, and
-    natural logarithms for a variance or the ratio of the weights. floor: share of the variance of the group that is
+    its estimated distance to the fixed point is below this. The distance of a mean is in standard deviations, that of a
+    variance or of the ratio of the weights in natural logarithms. floor: share of the variance of the group that is
     added to the variance of each component. monotone: see the top of this file.
     Returns posterior float32 (float64 for float64 losses) [...], weight, mean and variance float64 [G, 2], iterations
     int64 [G] (steps taken) and log_likelihood float64 [G] (sum over the samples of the group, nats). No result has a
-    gradient. All types are computed in float64. float32, bfloat16 and float16 run compiled code on a CPU, on
-    torch.get_num_threads() threads, with the same bits for any number of threads, and Triton on CUDA.
+    gradient. All types are computed in float64. On a CPU float32, bfloat16 and float16 run compiled code, on
+    torch.get_num_threads() threads, with the same bits for any number of threads. On CUDA they run Triton.
     Raises ValueError for wrong shapes, types, groups or settings. CUDA does not check groups, because that would wait
     for the device: a group out of range counts as -1.
     """
     _check(losses, groups, num_groups, iterations, tolerance, floor)
-    way = route("mixture", losses, groups)
+    chosen = route("mixture", losses, groups)
     losses = losses.detach()
-    if way is Route.REFERENCE:
+    if chosen is Route.REFERENCE:
         return mixture_reference(
             losses, groups, num_groups, iterations=iterations, tolerance=tolerance, floor=floor, monotone=monotone
         )
-    run = _operator if way is Route.DISPATCHER else _forward
+    run = _operator if chosen is Route.DISPATCHER else _forward
     return Mixture(*run(losses, groups, num_groups, iterations, float(tolerance), float(floor), bool(monotone)))
 
 
@@ -101,7 +101,7 @@ def mixture_reference(
     floor: float = 1e-6,
     monotone: bool = False,
 ) -> Mixture:
-    """`mixture` in plain PyTorch, on any device and float type. Every step runs in float64, for all groups at once."""
+    """Computes `mixture` in plain PyTorch, on any device and float type. Each step handles all groups, in float64."""
     _check(losses, groups, num_groups, iterations, tolerance, floor)
     if ((groups < -1) | (groups >= num_groups)).any():
         raise ValueError(_out_of_range(groups, num_groups))
@@ -144,7 +144,7 @@ def mixture_reference(
 
 
 def _sums(g: Tensor, num_groups: int, *terms: Tensor) -> tuple[Tensor, ...]:
-    """Sums of the terms [N] over each group, as [G]."""
+    """Returns the sum of each term [N] over each group, as [G]."""
     # bincount is three times as fast as one index_add_ of all terms. Without samples it returns int64.
     return tuple(g.bincount(term, minlength=num_groups).to(term.dtype) for term in terms)
 
@@ -186,7 +186,7 @@ def _shares(theta: Tensor, z: Tensor, g: Tensor) -> tuple[tuple[Tensor, Tensor],
 
 
 def _step(theta: Tensor, z: Tensor, g: Tensor, count: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of EM. Returns the next theta, and the mean log-density at the present one."""
+    """Takes one step of EM. Returns the next theta, and at the current one the mean log-density plus log(2 pi) / 2."""
     means = theta[:, 1:3]
     (p, q), density = _shares(theta, z, g)
     u, w = (z - means[g, k] for k in (0, 1))
@@ -202,7 +202,7 @@ def _step(theta: Tensor, z: Tensor, g: Tensor, count: Tensor, added: Tensor) -> 
 def _fit(
     theta: Tensor, z: Tensor, g: Tensor, count: Tensor, added: Tensor, fits: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """EM in rounds of three steps, the third one extrapolated. Returns theta and the number of steps [G]."""
+    """Runs EM in rounds of three steps and extrapolates each third step. Returns theta and the number of steps [G]."""
     limit = torch.ones_like(added)  # the longest extrapolation; 1 is a plain step
     steps = torch.zeros_like(count)
     going = fits
@@ -227,7 +227,7 @@ def _fit(
 
 
 def _clamp_at_turn(theta: Tensor, z: Tensor, g: Tensor) -> Tensor:
-    """Clamps z where the odds of component 0 turn: below m_0 or above m_1, whichever component is wider."""
+    """Clamps z at the turning point of the odds: from below if v_0 < v_1 (it is below m_0), else from above."""
     _, m0, m1, log_v0, log_v1 = theta.unbind(1)
     v0, v1 = log_v0.exp(), log_v1.exp()
     turn = (m0 * v1 - m1 * v0) / (v1 - v0)

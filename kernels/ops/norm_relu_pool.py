@@ -18,7 +18,7 @@ The backward pass keeps x, mean and rstd, and computes again which pixels ReLU p
 an infinity makes its whole plane NaN. A convolution before this operator needs no bias: instance norm removes a shift
 of a channel, and the gradient of that bias is 0 up to rounding.
 
-For first-order training only: experts, students, proxies. There is no second derivative: asking for one raises. Use
+For first-order training only: experts, students, proxies. A second derivative raises RuntimeError. Use
 `norm_relu_pool_reference` for anything that is differentiated twice.
 """
 
@@ -39,19 +39,19 @@ registry.register("norm_relu_pool")
 
 
 def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: bool = True) -> Tensor:
-    """Instance norm with weight and bias, ReLU and 2 x 2 average pool (tadperf; formulas at the top of this file).
+    """Applies instance norm, ReLU and 2 x 2 average pool (tadperf; formulas at the top of this file).
 
     x: float [N, C, H, W], contiguous or channels_last (any other layout is copied). weight, bias: float [C]. Returns
     [N, C, H // 2, W // 2], or [N, C, H, W] with pool=False, in the type and memory format of x. Sums are float32, or
-    float64 for float64. float32, bfloat16 and float16 run compiled code on a CPU, with the same bits for any number of
-    threads, and a Triton kernel on CUDA. Everything else runs plain PyTorch. The result can be differentiated once.
+    float64 for float64. On a CPU float32, bfloat16 and float16 run compiled code, with the same bits for any number of
+    threads. On CUDA they run a Triton kernel. All else runs plain PyTorch. The result can be differentiated once.
     Raises ValueError for wrong shapes, types, devices or eps, and RuntimeError for a second derivative.
     """
     _check(x, weight, bias, eps, pool)
-    way = route("norm_relu_pool", x, weight, bias)
-    if way is Route.REFERENCE:
+    chosen = route("norm_relu_pool", x, weight, bias)
+    if chosen is Route.REFERENCE:
         return norm_relu_pool_reference(x, weight, bias, eps, pool)
-    if way is Route.DISPATCHER:
+    if chosen is Route.DISPATCHER:
         return _operator(x, weight, bias, float(eps), pool)[0]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _NormReluPool.apply(x, weight, bias, eps, pool)
@@ -59,7 +59,7 @@ def norm_relu_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, p
 
 
 def norm_relu_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: bool = True) -> Tensor:
-    """`norm_relu_pool` in plain PyTorch, on any device and float type. Autograd differentiates it to any order."""
+    """Computes `norm_relu_pool` in plain PyTorch, for any device and float type. Can be differentiated to any order."""
     _check(x, weight, bias, eps, pool)
     wide = _accumulator(x)
     y = F.group_norm(x.to(wide), x.shape[1], weight.to(wide), bias.to(wide), eps).relu()
@@ -93,7 +93,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """Returns the memory format of the results: that of x. A shape that is both counts as contiguous."""
+    """Returns the memory format of the results: channels_last if x has only that format, else contiguous."""
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -192,7 +192,7 @@ def _backward_reference(
 
 
 class _NormReluPool(torch.autograd.Function):
-    """The gradient outside of torch.compile. PyTorch's dispatcher would cost tens of microseconds."""
+    """Gives the gradient outside of torch.compile, because PyTorch's dispatcher would add tens of microseconds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> Tensor:
@@ -203,7 +203,7 @@ class _NormReluPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        # create_graph=True enables gradients here. once_differentiable would accept a constant grad_y.
+        # create_graph=True enables gradients here. once_differentiable would not raise if grad_y is a constant.
         if torch.is_grad_enabled():
             raise RuntimeError("norm_relu_pool has no second derivative: use norm_relu_pool_reference")
         x, weight, bias, moments = ctx.saved_tensors
@@ -254,13 +254,13 @@ _operator.register_autograd(_operator_backward, setup_context=_save)
 def norm_relu_pool_moments(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns `norm_relu_pool` without a graph, and the moments of each plane [2, N, C]: mean and rstd."""
+    """Returns the result of `norm_relu_pool` without a graph, and the mean and rstd of each plane, [2, N, C]."""
     _check(x, weight, bias, eps, pool)
-    way = route("norm_relu_pool", x, weight, bias)
+    chosen = route("norm_relu_pool", x, weight, bias)
     inputs = x.detach(), weight.detach(), bias.detach()
-    if way is Route.REFERENCE or torch.compiler.is_compiling():
+    if chosen is Route.REFERENCE or torch.compiler.is_compiling():
         return _forward_reference(*inputs, eps, pool)
-    run = _operator if way is Route.DISPATCHER else _forward
+    run = _operator if chosen is Route.DISPATCHER else _forward
     return run(*inputs, float(eps), pool)
 
 
@@ -269,9 +269,9 @@ def norm_relu_pool_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight [C] and bias [C], without a graph. moments: from `norm_relu_pool_moments`."""
     _check_gradient(grad_y, x, weight, bias, moments, pool)
-    way = route("norm_relu_pool", grad_y, x, weight, bias, moments)
+    chosen = route("norm_relu_pool", grad_y, x, weight, bias, moments)
     inputs = grad_y.detach(), x.detach(), weight.detach(), bias.detach(), moments.detach()
-    if way is Route.REFERENCE or torch.compiler.is_compiling():
+    if chosen is Route.REFERENCE or torch.compiler.is_compiling():
         return _backward_reference(*inputs, pool)
-    run = _gradient if way is Route.DISPATCHER else _backward
+    run = _gradient if chosen is Route.DISPATCHER else _backward
     return run(*inputs, pool)

@@ -7,16 +7,16 @@ image, P pixels), with u = (x - mean) rstd, the weight w and bias b of the chann
     y'        pool of w' u + w u' + b' if the pixel is positive, of 0 otherwise
     u'        rstd (x' - mean(x') - u s),     s = mean(u x')
 
-Let d and d' be the share of a pixel in the gradient g of y and in its tangent g' if the pixel is positive, 0 otherwise.
-The gradient of x, its tangent, and the tangents of the gradients of w and b are
+For a positive pixel, let d be its share of the gradient g of y, and d' its share of the tangent g'. For other pixels
+both are 0. The gradient of x, its tangent, and the tangents of the gradients of w and b are
 
     grad_x        rstd (w d - mean(w d) - u mean(w d u))                                        as in norm_relu_pool
     grad_x'       rstd (e - mean(e) - u mean(e u + w d u') - u' mean(w d u)) - rstd s grad_x,     e = w' d + w d'
     grad_w'       sum (d' u + d u')
     grad_b'       sum d'
 
-These are the formulas that differentiating norm_relu_pool twice would give. The functions build no graph and nothing
-can be differentiated through them (tadperf).
+These are the formulas that differentiating norm_relu_pool twice would give. Compiled code builds no graph, so no
+gradient flows through it (tadperf).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Affine(NamedTuple):
 def norm_relu_pool_dual(x: Dual, affine: Affine, eps: float = 1e-5, pool: bool = True) -> tuple[Dual, Tensor]:
     """Returns y and y', and the moments [4, N, C] that the gradient needs (tadperf; formulas at the top of this file).
 
-    x: float [N, C, H, W], value and tangent. Channels_last float32 runs compiled code on a CPU, with the same bits for
-    any number of threads. Everything else runs plain PyTorch. Raises ValueError for wrong shapes, types or devices.
+    x: float [N, C, H, W], value and tangent. Channels_last float32 maps run compiled code on a CPU, with the same bits
+    for any number of threads. All other maps run plain PyTorch. Raises ValueError for wrong shapes, types or devices.
     """
     _check(x, affine, eps, pool)
     if not _compiled(x, affine):
@@ -93,7 +93,7 @@ def norm_relu_pool_dual_gradient(
 
 
 def norm_relu_pool_dual_reference(x: Dual, affine: Affine, eps: float = 1e-5, pool: bool = True) -> tuple[Dual, Tensor]:
-    """`norm_relu_pool_dual` in plain PyTorch, on any device and float type."""
+    """Computes `norm_relu_pool_dual` in plain PyTorch, on any device and float type."""
     variance, mean = torch.var_mean(x.value, (2, 3), correction=0, keepdim=True)
     mean_dot, rstd = x.dot.mean((2, 3), keepdim=True), (variance + eps).rsqrt()
     slope = ((x.value - mean) * x.dot).mean((2, 3), keepdim=True) * rstd
@@ -107,7 +107,7 @@ def norm_relu_pool_dual_reference(x: Dual, affine: Affine, eps: float = 1e-5, po
 def norm_relu_pool_dual_gradient_reference(
     grad: Dual, x: Dual, affine: Affine, moments: Tensor, pool: bool = True
 ) -> tuple[Dual, Tensor, Tensor]:
-    """`norm_relu_pool_dual_gradient` in plain PyTorch."""
+    """Computes `norm_relu_pool_dual_gradient` in plain PyTorch, on any device and float type."""
     moments = moments[..., None, None]
     _, rstd, _, slope = moments
     u, u_dot, positive, (weight, _, weight_dot, _), _ = _parts(x, affine, moments)

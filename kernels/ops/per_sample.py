@@ -30,7 +30,7 @@ registry.register("per_sample")
 
 
 def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
-    """Loss, confidence, prediction, margin and entropy of each sample (tadperf; formulas at the top of this file).
+    """Computes loss, confidence, prediction, margin and entropy per sample (tadperf; formulas at the top of this file).
 
     logits: float [..., C] with C >= 2, any strides. labels: int32 or int64 [...], 0 to C-1, or -1 to ignore the sample.
     Returns float32 (float64 for float64 logits) [...]. Losses and entropies are in nats.
@@ -43,17 +43,17 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
     if logits.ndim != 2:
         flat = per_sample(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
         return PerSample(*(result.view(labels.shape) for result in flat))
-    way = route("per_sample", logits, labels)
-    if way is Route.REFERENCE:
+    chosen = route("per_sample", logits, labels)
+    if chosen is Route.REFERENCE:
         return per_sample_reference(logits, labels)
-    if way is Route.DISPATCHER or (logits.requires_grad and torch.is_grad_enabled()):
+    if chosen is Route.DISPATCHER or (logits.requires_grad and torch.is_grad_enabled()):
         loss, *others = _operator(logits, labels)
         return PerSample(loss, *(result.detach() for result in others))
     return _forward(logits, labels)
 
 
 def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
-    """`per_sample` in plain PyTorch, on any device and float type. Autograd differentiates it to any order."""
+    """Computes `per_sample` in plain PyTorch, on any device and float type. Can be differentiated to any order."""
     _check(logits, labels)
     x = logits if logits.dtype == torch.float64 else logits.float()
     if ((labels < -1) | (labels >= x.shape[-1])).any():
@@ -65,7 +65,7 @@ def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
     with torch.no_grad():
         p = log_p.exp()
         two = p.topk(2, -1).values
-        # argmax documents no order among equals: take the first index that holds the maximum
+        # argmax alone may return any of several maxima: this takes the first
         prediction = (x == x.amax(-1, keepdim=True)).byte().argmax(-1)
         entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
         undefined = torch.where(defined, 0.0, float("nan")).to(x.dtype)
@@ -107,8 +107,9 @@ def fill_native(
 ) -> None:
     """Fills the results by compiled code. Raises ValueError for a label out of range.
 
-    The logits may be columns first..first+columns of all `classes`. `state`, float32 [6 N], then carries the rows from
-    one call to the next. top: float32 [N], receives the largest logits. options: `isa` and `threads` of `native.call`.
+    The logits may be columns first..first+columns of all `classes`. `state`, float32 [6 N], then carries the running
+    values of the rows from one call to the next. top: float32 [N], receives the largest logits. options: `isa` and
+    `threads` of `native.call`.
     """
     classes = logits.shape[1] if classes is None else classes
     wrong = native.call("per_sample", logits, labels, *out, first, classes, state, top, **options)
@@ -159,7 +160,7 @@ def loss_gradient(
 ) -> Tensor:
     """Fills `out` with (exp(logits - top) * confidence - onehot(labels)) * scale, and 0 where a label is -1 (tadperf).
 
-    logits: [N, C], or columns first..first+C of `classes` in all. out: [N, C], contiguous; may be `logits` itself.
+    logits: [N, C], or columns first..first+C of all `classes`. out: [N, C], contiguous; may be `logits` itself.
     top (the largest logit of all classes), confidence, scale: float32 [N], contiguous. Compiled for float32. Raises
     ValueError for wrong shapes, types or devices.
     """
@@ -221,9 +222,9 @@ def _second_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     counts = (labels >= 0).unsqueeze(-1)
     p, v = logits.float().softmax(-1), upstream.float()
     mean = (p * v).sum(-1, keepdim=True)
-    of_logits = torch.where(counts, p * (v - mean) * scale.unsqueeze(-1), 0).to(logits.dtype)
-    of_scale = torch.where(counts, mean - v.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)), 0).squeeze(-1)
-    return of_logits, None, None, None, of_scale
+    grad_logits = torch.where(counts, p * (v - mean) * scale.unsqueeze(-1), 0).to(logits.dtype)
+    grad_scale = torch.where(counts, mean - v.gather(-1, labels.clamp(min=0).long().unsqueeze(-1)), 0).squeeze(-1)
+    return grad_logits, None, None, None, grad_scale
 
 
 _gradient.register_autograd(_second_backward, setup_context=_save_for_second)

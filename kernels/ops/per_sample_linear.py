@@ -2,7 +2,7 @@
 
     per_sample_linear(f, W, y, b) = per_sample(f W^T + b, y)
 
-For N samples and C classes the logits alone would take 4 N C bytes, and their gradient the same again. On a CPU the
+For N samples and C classes the logits alone would take 4 N C bytes, and their gradient as much again. On a CPU the
 operator computes one block of rows and classes at a time, in a small buffer that the compiled loops read from the
 cache. The running state of a row (the online softmax) goes from one block of classes to the next. On CUDA one Triton
 kernel computes tiles of logits, reduces them and never stores them. The gradient of the loss computes the logits again,
@@ -32,17 +32,18 @@ from tadperf.kernels.ops.per_sample import (
 
 registry.register("per_sample_linear")
 
-CPU_BLOCK = 1 << 20  # logits, 4 MB; for half types the float32 copies of the operands take up to the same again
+CPU_BLOCK = 1 << 20  # logits, 4 MB; for half types the float32 copies of the operands take up to 4 MB more
 GPU_BLOCK = 1 << 26  # logits of the backward pass, 256 MB, so that the matrix products are large
 MAX_ROWS, MAX_CLASSES = 4096, 1024  # of a block on a CPU
 
 
 def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> PerSample:
-    """Loss, confidence, prediction, margin and entropy under the logits features @ weight.T + bias (tadperf).
+    """Computes the results of `per_sample` for the logits features @ weight.T + bias (tadperf).
 
     features: float [..., D]. weight: [C, D], C >= 2, of the same type. labels: int32 or int64 [...], 0 to C-1, or -1 to
     ignore the sample. bias: [C] or None. Returns the same as `per_sample`. The loss has a gradient for features, weight
-    and bias. Half types are multiplied and summed in float32.
+    and bias. Half types are multiplied and summed in float32. On CUDA the backward pass first rounds the gradient of
+    the logits to the half type.
     Memory besides results and gradients: 8 MB on a CPU, for any N and C. For half types the gradient of the weight is
     summed in float32, 4 C D bytes. On CUDA the backward pass takes 256 MB. Without compiled code all logits are stored.
     float64 stores all logits and runs `per_sample` on them.
@@ -54,11 +55,11 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
         return PerSample(*(result.view(labels.shape) for result in flat))
     if features.dtype not in ELEMENT_TYPES:
         return per_sample(_all_logits(features, weight, bias), labels)
-    way = route("per_sample_linear", features, weight, labels, bias)
-    if way is Route.REFERENCE:
+    chosen = route("per_sample_linear", features, weight, labels, bias)
+    if chosen is Route.REFERENCE:
         return per_sample_linear_reference(features, weight, labels, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (features, weight, bias))
-    if way is Route.DISPATCHER or (needs_grad and torch.is_grad_enabled()):
+    if chosen is Route.DISPATCHER or (needs_grad and torch.is_grad_enabled()):
         loss, *others, _ = _operator(features, weight, labels, bias)
         return PerSample(loss, *(result.detach() for result in others))
     with torch.no_grad():
@@ -68,7 +69,7 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
 def per_sample_linear_reference(
     features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
 ) -> PerSample:
-    """`per_sample_linear` in plain PyTorch, with all logits at once, on any device and float type."""
+    """Computes `per_sample_linear` in plain PyTorch, with all logits at once, on any device and float type."""
     _check(features, weight, labels, bias)
     return per_sample_reference(_all_logits(features, weight, bias), labels)
 
@@ -112,7 +113,7 @@ def _block_sizes(features: Tensor, classes: int) -> tuple[int, int]:
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """features @ weight.T + bias in float32; on a CPU inside the buffer."""
+    """Returns features @ weight.T + bias in float32. Writes it into `buffer`, except for half types on CUDA."""
     if features.is_cuda and features.dtype != torch.float32:
         logits = torch.mm(features, weight.t(), out_dtype=torch.float32)
         return logits if bias is None else logits.add_(bias)
@@ -181,34 +182,34 @@ def _gradient(
     (samples, depth), classes = features.shape, len(weight)
     rows, columns = _block_sizes(features, classes)
     exact = features.dtype == torch.float32
-    of_features = torch.empty_like(features, memory_format=torch.contiguous_format)
-    of_weight = torch.zeros(classes, depth, dtype=torch.float32, device=weight.device)
-    of_bias = torch.zeros(classes, dtype=torch.float32, device=weight.device)
+    grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
+    grad_weight = torch.zeros(classes, depth, dtype=torch.float32, device=weight.device)
+    grad_bias = torch.zeros(classes, dtype=torch.float32, device=weight.device)
     buffer = features.new_empty(min(rows, samples) * columns, dtype=torch.float32)
     scale = scale.contiguous()
     for row in _blocks(samples, rows):
         x = features[row]
-        of_x = of_features[row].zero_() if exact else torch.zeros_like(x, dtype=torch.float32)
+        grad_x = grad_features[row].zero_() if exact else torch.zeros_like(x, dtype=torch.float32)
         for column in _blocks(classes, columns):
             w, b = weight[column], None if bias is None else bias[column]
             block = _linear(x, w, b, buffer)
             loss_gradient(block, labels[row], top[row], confidence[row], scale[row], block, column.start, classes)
-            of_bias[column] += block.sum(0)
-            _add_products(of_x, of_weight[column], block, x, w)
+            grad_bias[column] += block.sum(0)
+            _add_products(grad_x, grad_weight[column], block, x, w)
         if not exact:
-            of_features[row] = of_x
-    return of_features, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+            grad_features[row] = grad_x
+    return grad_features, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
-def _add_products(of_x: Tensor, of_w: Tensor, block: Tensor, x: Tensor, w: Tensor) -> None:
-    """Adds block @ w to of_x and block.T @ x to of_w, in float32. On CUDA half types multiply in their own type."""
+def _add_products(grad_x: Tensor, grad_w: Tensor, block: Tensor, x: Tensor, w: Tensor) -> None:
+    """Adds block @ w to grad_x and block.T @ x to grad_w, in float32. On CUDA the operands keep a half type."""
     if x.is_cuda and x.dtype != torch.float32:
         block = block.to(x.dtype)
-        of_x += torch.mm(block, w, out_dtype=torch.float32)
-        of_w += torch.mm(block.t(), x, out_dtype=torch.float32)
+        grad_x += torch.mm(block, w, out_dtype=torch.float32)
+        grad_w += torch.mm(block.t(), x, out_dtype=torch.float32)
     else:
-        of_x.addmm_(block, w.float())
-        of_w.addmm_(block.t(), x.float())
+        grad_x.addmm_(block, w.float())
+        grad_w.addmm_(block.t(), x.float())
 
 
 @_gradient.register_fake
@@ -235,8 +236,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, loss_grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     features, weight, labels, bias, top, confidence = ctx.saved_tensors
-    of_features, of_weight, of_bias = _gradient(features, weight, labels, bias, top, confidence, loss_grad)
-    return of_features, of_weight, None, None if bias is None else of_bias
+    grad_features, grad_weight, grad_bias = _gradient(features, weight, labels, bias, top, confidence, loss_grad)
+    return grad_features, grad_weight, None, None if bias is None else grad_bias
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -7,17 +7,17 @@ covariance Sigma, which all classes share:
     similarity   z'mu_c / (|z| |mu_c|)      cosine, -1 to 1; 0 if z or mu_c has length 0
 
 `nearest` and `second` have the smallest two distances, `most_similar` and `second_similar` the largest two
-similarities. Of equal values the lowest class comes first. If there is no value, the class is -1 and the value NaN: a
-single anchor has no second, and a sample with a NaN, an infinity or a square beyond its float type has nothing. An
-anchor with a NaN or an infinity (a class without samples) is never chosen.
+similarities. Among equal values the lowest class comes first. A result that does not exist has class -1 and value NaN.
+With one anchor there is no second one. A sample with a NaN, an infinity or a squared length that overflows has no
+result at all. An anchor with a NaN or an infinity (a class without samples) is never chosen.
 
 z - mu_c is whitened as L^-1 (z - m) - L^-1 (mu_c - m), where m is the mean of the anchors. Classes are ranked by the
 expanded square, which costs one matrix product. The distances of the first two classes are then computed again from
-differences, so that they are as exact as the rounding of L^-1 (z - m).
+differences, so they are as exact as L^-1 (z - m) itself.
 
 Rounding can exchange two classes in the ranking if their squared distances differ by less than about 1e-6 of the
 largest |L^-1 (z - m)|^2 or |L^-1 (mu_c - m)|^2. This happens if one anchor is much farther from the mean than the
-samples are from their anchors. Similarities that differ by less than about 1e-6 can be exchanged likewise.
+samples are from their anchors. Similarities that differ by less than about 1e-6 can be exchanged, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ registry.register("reliability")
 
 
 def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """Two best anchors by Mahalanobis distance and by cosine (tadperf; formulas at the top of this file).
+    """Finds the two best anchors by Mahalanobis distance and by cosine (tadperf; formulas at the top of this file).
 
     features: float [..., D], any strides. anchors: float [C, D], C >= 1. cholesky: float [D, D], lower triangular with
     a positive diagonal; values above the diagonal are not read. Returns float32 (float64 for float64 features) and
@@ -48,18 +48,18 @@ def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliabil
     if features.ndim != 2:
         flat = reliability(features.reshape(-1, features.shape[-1]), anchors, cholesky)
         return Reliability(*(result.view(features.shape[:-1]) for result in flat))
-    way = route("reliability", features, anchors, cholesky)
+    chosen = route("reliability", features, anchors, cholesky)
     features, anchors, cholesky = features.detach(), anchors.detach(), cholesky.detach()
-    if way is Route.REFERENCE:
+    if chosen is Route.REFERENCE:
         return reliability_reference(features, anchors, cholesky)
-    if way is Route.DISPATCHER:
+    if chosen is Route.DISPATCHER:
         return Reliability(*_operator(features, anchors, cholesky))
     return _forward(features, anchors, cholesky)
 
 
 @torch.no_grad()
 def reliability_reference(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """`reliability` in plain PyTorch, on any device and float type, in blocks of 2^20 elements.
+    """Computes `reliability` in plain PyTorch, on any device and float type, in blocks of 2^20 elements.
 
     Its matrix products may round equal anchors differently. Then the lowest class does not always come first.
     """
@@ -80,12 +80,12 @@ def _whiten(differences: Tensor, cholesky: Tensor) -> Tensor:
 
 
 def _top_two(scores: Tensor) -> Tensor:
-    """Returns the columns of the two largest scores of each row [N, 2]: the lowest of equals, -1 if there is none."""
+    """Returns the columns of the two largest scores of each row [N, 2]. The lowest column wins a tie; -1 means none."""
     scores = torch.where(scores.isnan(), -float("inf"), scores)
     columns = []
     for _ in range(2):
         best = scores.amax(-1, keepdim=True)
-        # argmax documents no order among equals: take the first column that holds the maximum
+        # argmax alone may return any of several maxima: this takes the first
         column = (scores == best).byte().argmax(-1, keepdim=True)
         columns.append(torch.where(best > -float("inf"), column, -1))
         scores = scores.scatter(-1, column, -float("inf"))

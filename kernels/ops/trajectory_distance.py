@@ -1,4 +1,4 @@
-"""Squared distance of a trained student from an expert, relative to the distance that the expert went, in one read.
+"""Squared distance of a trained student from an expert, relative to that of their common start, in one read.
 
 With the parameters θ_T of the student, the target θ* of the expert, and the start θ_0 of both:
 
@@ -11,8 +11,8 @@ and its gradient is not finite. Differences and squares are float32, so differen
 1e-19 underflow. On a CPU each lane adds at most 16 squares before the sums continue in float64. The relative error of a
 sum is at most 1.3e-6 for any values, and within 1e-7 for random ones.
 
-Use it for scoring and for outer losses. There is no second derivative: asking for one raises. An inner loop that is
-differentiated twice must use `trajectory_distance_reference`. This also holds under torch.compile: a custom operator
+Use it for scoring and for outer losses. A second derivative raises RuntimeError. An inner loop that is differentiated
+twice must use `trajectory_distance_reference`. This also holds under torch.compile: a custom operator
 inside such a loop gives wrong second derivatives.
 """
 
@@ -44,22 +44,22 @@ class TrajectoryDistance(NamedTuple):
 def trajectory_distance(
     student: Tensor, target: Tensor, start: Tensor, segments: Sequence[int] | Tensor | None = None
 ) -> TrajectoryDistance:
-    """Squared distances to the target, and their ratio (MTT, equation 3; formulas at the top of this file).
+    """Computes the squared distances to the target and their ratio (MTT, equation 3; formulas at the top of this file).
 
     student, target, start: float [..., P] with batch shapes that broadcast, any float types and strides. They are read
     in place if the parameters of a row are adjacent. segments: S lengths that sum to P, a tuple of ints or an int64
     tensor on the CPU (under torch.compile a tuple). Returns float32 (float64 if an input is float64) [...], or [..., S]
-    with segments. All three results have a gradient for all three inputs, once differentiable. On a CPU compiled code
-    gives the same bits for any number of threads. Raises ValueError for wrong shapes, types, devices or segments.
+    with segments. Each result can be differentiated once with respect to each input. On a CPU compiled code gives the
+    same bits for any number of threads. Raises ValueError for wrong shapes, types, devices or segments.
     """
     lengths, batch = _check(student, target, start, segments)
-    way = route("trajectory_distance", student, target, start)
-    if way is Route.REFERENCE:
+    chosen = route("trajectory_distance", student, target, start)
+    if chosen is Route.REFERENCE:
         return trajectory_distance_reference(student, target, start, segments)
-    if way is Route.DIRECT:
+    if chosen is Route.DIRECT:
         check_memory(student=student, target=target, start=start)
     flat = _rows(student, batch), _rows(target, batch), _rows(start, batch)
-    if way is Route.DISPATCHER or (torch.is_grad_enabled() and any(x.requires_grad for x in flat)):
+    if chosen is Route.DISPATCHER or (torch.is_grad_enabled() and any(x.requires_grad for x in flat)):
         results = _operator(*flat, lengths)
     else:
         results = _forward(*flat, lengths)
@@ -70,7 +70,7 @@ def trajectory_distance(
 def trajectory_distance_reference(
     student: Tensor, target: Tensor, start: Tensor, segments: Sequence[int] | Tensor | None = None
 ) -> TrajectoryDistance:
-    """`trajectory_distance` in plain PyTorch, on any device and float type. Autograd differentiates it to any order."""
+    """Computes `trajectory_distance` in plain PyTorch, for any device and float type. Differentiable to any order."""
     lengths, batch = _check(student, target, start, segments)
     shape = batch if segments is None else (*batch, len(lengths))
     dtype = _result_type(student, target, start)
@@ -98,7 +98,7 @@ def _check(
             )
     shapes = [tuple(x.shape[:-1]) for x in (student, target, start)]
     try:
-        # broadcast_shapes takes 8 us
+        # avoids broadcast_shapes, which takes 8 us
         batch = shapes[0] if shapes[0] == shapes[1] == shapes[2] else tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         raise ValueError(f"student, target, start: batch shapes {shapes}: expected shapes that broadcast") from None
@@ -224,7 +224,7 @@ def _gradient(
     lengths: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of student, target and start; an empty tensor for a gradient that is not needed.
+    """Returns the gradients of student, target and start; an empty tensor for a gradient that is not needed.
 
     student: of_distance * (student - target). start: of_expert * (start - target). target: minus the sum of both.
     """
