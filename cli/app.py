@@ -1,4 +1,4 @@
-"""`tadperf`: one command per file; every error is one line on stderr.
+"""The program `tadperf`. Each command has its own file. Every error is one line on stderr.
 
 Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Nothing heavy is imported here, so `tadperf --help` is fast.
 """
@@ -32,7 +32,7 @@ COMMANDS = (
     bench.bench,
 )
 
-# Plain help: rich would double the time of `--help` (0.21 s instead of 0.11 s).
+# Help without rich, which would double the time of `--help` (0.21 s instead of 0.11 s).
 app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 for command in COMMANDS:
     app.command()(command)
@@ -72,7 +72,7 @@ def main() -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Makes printing safe: closed streams write nowhere, and a letter that the encoding lacks is no error."""
+    """Makes printing safe: discards output to closed streams, and escapes characters that the encoding lacks."""
     if sys.stdout is None or ranks.environment_rank():  # rank 0 prints the results of all ranks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
@@ -83,7 +83,7 @@ def _prepare_streams() -> None:
 
 
 def _show_data_warnings() -> None:
-    """Prints a warning about the data as one line, like an error; other warnings keep Python's form."""
+    """Prints a warning about the data as one line, like an error. Other warnings keep Python's format."""
     show = warnings.showwarning
 
     def show_in_one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -118,7 +118,7 @@ def _run() -> int:
             raise
         if common.has_no_reader(sys.stdout):
             common.redirect_to_null(sys.stdout)
-            return 0  # the reader of stdout, such as `head`, has all that it wanted
+            return 0  # the reader of stdout, such as `head`, has stopped reading
         return _report_failure(error)
     except common.RunFailedError as error:
         common.print_error(error)
@@ -133,7 +133,7 @@ def _run() -> int:
 
 
 def _report_failure(error: Exception) -> int:
-    """Prints an unexpected error, or wrong use that typer has found; returns the exit code."""
+    """Prints an unexpected error, or typer's error about wrong use. Returns the exit code."""
     format_message, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if format_message is not None and exit_code is not None:  # typer's own errors
         context = getattr(error, "ctx", None)
@@ -152,7 +152,7 @@ def _report_failure(error: Exception) -> int:
 
 
 def _discard_unwritten_output() -> None:
-    """Lets Python end without a second error if stdout cannot be written, on a full disk for example."""
+    """Prevents a second error at exit if stdout cannot be written, for example because the disk is full."""
     try:
         sys.stdout.flush()
     except OSError:

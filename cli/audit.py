@@ -1,4 +1,4 @@
-"""`tadperf audit`: which labels of a data set are wrong, without any distillation."""
+"""`tadperf audit`: finds the wrong labels of a data set, without distillation."""
 
 from __future__ import annotations
 

@@ -19,14 +19,14 @@ Words = Annotated[
 Text = Optional[str]  # noqa: UP045
 File = Optional[Path]  # noqa: UP045
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:i.")]
-Sizes = Annotated[Text, typer.Option("--sizes", metavar="LIST", help="Sizes to measure: 50000x10; cifar10.")]
+Sizes = Annotated[Text, typer.Option("--sizes", metavar="LIST", help="Sizes, such as 50000x10 or cifar10.")]
 Dtypes = Annotated[str, typer.Option("--dtypes", metavar="LIST", help="float32, bfloat16, float16.")]
 Base = Annotated[Text, typer.Option("--base", metavar="LIST", help="Baselines: eager, inductor, peer, names, or none.")]
 Threads = Annotated[Text, typer.Option("--threads", metavar="N", help="CPU threads; by default PyTorch's number.")]
-Repeats = Annotated[str, typer.Option("--repeats", metavar="N", help="Measurements of each provider.")]
-JsonFile = Annotated[File, typer.Option("--json", metavar="FILE|DIR", help="Write the rows; in DIR to <device>.json.")]
+Repeats = Annotated[str, typer.Option("--repeats", metavar="N", help="Number of measurements.")]
+JsonFile = Annotated[File, typer.Option("--json", metavar="FILE|DIR", help="Write the rows; in DIR as <device>.json.")]
 PlotFile = Annotated[File, typer.Option("--plot", metavar="FILE|DIR", help="Draw a PNG for each operator.")]
-Tune = Annotated[bool, typer.Option("--tune", help="Choose and keep the launch settings of Triton on this GPU.")]
+Tune = Annotated[bool, typer.Option("--tune", help="Find and save Triton launch settings for this GPU.")]
 ListOnly = Annotated[bool, typer.Option("--list", help="Print what can be measured here, and exit.")]
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: messages, JSON, interruption, several processes."""
+"""Functions that the commands share: messages, JSON, interruption, several processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class RunInterruptedError(Exception):
-    """Ctrl-C or SIGTERM during a run; the text says how to continue."""
+    """Ctrl-C, SIGTERM or SIGHUP interrupted a run; the text says how to continue."""
 
 
 class RunFailedError(Exception):
@@ -48,7 +48,7 @@ def print_error(message: object) -> None:
 
 
 def print_note(message: str) -> None:
-    """Prints one line on stderr; of several ranks, only rank 0 prints it."""
+    """Prints one line on stderr, on rank 0 only."""
     from tadperf.compute import ranks
 
     if ranks.environment_rank() == 0:
@@ -56,7 +56,7 @@ def print_note(message: str) -> None:
 
 
 def print_stderr(line: str) -> None:
-    """Prints a line on stderr. If nobody reads stderr any more, the run goes on without its lines."""
+    """Prints a line on stderr. If stderr cannot be written any more, the run continues without messages."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -74,14 +74,14 @@ def print_json(value: object) -> None:
 
 
 def print_preset(sources: ConfigSources, quiet: bool) -> None:
-    """Says on stderr which preset a new run starts from, if none was named."""
+    """Prints on stderr which preset a new run starts from, unless the user chose one."""
     if sources.preset is None and not quiet:
         print_note(f"preset {sources.preset_name()} (--preset chooses another)")
 
 
 @contextlib.contextmanager
 def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[None]:
-    """Adds to an interruption, the loss of another process, or a full or failing disk how the run continues."""
+    """If a run is interrupted, loses a process or cannot write, adds the command that continues it to the error."""
     try:
         yield
     except (KeyboardInterrupt, RunLostError, OSError) as error:
@@ -101,7 +101,7 @@ def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[N
 def run_in_ranks(run: Callable[[], T], devices: str | None) -> T:
     """Calls `run` in the processes that `--devices` or torchrun asks for, or in this process alone.
 
-    Only rank 0 returns the result. The other ranks, and a process that has started ranks, raise EndedError.
+    Only rank 0 returns the result. The other ranks, and the process that started them, raise EndedError.
     """
     from tadperf.compute import launcher, ranks
 
@@ -133,7 +133,7 @@ def has_no_reader(stream: TextIO) -> bool:
 
 
 def redirect_to_null(stream: TextIO) -> None:
-    """Makes a stream that cannot be written write nowhere, so that Python's last flush at exit does not fail."""
+    """Redirects a stream that cannot be written to /dev/null, so that Python's flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

@@ -1,4 +1,4 @@
-"""`tadperf config`: the settings that a run would use."""
+"""`tadperf config`: prints the settings that a run would use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tadperf.cli import common
 from tadperf.cli.options import SharedOptions, command
 
 Schema = Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the settings instead.")]
-ListPresets = Annotated[bool, typer.Option("--list", help="Print the presets with one line about each instead.")]
+ListPresets = Annotated[bool, typer.Option("--list", help="Print the presets instead, one in each line.")]
 
 
 @command(

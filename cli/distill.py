@@ -1,4 +1,4 @@
-"""`tadperf distill`: the complete job, from images and labels to one distilled file."""
+"""`tadperf distill`: runs the complete job, from images and labels to one distilled file."""
 
 from __future__ import annotations
 

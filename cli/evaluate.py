@@ -1,4 +1,4 @@
-"""`tadperf evaluate`: the test accuracy of a distilled file, from the file and the test data alone."""
+"""`tadperf evaluate`: measures the test accuracy of a distilled file. Needs only the file and the test data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tadperf experts`: only the training trajectories, for several runs to share."""
+"""`tadperf experts`: trains only the experts, so that several runs can share their trajectories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tadperf info`: what is installed, which devices there are, and which code each operator runs."""
+"""`tadperf info`: prints the installed versions, the devices, and which code each operator runs."""
 
 from __future__ import annotations
 

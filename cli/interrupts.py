@@ -10,8 +10,8 @@ import time
 from types import FrameType
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-REPEAT = 1.0  # seconds between two looks at whether the interrupt was lost; not tuned
-SAME_REQUEST = 0.5  # seconds; a signal sooner after the first one belongs to it: a shell and its job control send two
+REPEAT = 1.0  # seconds between two checks whether the interrupt was lost; not tuned
+SAME_REQUEST = 0.5  # seconds in which a second signal is ignored: a shell and its job control both send one; not tuned
 
 
 class Interrupts:
@@ -36,7 +36,7 @@ class Interrupts:
             signal.signal(signal.SIGALRM, self._on_alarm)
 
     def stop(self) -> None:
-        """Stops to raise the interrupt again."""
+        """Stops raising the interrupt."""
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -61,7 +61,7 @@ class Interrupts:
 
 
 def _is_handled(error: BaseException) -> bool:
-    """Returns whether the code that a signal has stopped runs in an `except`, `finally` or `with` for this error."""
+    """Returns whether the interrupted code is an `except`, `finally` or `with` block that handles this error."""
     current = sys.exc_info()[1]
     while current is not None:
         if current is error:

@@ -1,4 +1,4 @@
-"""The options that commands share, each declared once, and the decorator that gives them to a command."""
+"""Declares the options that commands share, and the decorator that gives options to a command."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ OPTIONS = {
     option.name: option
     for option in (
         *CONFIG_OPTIONS,
-        Option("--data", "DATA", DATA_HELP, "data.path"),  # of a command whose argument is something else
-        Option("--devices", "K", "Divide the work over K processes here, on CUDA one per device."),
+        Option("--data", "DATA", DATA_HELP, "data.path"),  # for a command whose argument is not the data
+        Option("--devices", "K", "Divide the work among K local processes, on CUDA one per device."),
         Option("--preset", "NAME", "Settings to start from; see 'tadperf config --list'."),
-        Option("--config", "FILE", "A TOML file; its settings win over the preset.", kind=Path),
-        Option("--set", "A.B=C", "Any setting; wins over the file; may be repeated.", kind=list),
+        Option("--config", "FILE", "A TOML file; its settings override the preset.", kind=Path),
+        Option("--set", "A.B=C", "Any setting; overrides the file; may be repeated.", kind=list),
         Option("--out", "DIR", "Run folder; by default runs/<data>-....", kind=Path),
         Option("--resume", "", "Continue the run in the folder.", kind=bool),
         Option("--json", "", "Print one JSON object and nothing else on stdout.", kind=bool),
-        Option("--quiet", "", "No progress on stderr.", kind=bool),
+        Option("--quiet", "", "No progress and no notes on stderr.", kind=bool),
         Option("--debug", "", "Show the traceback of a failure.", kind=bool),
     )
 }
@@ -37,7 +37,7 @@ TYPES = {str: Optional[str], Path: Optional[Path], list: Optional[list[str]], bo
 
 @dataclass
 class Invocation:
-    """The command line of this process, as far as error messages need it."""
+    """What error messages need to know about the command line of this process."""
 
     debug: bool = False  # show the traceback of an unexpected error
     typed: Mapping[str, str] | None = None  # dotted field -> the option that the user typed for it
@@ -48,7 +48,7 @@ invocation = Invocation()
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """The values of the shared options. An option that the command lacks has the value of one that was not given."""
+    """The values of the shared options. An option that the command does not have counts as not given."""
 
     sources: ConfigSources
     devices: str | None
@@ -59,7 +59,7 @@ class SharedOptions:
 
 
 def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command its options, in the order of its help text.
+    """Gives a command its options, in the order of the help text.
 
     line: the names of shared options ("--ipc", "DATA") and of the function's own parameters ("compare"). The function
     is called with `SharedOptions` and with its own parameters by name.
@@ -67,7 +67,7 @@ def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     names = line.split()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        # typing.get_type_hints would wrap the type of each parameter with the default None on Python 3.10
+        # On Python 3.10 typing.get_type_hints would add Optional to every parameter with the default None.
         parameters = inspect.signature(function, eval_str=True).parameters
         own = [name for name in names if name in parameters]
         shared = [OPTIONS[name] for name in names if name not in parameters]
@@ -106,7 +106,7 @@ def _parameter_name(option: Option) -> str:
 
 
 def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedOptions:
-    """Collects the values of the shared options, and notes for error messages which of them the user typed."""
+    """Collects the values of the shared options. Records which of them the user typed, for error messages."""
     by_option = {option: values[_parameter_name(option)] for option in options}
     given = {
         option: str(value.resolve()) if isinstance(value, Path) else value  # a resumed run may start elsewhere

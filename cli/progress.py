@@ -1,4 +1,4 @@
-"""Progress on stderr: live bars on a terminal, else a plain line now and then."""
+"""Shows progress on stderr: live bars on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one stage; not tuned
-STAGES = {  # words for the user, by the stage's name or the part before its colon
+STAGES = {  # stage -> words for the user
     "decode": "decoding images",
     "resize": "resizing images",
     "trust:proxies": "trust: proxy networks",
@@ -32,7 +32,7 @@ FIGURES = {"trusted": "share trusted", "moved": "share changed"}
 
 @contextlib.contextmanager
 def display(quiet: bool) -> Iterator[Progress]:
-    """Yields the progress function for a stage. The live bars vanish when the block ends."""
+    """Yields the function that shows the progress of all stages inside the block."""
     if quiet or ranks.rank():
         yield silent
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -45,7 +45,7 @@ def display(quiet: bool) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def log_lines(write: Callable[[str], object]) -> Iterator[None]:
-    """Writes what the library logs inside the block, such as the choice that "auto" has made."""
+    """Writes the messages that the library logs inside the block, such as what "auto" chose."""
 
     class LineHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -64,7 +64,7 @@ def log_lines(write: Callable[[str], object]) -> Iterator[None]:
 
 @dataclass
 class Clock:
-    """When a stage started in this process, and how far it was then and at its last report."""
+    """The time when a stage started in this process, its progress at that time, and its latest progress."""
 
     start: float
     first: int
@@ -72,7 +72,7 @@ class Clock:
 
 
 class PlainProgress:
-    """Prints a line when a stage starts, when it ends, and about every 10 s between."""
+    """Prints a line when a stage starts, when it ends, and about every 10 s in between."""
 
     def __init__(self) -> None:
         self.clocks: dict[str, Clock] = {}

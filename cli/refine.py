@@ -1,4 +1,4 @@
-"""`tadperf refine`: images from a diffusion model or from another run; a detector finds those to generate again."""
+"""`tadperf refine`: generates images, or takes those of a run, and replaces the images that a detector rejects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RunOrData = Annotated[
     Optional[str],  # noqa: UP045
     typer.Argument(
         metavar="RUN|DATA",
-        help="The folder of a run to refine its images, or data as for distill to generate images for it.",
+        help="A run folder, to refine its images; or data as for distill, to generate images for it.",
         show_default=False,
     ),
 ]
@@ -30,12 +30,12 @@ Evaluate = Annotated[bool, typer.Option("--evaluate", help="Also train networks 
     "--format --preset --config --set --out --resume --json --quiet --debug"
 )
 def refine(options: SharedOptions, run_or_data: RunOrData = None, evaluate: Evaluate = False) -> None:
-    """Make images that show their class: a diffusion model generates anew those that a detector rejects.
+    """Generate or refine images: a diffusion model replaces those that a detector rejects.
 
-    For DATA, this trains the trusted set, the detector and the diffusion model, and generates the first images. For a
-    RUN, finished or killed, it uses that run's trusted set and images, and its detector and diffusion model if it has
-    them; an image that the detector accepts does not change. Then only refine.*, detector.*, diffusion.*, evaluate.*
-    and the device may be set.
+    For DATA, this finds the trusted samples, trains the detector and the diffusion model, and generates the first
+    images. For a RUN, finished or killed, it uses that run's trusted samples and images, and its detector and diffusion
+    model if it has them. Images that the detector accepts do not change. For a RUN, only refine.*, detector.*,
+    diffusion.*, evaluate.* and the device may be set.
     """
     from tadperf.cli.options import invocation
     from tadperf.pipeline.run_config import choose_refinement, choose_run, refine_folder

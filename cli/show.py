@@ -1,4 +1,4 @@
-"""`tadperf show`: the distilled images as a picture."""
+"""`tadperf show`: writes the distilled images as one picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tadperf sweep`: the complete job for every combination of values of some settings."""
+"""`tadperf sweep`: runs the complete job for every combination of values of some settings."""
 
 from __future__ import annotations
 

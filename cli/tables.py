@@ -1,4 +1,4 @@
-"""Results as tables, on stdout."""
+"""Prints results as tables on stdout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHARES = {  # further rows of that table, if the clean labels are known
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Prints what `tadperf distill` measured: accuracies, trust, time and memory of each stage, files, how to use."""
+    """Prints what `tadperf distill` measured: accuracies, trust, time and memory of each stage, files, example code."""
     data = result["data"]
     noise = "" if data["noise"] in (None, "none") else f", with added noise {data['noise']}"
     print(
@@ -175,7 +175,7 @@ def _accuracy_table(result: Mapping[str, Any]) -> Table:
 
 
 def _print_warning(result: Mapping[str, Any]) -> None:
-    """Says so if the distilled set is worse than the images it started from: distillation has not helped."""
+    """Prints a note if the distilled set is worse than the images it started from: distillation has not helped."""
     initial = result["baselines"].get("initial")
     distilled = next(iter(result["accuracy"].values()), None)
     if initial and distilled and distilled["mean"] < initial["mean"]:
@@ -241,7 +241,7 @@ def _method_words(result: Mapping[str, Any]) -> str:
 
 
 def _trust_words(trust: Mapping[str, Any]) -> str:
-    """Says which labels a run has used."""
+    """Returns words for the labels that a run has used."""
     if trust["mode"] == "off":
         return ", given labels (trust off)"
     if trust["mode"] == "oracle":
@@ -250,7 +250,7 @@ def _trust_words(trust: Mapping[str, Any]) -> str:
 
 
 def _table(*columns: str) -> Table:
-    """Returns an empty table: text on the left in the first column, the other columns flush right."""
+    """Returns an empty table. The first column is left-aligned, the others are right-aligned."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
@@ -273,7 +273,7 @@ def _deviation(std: float) -> str:
 
 
 class _Console(Console):
-    """Leaves it to the caller what happens if the reader of stdout has ended; rich would exit with code 1."""
+    """Raises BrokenPipeError if the reader of stdout has ended. Rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise
