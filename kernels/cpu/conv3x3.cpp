@@ -1,10 +1,10 @@
-// 3 x 3 convolution of channels_last maps by Winograd's F(2 x 2, 3 x 3): 16 products instead of 36. kernels/conv3x3.py
-// has the formulas.
+// 3 x 3 convolution of channels_last maps by Winograd's F(2 x 2, 3 x 3): 16 products instead of 36.
+// kernels/ops/conv3x3.py has the formulas.
 //
 // A tile is 2 x 2 pixels of the result and the 4 x 4 pixels of the input that they depend on. A vector holds LANES
 // channels of one pixel, so a transform is a sum of vectors. The transformed tiles of a few images are 16 matrices
 // [tiles, channels], called planes. They stay in the cache until they have been multiplied. The stride between planes
-// keeps the 16 out of one cache set.
+// keeps them from sharing one cache set.
 #include "conv3x3.h"
 
 #include <algorithm>
@@ -127,7 +127,7 @@ struct Product {
   int64_t depth, columns;
   bool add;
 
-  // ROWS rows by VECTORS vectors of columns. The sums stay in registers.
+  // Computes ROWS rows by VECTORS vectors of columns. The sums stay in registers.
   template <int ROWS, int VECTORS>
   void part(int64_t row, int64_t column) const {
     f32 sum[ROWS][VECTORS];
@@ -157,8 +157,8 @@ struct Product {
     for (; row < rows; row++) part<1, VECTORS>(row, column);
   }
 
-  // The sums fill 16 of AVX-512's 32 registers, or 12 of 16. On AVX-512, 4 x 4 takes 5 % less time than 8 x 2; 12 x 2
-  // and 14 x 2 are not faster.
+  // The sums fill 16 of 32 registers (AVX-512) or 12 of 16 (others). On AVX-512, 4 x 4 takes 5 % less time than 8 x 2;
+  // 12 x 2 and 14 x 2 are not faster.
   void run(int64_t rows) const {
     int64_t column = 0;
     if constexpr (LANES == 16)

@@ -37,7 +37,7 @@ struct Group {
   int64_t anomaly_count, qualified_count;
 };
 
-// Memory for the set of a class and, after it, for the unit rows of the pool of one anomaly.
+// Memory for the set of a class, followed by the unit rows of one anomaly's pool.
 struct Units {
   std::unique_ptr<float[]> memory;
   float *set, *pool;
@@ -50,7 +50,7 @@ struct Units {
   }
 };
 
-// Finds the candidates of one anomaly with the best scores and finite features. Writes their unit rows to units.pool.
+// Finds one anomaly's candidates with finite features and the best scores. Writes their unit rows to units.pool.
 void choose_pool(const DiversePick &a, int64_t anomaly, Units &units, std::vector<int64_t> &order,
                  std::vector<int64_t> &pool) {
   const double *scores = a.scores + anomaly * a.choices;

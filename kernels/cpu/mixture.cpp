@@ -59,7 +59,7 @@ inline void each(const double *z, int64_t count, F f) {
   f(x, used);
 }
 
-// The log-density of the mixture is density + log(excess).
+// The log-density of the mixture is density + log(excess) - log(2 pi) / 2.
 struct Shares {
   doubles of_0, of_1;
   doubles density, excess;

@@ -3,12 +3,13 @@
 
 #include <cstdint>
 
-// One Gaussian of a mixture. Its log-density at z is height - half_precision (z - mean)^2 - log(2 pi) / 2.
+// One Gaussian of a mixture. Its log-density at z is height - half_precision (z - mean)^2 - log(2 pi) / 2, with
+// half_precision = 1 / (2 variance).
 struct MixtureComponent {
   double mean, half_precision, height;
 };
 
-// Sums over the samples, for each component k with r = its share of a sample: r, r (z - mean_k), r (z - mean_k)^2.
+// Sums over the samples for each component k. With its share r of a sample: r, r (z - mean_k), r (z - mean_k)^2.
 struct MixtureSums {
   double count[2], first[2], second[2];
   double log_density;  // of the mixture, without the term -log(2 pi) / 2 of each sample

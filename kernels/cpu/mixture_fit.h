@@ -16,13 +16,13 @@ struct MixtureLoops {
   MixturePosterior *posterior;
 };
 
-// The last four are the constants of kernels/ops/mixture.py.
+// The last four are constants of kernels/shared.py.
 struct MixtureOptions {
   int64_t iterations;
   double tolerance, floor;
   bool monotone;
   double slack;          // a step of EM may lower the mean log-density by this
-  double tiny;           // added to the weight of a component: never divides by 0
+  double tiny;           // added to the weight of a component: avoids a division by 0
   int64_t max_cuts;      // cuts by two-means
   double smallest_part;  // each side of a cut keeps one sample in this many
 };
@@ -104,7 +104,7 @@ class MixtureGroup {
                                     [&](int64_t begin, int64_t n) { return loops.above(z + begin, n, cut, centre); });
   }
 
-  // Two components on the two sides of a cut. The cut moves to the middle of their means as long as each side keeps
+  // Returns one component for each side of a cut. The cut moves to the middle of their means as long as each side keeps
   // enough samples.
   MixtureTheta start() const {
     double n = double(count), cut = mean;
@@ -144,8 +144,8 @@ class MixtureGroup {
   }
 
   // Writes SQUAREM's extrapolation of three points of EM to `far`. Returns the factor of the extrapolation, at most
-  // `limit`; or 0 on convergence: if the distance left, step / (1 - rate of convergence) in standard deviations, is
-  // below the tolerance.
+  // `limit`, or 0 on convergence. It has converged if the remaining distance, step / (1 - rate of convergence) in
+  // standard deviations, is below the tolerance.
   static double extrapolation(const MixtureTheta &theta, const MixtureTheta &one, const MixtureTheta &two,
                               MixtureTheta &far, double limit, double tolerance) {
     double unit[5] = {1, std::exp(-theta[3] / 2), std::exp(-theta[4] / 2), 1, 1};

@@ -2,9 +2,9 @@
 // passes.
 //
 // With d = x - mean and scale = rstd * weight, a pixel before the pool is max(0, d * scale + bias). Backward computes
-// again which pixels were positive. Channels_last planes have one channel per lane. So have small contiguous planes,
-// which are transposed on the way in and out. Wide contiguous planes have adjacent pixels in the lanes. A plane's
-// result depends on that plane only.
+// again which pixels were positive. Channels_last planes have one channel per lane. Small contiguous planes are
+// transposed to this layout and back. Wide contiguous planes have adjacent pixels in the lanes. A plane's result
+// depends on that plane only.
 #include "norm_relu_pool_channels.h"
 
 namespace {
@@ -120,14 +120,14 @@ template <int... I>
 inline f32 add_pairs(f32 a, f32 b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
-// Sums of adjacent lanes, of a and then of b.
+// Returns the sums of adjacent lanes, those of a before those of b.
 inline f32 add_pairs(f32 a, f32 b) { return add_pairs(a, b, typename Count<LANES>::type{}); }
 
 template <int HALF, int... I>
 inline f32 repeat_pairs(f32 x, Indices<I...>) {
   return __builtin_shufflevector(x, x, (HALF * LANES / 2 + I / 2)...);
 }
-// Each lane of the lower (HALF 0) or upper (HALF 1) half of x twice.
+// Repeats each lane of the lower (HALF 0) or upper (HALF 1) half of x.
 template <int HALF>
 inline f32 repeat_pairs(f32 x) {
   return repeat_pairs<HALF>(x, typename Count<LANES>::type{});
@@ -152,7 +152,7 @@ inline f32 repeat_pairs(f32 x) {
 template <class T>
 constexpr int64_t elements_ahead = AHEAD / int64_t{sizeof(T)};
 
-// As `moments`, with adjacent pixels in the lanes.
+// Like `moments`, but with adjacent pixels in the lanes.
 template <class T>
 inline void wide_moments(const T *x, int64_t height, int64_t width, float eps, float &mean, float &rstd) {
   const int64_t pixels = height * width;

@@ -17,7 +17,7 @@ struct Affine {
 // NaN stays NaN.
 inline f32 relu(f32 x, const Affine &affine) { return max(fill(0), (x - affine.mean) * affine.scale + affine.bias); }
 
-// The upstream gradient g of pixels that were positive (or NaN), else 0. d = x - mean.
+// Returns the upstream gradient g for pixels that were positive or NaN, else 0. d = x - mean.
 inline f32 passed(f32 g, f32 d, const Affine &affine) { return d * affine.scale + affine.bias <= 0 ? f32{} : g; }
 
 // The gradient of x is by_passed * passed - offset - d * slope.
@@ -55,7 +55,7 @@ struct Vectors {
   }
 };
 
-// Adds f(row, column, k, sums of the row) of all pixels, row by row: short sums lose less, and rows run side by side.
+// Adds f(row, column, k, sums of the row) of all pixels, row by row. Short sums lose less, and rows can overlap.
 template <int K, int OF, class F>
 inline void add_rows(Vectors<K> vectors, int64_t height, int64_t width, f32 (&sums)[OF][K], F f) {
   for (int64_t i = 0; i < height; i++) {
@@ -67,8 +67,8 @@ inline void add_rows(Vectors<K> vectors, int64_t height, int64_t width, f32 (&su
   }
 }
 
-// Two passes. The mean of the differences from the first mean corrects it, so that a constant plane has variance 0
-// exactly.
+// Takes two passes. The mean of the differences from the first mean corrects that mean, so the variance of a constant
+// plane is exactly 0.
 template <bool WHOLE, int K, class T>
 inline void moments(Vectors<K> vectors, const Map<const T> &x, float eps, int count, f32 mean[K], f32 rstd[K]) {
   f32 first[1][K]{}, second[2][K]{};
@@ -140,7 +140,7 @@ inline void gradient_of_x(Vectors<K> vectors, const Map<const T> &x, const Map<c
     for (int64_t j = 0; j < x.width; j++) vectors.each([&](int k) { pixel(i, j, k, f32{}); });
 }
 
-// Channels first..first + used * LANES of one image; without WHOLE the `count` channels from `first` on.
+// Channels first..first + used * LANES of one image; if not WHOLE, the `count` channels from `first` on.
 template <int WINDOW, bool WHOLE, int K, class T>
 inline void channels(const NormReluPool &args, int64_t image, int64_t first, int used = 1, int count = LANES) {
   const Vectors<K> vectors{used};

@@ -1,8 +1,8 @@
-// Instance norm, ReLU and average pool of channels_last images with their tangents, and the reverse of both.
+// Instance norm, ReLU and average pool of channels_last images with their tangents, forward and backward.
 //
 // A vector holds LANES channels of one pixel. A group of vectors goes over all pixels of its image: its sums stay in
 // registers, and its part of an image (256 kB at 32 x 32 pixels) stays in the cache from the first pass to the second.
-// The names are those of kernels/norm_relu_pool_dual.py. An image's result depends on that image only.
+// The names are those of kernels/ops/norm_relu_pool_dual.py. An image's result depends on that image only.
 #include "norm_relu_pool_dual.h"
 
 #include "common/load_store.h"

@@ -95,14 +95,15 @@ inline void store_lanes(T *out, const V &x, int count) {
     memcpy(out, &x, sizeof(T) * count);
 }
 
-// What the row loop leaves of LANES rows. Logarithms and quotients follow for several tiles together.
+// What the row loop computes for LANES rows. Logarithms and quotients follow for several tiles together.
 struct Tile {
   Running state;
   f32 picked{};  // the logit of the given label
   i32 ignored;
 };
 
-// Calls f for each part of the state that calls carry over. `column` is not carried: it follows from `first`.
+// Calls f for each part of the state that one call passes to the next. `column` is not carried: it follows from
+// `first`.
 template <class F>
 inline void each_carried(const PerSample &args, int64_t row, Tile &tile, F f) {
   Running &state = tile.state;
@@ -192,7 +193,7 @@ inline int64_t all_rows(const PerSample &args, int64_t begin, int64_t end) {
   });
 }
 
-// Converts half types of few classes row by row first. Gathering two bytes at a time takes 1.5 times as long.
+// Converts half types of few classes row by row first. To gather two bytes at a time would take 1.5 times as long.
 inline int64_t all_short_rows(const PerSample &args, int64_t begin, int64_t end) {
   float wide[TILES * LANES * SHORT];
   return each_group(begin, end, [&](int64_t row, int64_t stop) {

@@ -10,7 +10,7 @@ struct Labels {
 };
 
 // The logits may come in several calls, columns first..first + columns of all classes per call. `state` then carries
-// the rows from call to call.
+// the running values of the rows from call to call.
 struct PerSample {
   const void *logits;  // [rows, columns], rows `stride` elements apart
   ElementType kind;

@@ -26,7 +26,7 @@ constexpr int64_t MOST_PANELS = 8;          // of one block
 constexpr int64_t STEP = 512;               // columns of a tile at a time: 24 kB
 constexpr int64_t CHUNK = 64;               // columns converted at a time
 
-// The largest and the second largest score with their classes. Of equal scores the first one stays.
+// The largest and the second largest score with their classes. Among equal scores the first one stays.
 struct TopTwo {
   f32 best = fill(-INF), second = fill(-INF);
   i32 best_class = i32{} - 1, second_class = i32{} - 1;

@@ -3,9 +3,9 @@
 
 #include "common/element_types.h"
 
-// Matrices that multiply samples are packed in tiles of this many rows. Tile t holds [columns, TILE_ROWS], column by
-// column, so that a product reads it from end to end. 12 rows fill the registers: 12 of 16 (SSE2, AVX2) with one vector
-// of samples, 24 of 32 (AVX-512, NEON) with two.
+// The matrices that multiply samples are packed in tiles of this many rows. Tile t holds [columns, TILE_ROWS], column
+// by column, so that a product reads it from end to end. 12 rows fill the registers: 12 of 16 (SSE2, AVX2) with one
+// vector of samples, 24 of 32 (AVX-512, NEON) with two.
 constexpr int64_t TILE_ROWS = 12;
 
 struct Reliability {

@@ -1,7 +1,7 @@
 // Squared distances from one read of three rows, and their gradient.
 //
-// Squares are added in float32 in four vectors, 16 squares per lane, before the lanes continue in float64: the
-// conversion then costs nothing beside the reads from memory. The sum of a block depends on that block only.
+// Squares are added in float32 in four vectors, 16 squares per lane, before the lanes continue in float64. The
+// time of the conversion is then hidden by the reads from memory. The sum of a block depends on that block only.
 #include "trajectory_distance.h"
 
 #include "common/load_store.h"
@@ -33,7 +33,7 @@ inline f64 sum_parts(const f32 part[4]) {
   return __builtin_convertvector((part[0] + part[1]) + (part[2] + part[3]), f64);
 }
 
-// Writes `values`. A row that serves all rows starts with row 0, and the other rows are added to it.
+// Writes `values`. If one row serves all rows, row 0 is written and the other rows are added to it.
 inline void put(const Rows &out, int64_t row, int64_t begin, int64_t count, const float *values) {
   if (out.kind != ElementType::float32) return write_halves(values, count, out.row(row), out.kind, begin);
   float *to = static_cast<float *>(out.row(row)) + begin;

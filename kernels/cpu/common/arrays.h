@@ -28,7 +28,7 @@ int64_t size_of(const Array &x, int axis) {
   return int64_t(x.shape(axis));
 }
 
-// Elements from one row to the next. nanobind gives no strides for an empty array.
+// The stride of an axis, in elements; 0 for an empty array, for which nanobind gives no strides.
 template <class Array>
 int64_t stride_of(const Array &x, int axis) {
   return x.size() ? x.stride(axis) : 0;
@@ -42,8 +42,7 @@ void check_shape(const char *name, const Array &x, std::initializer_list<int64_t
     if (size_of(x, axis++) != size) throw nanobind::value_error((std::string(name) + ": wrong shape").c_str());
 }
 
-// Raises ValueError unless the elements lie without gaps, with the axes in this order from the outermost to the
-// innermost.
+// Raises ValueError unless the elements have no gaps and the axes this order, from the outermost to the innermost.
 template <class Array>
 void check_order(const char *name, const Array &x, std::initializer_list<int> axes) {
   int64_t step = 1;
@@ -66,7 +65,7 @@ void check_adjacent(const char *name, const Array &x, int last) {
     throw nanobind::value_error((std::string(name) + ": the last axis must be contiguous").c_str());
 }
 
-// Whether integers are int64; raises ValueError unless they are int32 or int64.
+// Returns whether the integers are int64, not int32. Raises ValueError for other types.
 template <class Array>
 bool is_int64(const char *name, const Array &x) {
   if (x.dtype() == nanobind::dtype<int64_t>()) return true;

@@ -8,7 +8,7 @@
 
 namespace nb = nanobind;
 
-// The number of instruction sets that this machine runs. Their order: baseline, AVX2, AVX-512.
+// The number of instruction sets that this machine runs. Their order is baseline, AVX2, AVX-512.
 int isa_count();
 
 // Returns the function of instruction set `isa`: pick(isa, TADPERF_BY_ISA(per_sample)).
@@ -23,7 +23,7 @@ F *pick(int isa, std::initializer_list<F *> functions) {
   return functions.begin()[isa];
 }
 
-// Raises ValueError for types other than the three.
+// Returns the element type. Raises ValueError unless it is float32, bfloat16 or float16.
 inline ElementType kind_of(nb::dlpack::dtype type) {
   if (type == nb::dtype<float>()) return ElementType::float32;
   bool has_16_bits = type.bits == 16 && type.lanes == 1;

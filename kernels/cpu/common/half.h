@@ -33,8 +33,9 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// The float32 value of IEEE binary16 bits, exactly. Int is int32_t or a vector of int32_t, Float the same with floats.
-// No intermediate value is a denormal number, so the result does not depend on flush-to-zero. NaN keeps its payload.
+// The float32 value of IEEE binary16 bits, exactly. Int is int32_t or a vector of int32_t, Float is float or a vector
+// of floats. No intermediate value is a denormal number, so the result does not depend on flush-to-zero. NaN keeps its
+// payload.
 template <class Float, class Int>
 inline Float float16_to_float32(Int half) {
   const Int zero{};

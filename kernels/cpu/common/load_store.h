@@ -29,7 +29,7 @@ inline f32 narrow(f32 x, float) { return x; }
 inline u16 narrow(f32 x, bfloat16) { return __builtin_convertvector(to_bfloat16(x), u16); }
 inline u16 narrow(f32 x, float16) { return __builtin_convertvector(to_float16(x), u16); }
 
-// LANES elements as float32; without WHOLE only the first `count`, and zeros after them.
+// Returns LANES elements as float32. If not WHOLE, only the first `count` are read and zeros follow.
 template <bool WHOLE = true, class T>
 inline f32 load(const T *from, int64_t count = LANES) {
   typename Stored<T>::lanes x{};
@@ -37,8 +37,8 @@ inline f32 load(const T *from, int64_t count = LANES) {
   return widen(x, T{});
 }
 
-// Writes LANES elements; without WHOLE only the first `count`. `stream`: float32 goes to memory past the caches, which
-// needs an address aligned to the vector.
+// Writes LANES elements; if not WHOLE, only the first `count`. With `stream`, float32 bypasses the caches; `to` must
+// then be aligned to a vector.
 template <bool WHOLE = true, class T>
 inline void store(T *to, f32 values, bool stream = false, int64_t count = LANES) {
   auto x = narrow(values, T{});
@@ -52,7 +52,7 @@ inline void store(T *to, f32 values, bool stream = false, int64_t count = LANES)
   memcpy(to, &x, WHOLE ? sizeof x : sizeof(T) * count);
 }
 
-// Bytes. With this prefetch distance, reading three rows at once from memory is 1.3 times as fast.
+// Prefetch distance in bytes. With it, reading three rows at once from memory is 1.3 times as fast.
 constexpr int64_t AHEAD = 1024;
 
 // Calls f(first, count) for pieces of up to LANES elements.
@@ -63,7 +63,7 @@ inline void each_vector_of(int64_t count, F f) {
   if (whole < count) f(whole, count - whole);
 }
 
-// Elements begin..begin + count of a row as float32: a pointer into the row if it is float32, else `buffer`, converted.
+// Returns elements begin..begin + count of a row as float32: a pointer into a float32 row, else a copy in `buffer`.
 inline const float *read_floats(const void *row, ElementType type, int64_t begin, int64_t count, float *buffer) {
   if (type == ElementType::float32) return static_cast<const float *>(row) + begin;
   const uint16_t *from = static_cast<const uint16_t *>(row) + begin;

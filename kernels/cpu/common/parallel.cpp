@@ -1,7 +1,7 @@
 // The threads of parallel_for: those of PyTorch's OpenMP library, or a pool of our own.
 //
 // After each of PyTorch's own loops its threads spin for some milliseconds. A separate pool then gets only half of a
-// core: on 2 cores, in turns with eager code, 64 x 320 010 of trajectory_distance took 7.1 ms in a pool of our own.
+// core. On 2 cores, alternating with eager code, 64 x 320 010 of trajectory_distance took 7.1 ms in a pool of our own.
 //
 // OpenMP hangs in a forked child, so a child uses the pool. The pool starts at its first use and sleeps between calls.
 // Its threads are detached: they do not block the exit of the interpreter, and a forked child creates a new pool.
@@ -23,7 +23,7 @@ struct Pool {
   std::condition_variable posted, finished;
   void (*work)(void *) = nullptr;
   void *arg = nullptr;
-  int open = 0;                 // places in the present call that no thread has taken yet
+  int open = 0;                 // places in the current call that no thread has claimed yet
   std::atomic<int> running{0};  // threads that work on the call, without the caller
   int size = 0, asleep = 0;
 };
@@ -41,7 +41,7 @@ void forget_threads() {
 }
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
 
-// Waits for `ready`, but no longer than it takes to fall asleep and to wake up. Returns whether `ready` became true.
+// Waits for `ready`, at most as long as a thread takes to fall asleep and wake up. Returns whether it became true.
 template <class Ready>
 bool spin(Ready ready) {
   using clock = std::chrono::steady_clock;
@@ -92,8 +92,8 @@ void grow(Pool &pool, int size) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-// A pool is never deleted: its threads may outlive every static object, and a forked child cannot tell what state its
-// parent's was in.
+// A pool is never deleted: its threads may outlive every static object, and a forked child cannot know the state of
+// its parent's pool.
 Pool &pool_of_this_process() {
   Pool *pool = current;
   if (!pool) {

@@ -14,17 +14,17 @@ void set_openmp(uintptr_t address);
 // The threads that a parallel_for of this process uses now: "openmp" or "pool".
 std::string thread_pool();
 
-// Calls work(arg) on this thread and at the same time on other threads. Returns when all calls are done. OpenMP calls
-// it `team` times, the pool at most `shares` times. work must not throw.
+// Calls work(arg) on this thread and on other threads at the same time. Returns when all calls are done. OpenMP makes
+// `team` calls, the pool at most `shares`. work must not throw.
 //
 // `team` must be PyTorch's number of threads: libgomp ends the threads that a smaller team leaves idle, and PyTorch's
 // next loop starts them again. Idle members return at once.
 void run_on_threads(int team, int shares, void (*work)(void *), void *arg);
 
 // Calls body(begin, end) for consecutive blocks of 0..n on up to `threads` threads, the caller's among them. `threads`
-// is PyTorch's number of threads, or 1. A loop with less than `worth` blocks for each of two threads runs on the
-// caller's thread. Threads claim blocks one by one, so a delayed thread delays no other. Throws the first exception of
-// `body`; the blocks that are not yet claimed are then left out.
+// is PyTorch's number of threads, or 1. A loop with fewer than 2 * `worth` blocks runs on the caller's thread.
+// Threads claim blocks one by one, so a delayed thread delays no other. Throws the first exception of `body`; the
+// blocks that are not yet claimed are then skipped.
 template <class Body>
 void parallel_for(int64_t n, int64_t block, int threads, Body body, int64_t worth = 2) {
   struct Loop {

@@ -29,7 +29,7 @@ typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
 
 inline f32 fill(float x) { return f32{} + x; }
 
-// The result is NaN if b is NaN. x86 intrinsics, because GCC 12 makes two instructions of the comparison.
+// The result is NaN if b is NaN. Uses x86 intrinsics, because GCC 12 compiles the comparison to two instructions.
 #if TADPERF_LANES == 16 && defined(__AVX512F__)
 inline f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
 inline f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
@@ -95,7 +95,7 @@ inline auto concat(V a, V b, Indices<I...>) {
   return __builtin_shufflevector(a, b, I...);
 }
 
-// Four elements each of QUADS rows, the rows 0, 4, 8, ...
+// Loads four elements of each of QUADS rows: rows 0, 4, 8, ...
 template <int QUADS, class T>
 inline auto quads(const T *const *rows, int64_t first) {
   if constexpr (QUADS == 1) {
