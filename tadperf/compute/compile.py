@@ -1,10 +1,10 @@
 """Compiles denoisers, decoders and detectors for inference with Inductor, CUDA graphs or TensorRT (tadperf).
 
 `compile_for_inference` replaces the `forward` of a module and nothing else, so diffusers' pipelines, `state_dict` and
-`config` work as before. If a compiler is missing or fails, there is a warning and the run goes on.
+`config` work as before. If a compiler is missing or fails, the run continues with a warning.
 
-TensorRT has never run on hardware. Tests check every name and keyword that is used here against the sources of the
-supported versions of torch-tensorrt.
+The TensorRT backend has never run on a GPU. Tests check every name and keyword that is used here against the sources of
+the supported versions of torch-tensorrt.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def compile_for_inference(
 ) -> Module:
     """Makes calls of `module` run compiled, for use without gradients; returns the same module.
 
-    backend: one of BACKENDS. "auto" chooses eager or Inductor by the work of the first call and logs its choice.
+    backend: one of BACKENDS. "auto" chooses eager or Inductor by the operations of the first call and logs it.
     "cudagraphs" is Inductor with CUDA graphs. "tensorrt" falls back to Inductor, and Inductor to eager, with a warning.
     batch: rows of every compiled call. Smaller inputs are padded with their last row, larger ones are split. So there
-    is one shape, compiled once, and the result of a row does not depend on the rows beside it.
+    is one shape, compiled once, and the result of a row does not depend on other rows.
     dtype: weights and inputs of two or more dimensions are cast to it. Results are cast back to the type of the first
     of these inputs. calls: expected number of calls; without it, "auto" compiles on CUDA only.
     Raises UserError for an unknown backend, and for CUDA graphs on a CPU.
@@ -179,9 +179,9 @@ def _weight_versions(module: nn.Module) -> list[tuple[int, int]]:
 
 
 def with_fallback(name: str, build: Callable[[], Call], other: str, build_other: Callable[[], Call]) -> Call:
-    """Calls the result of `build`. If that fails, warns once and uses the result of `build_other` from then on.
+    """Returns a function that calls the result of `build`. If that fails, it warns once and switches to `build_other`.
 
-    If `build_other` fails on the same call, the caller made a mistake: its error is raised and nothing changes.
+    If the other function fails on the same call, the caller made a mistake: its error is raised and nothing changes.
     Inductor keeps its files in tadperf's cache folder during the call (`_inductor_folder`).
     name, other: names of the two implementations in the warning.
     """
@@ -235,14 +235,14 @@ def _with_casts(run: Call, device: torch.device, dtype: torch.dtype | None) -> C
 
 
 def _is_image(value: object) -> TypeGuard[Tensor]:
-    """Returns whether a value is cast. Time steps are not, because bfloat16 cannot represent 999."""
+    """Returns whether a value is to be cast. Time steps are not, because bfloat16 cannot represent 999."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
 def in_fixed_batches(run: Call, batch: int) -> Call:
     """Calls `run` on exactly `batch` rows at a time, for inputs of any length.
 
-    The first tensor with a dimension gives the number of rows. Every tensor with this first dimension is split.
+    The first tensor with a dimension gives the number of rows. Every tensor with this many rows is split.
     """
 
     def rows(value: Any, count: int, start: int) -> Any:
@@ -271,7 +271,7 @@ def in_fixed_batches(run: Call, batch: int) -> Call:
 
 
 def _chosen_at_first_call(inner: nn.Module, device: torch.device, batch: int | None, calls: int | None) -> Call:
-    """Chooses at the first call by its operation count, never by a clock, so one seed gives one result."""
+    """Chooses the backend at the first call. Counts operations and measures no time, so one seed gives one result."""
     run: Call | None = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -307,7 +307,7 @@ def choose_backend(kind: str, flops: float, layers: int, calls: int | None) -> t
 def _inductor_folder() -> Iterator[None]:
     """Makes Inductor use tadperf's cache folder inside the block, unless TORCHINDUCTOR_CACHE_DIR names another one.
 
-    Inductor reads this folder from the environment alone, when it compiles and when it loads compiled code. If the
+    Inductor reads this folder only from the environment, when it compiles and when it loads compiled code. If the
     variable is not set, Inductor sets it to its default; so the default counts as not set.
     """
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
@@ -336,10 +336,10 @@ def _cache_file(key: str) -> Path:
 
 
 def load_compile_cache(key: str) -> bool:
-    """Loads what an earlier process compiled under `key`, for the compilers of this process; returns whether it exists.
+    """Loads the compiled code that an earlier process saved under `key`. Returns whether there is any.
 
-    Call it before anything is compiled. PyTorch's artifacts leave out the C++ objects that Inductor builds on a CPU,
-    which take most of the compile time. Those stay in the folder that `with_fallback` sets for both processes.
+    Call it before anything is compiled. PyTorch's artifacts do not contain the C++ objects that Inductor builds on a
+    CPU, which take most of the compile time. These stay in the folder that `with_fallback` sets for both processes.
     """
     file = _cache_file(key)
     with _inductor_folder():

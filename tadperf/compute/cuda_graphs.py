@@ -14,8 +14,8 @@ StepFunction = Callable[..., None]
 class GraphedStep:
     """Wraps an in-place `step(*values)` and replays it as a CUDA graph when shapes and constants repeat (tadperf).
 
-    The first call with new shapes or constants runs the step as it is, on a side stream; this warms up what a graph
-    needs. The second call records the graph. If recording fails, there is one warning and every later call runs the
+    The first call with new shapes or constants runs the step without a graph on a side stream, as the warm-up that
+    recording needs. The second call records the graph. If recording fails, there is one warning and all calls run the
     step without a graph. Everything runs on the device of the first tensor. CUDA only.
     """
 

@@ -27,7 +27,7 @@ def resolve_device(device: str) -> torch.device:
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
         raise UserError("--device", device, f"{why}; use --device cpu or auto")
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
@@ -50,7 +50,7 @@ def _only(count: int) -> str:
 def hide_gpus() -> None:
     """Hides all GPUs from this process and its children. Call it before anything asks PyTorch for a GPU.
 
-    With a GPU in sight PyTorch starts autograd threads for it, and then CPU tasks cannot run in forked processes
+    If PyTorch sees a GPU, it starts autograd threads for it. Then CPU tasks cannot run in forked processes
     (`workers.can_fork`). It changes the environment, so only the command line calls it, for `--device cpu`.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

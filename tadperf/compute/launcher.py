@@ -1,4 +1,4 @@
-"""`--devices K`: starts K ranks of this command on this machine and reports one clear end for all of them."""
+"""`--devices K`: starts K ranks of this command on this machine and reports one exit code or error for all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOST = 75  # exit code of a rank that ends because another rank ended
 GRACE = 2.0  # seconds to wait after the first failure, to find out which rank failed first; not tuned
 POLL = 0.02  # seconds; not tuned
 LAUNCHER = "TADPERF_LAUNCHER"  # in the environment of a rank: the launcher's process id
-# The program of a rank. Python puts the current folder first in sys.path, where the sources of tadperf may lie.
+# The program of a rank. It takes the current folder off sys.path, because it may hold the sources of tadperf.
 COMMAND = "import sys; sys.path = [p for p in sys.path if p]; from tadperf.cli.app import main; main()"
 
 
@@ -28,7 +28,7 @@ class RankDiedError(RuntimeError):
 
 
 def num_ranks(devices: str | None) -> int:
-    """Returns the number of ranks to start for `--devices`: 1 without the option, or if this process is a rank already.
+    """Returns the number of ranks to start for `--devices`; 1 without the option, or if this process already is a rank.
 
     Raises UserError if it is not a positive whole number, or differs from torchrun's number of ranks.
     """
@@ -51,15 +51,16 @@ def follow_launcher() -> None:
 
 
 def is_launched() -> bool:
-    """Returns whether a launcher started this process; the launcher then prints the reason of a failure."""
+    """Returns whether a launcher started this process; the launcher then prints the reason for a failure."""
     return LAUNCHER in os.environ
 
 
 def launch_ranks(world: int, arguments: Sequence[str]) -> int:
-    """Runs `tadperf` with these arguments in `world` ranks; returns rank 0's exit code (rank 0 printed the reason).
+    """Runs `tadperf` with these arguments in `world` ranks. Returns rank 0's exit code; rank 0 itself prints its error.
 
-    Rank 0 inherits stdout and stderr; for the others only stderr is kept. Ctrl-C and SIGTERM (as KeyboardInterrupt)
-    go to all ranks. If a rank ends early, the others are killed and RankDiedError says which rank ended and how.
+    Rank 0 inherits stdout and stderr; of the others only stderr is kept. Ctrl-C and SIGTERM arrive here as
+    KeyboardInterrupt and are sent on to all ranks. If a rank ends early, the others are killed and RankDiedError says
+    which rank ended and how.
     """
     logs = [tempfile.TemporaryFile() for _ in range(world)]  # noqa: SIM115
     processes: list[subprocess.Popen] = []
@@ -114,7 +115,7 @@ def _start(
         stdout=None if rank == 0 else subprocess.DEVNULL,
         stderr=None if rank == 0 else logs[rank],
         pass_fds=(store.fileno(),) if rank == 0 else (),
-        start_new_session=True,  # a terminal's Ctrl-C reaches the launcher alone, which sends it on once
+        start_new_session=True,  # a terminal's Ctrl-C reaches only the launcher, which sends it on once
     )
 
 

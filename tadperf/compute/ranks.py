@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-CHUNK_BYTES = 4 << 20  # of one value in the store, which refuses more than 8 MiB
+CHUNK_BYTES = 4 << 20  # largest message to the store, which refuses more than 8 MiB
 POLL_SECONDS = 0.005
 PR_SET_PDEATHSIG = 1
 STORE_FD = "TADPERF_STORE_FD"  # in the environment of a launched rank 0: the listening socket of the store
@@ -54,12 +54,12 @@ _alone = False
 
 
 def environment_rank() -> int:
-    """Returns the rank of this process by its environment, before `join`; 0 without one."""
+    """Returns the rank that the environment names, also before `join`; 0 if it names none."""
     return int(os.environ.get("RANK", 0)) if environment_world_size() > 1 else 0
 
 
 def environment_world_size() -> int:
-    """Returns the number of ranks by the environment, before `join`."""
+    """Returns the number of ranks that the environment names, also before `join`; 1 if it names none."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1
 
 
@@ -74,7 +74,7 @@ def local_world_size() -> int:
 
 
 def join() -> None:
-    """Connects to the other ranks that the environment names. Until then a process works alone.
+    """Connects to the other ranks that the environment names. Before that, a process works alone.
 
     Raises RankLostError if the store of rank 0 cannot be opened or reached.
     """
@@ -83,7 +83,7 @@ def join() -> None:
         return
     try:
         _team = _connect()
-    except (RuntimeError, ValueError, OSError) as error:  # a port in use, a wrong address, a variable that is missing
+    except (RuntimeError, ValueError, OSError) as error:  # a port in use, a wrong address or a missing variable
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
         reason = str(error).splitlines()[0]
         message = f"cannot connect the ranks at {address}: {reason}; check MASTER_ADDR, or choose another MASTER_PORT"
@@ -260,9 +260,9 @@ def _errors_as_lost_rank() -> Iterator[None]:
 
 
 def exit_with_parent(parent: int) -> None:
-    """Makes the system kill this process (SIGKILL) when its parent ends for any reason, so nothing writes on (Linux).
+    """Makes the system kill this process when its parent ends for any reason, so that it stops writing. Linux only.
 
-    parent: the expected parent; the process ends at once if it has another one already.
+    parent: process id of the expected parent. If the process has another parent by now, it ends at once.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

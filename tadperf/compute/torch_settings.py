@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# The switches of CUDA's products, of its convolutions and of the CPU's products. PyTorch does not declare their types.
+# The switches of matrix products on CUDA, of cuDNN, and of oneDNN on the CPU. PyTorch does not declare their types.
 MATMUL: Any = torch.backends.cuda.matmul
 CUDNN: Any = torch.backends.cudnn
 MKLDNN: Any = torch.backends.mkldnn
@@ -19,8 +19,8 @@ def torch_settings(*, threads: int | None = None, tf32: bool | None = None) -> I
     """Sets the number of CPU threads and the TF32 switches inside the block, and restores both after it (tadperf).
 
     threads: CPU threads of PyTorch's operators; None keeps the number.
-    tf32: whether float32 products and convolutions on CUDA may use TensorFloat-32, which keeps 10 bits of the mantissa.
-    PyTorch's own default is yes for convolutions and no for products. None keeps all switches.
+    tf32: whether float32 matrix products and convolutions on CUDA may use TensorFloat-32 (10 bits of mantissa). The
+    default of PyTorch is yes for convolutions and no for matrix products. None keeps all switches.
     """
     threads_before = torch.get_num_threads()
     restore_tf32 = _tf32_restorer() if tf32 is not None else None
@@ -61,7 +61,7 @@ def _tf32_restorer() -> Callable[[], None]:
         convolutions = precisions[1] != "tf32"
 
     def restore() -> None:
-        torch.set_float32_matmul_precision(name)  # the old switch of products; it has three values, allow_tf32 two
+        torch.set_float32_matmul_precision(name)  # the old switch has three values, allow_tf32 only two
         CUDNN.allow_tf32 = convolutions
         for switch, precision in zip(switches, precisions, strict=True):
             switch.fp32_precision = precision

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def tadperf_version() -> str:
-    """Returns the version of tadperf, which pyproject.toml states."""
+    """Returns the version of the installed tadperf; "0+source" if it is not installed."""
     try:
         return version("tadperf")
     except PackageNotFoundError:

@@ -23,7 +23,7 @@ PARALLEL_FROM = 1_000_000  # activations of a step's widest layer; not tuned bey
 
 
 def available_cores() -> int:
-    """Returns the processors that this process may use: an equal share if several ranks run on the machine."""
+    """Returns the number of cores that this process may use: an equal share if several ranks run on the machine."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, count // ranks.local_world_size())
 
@@ -46,8 +46,8 @@ def run_parallel(task: Callable[[Any], T], items: Sequence[Any], workers: int | 
 
     A forked worker sees the caller's tensors without a copy. Its result is pickled, so return small values and no
     tensors: PyTorch sends tensors through files in /tmp, and a killed worker leaves those behind.
-    Every task uses one thread. OpenMP hangs with more after a fork, and the number of threads changes the bits of a
-    sum: a resumed run that trains only its last expert would end with other bytes.
+    Every task uses one thread. With more threads OpenMP hangs after a fork. The number of threads also changes the bits
+    of a sum, so a resumed run that trains only its last expert would end with other bytes.
     Tasks run one after another in this process if forked processes cannot run autograd (`can_fork`).
     """
 
@@ -74,7 +74,7 @@ def can_fork() -> bool:
     """Returns whether forked processes can run tasks: on Linux, unless autograd threads for a GPU run here.
 
     PyTorch starts these threads at the first backward pass of a process that sees a GPU, also for a pass on the CPU.
-    Afterwards autograd raises an error in every forked process. Warns once in this case.
+    Afterwards autograd raises an error in every forked process. In this case there is one warning.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -102,7 +102,7 @@ def _child_can_differentiate() -> bool:
 
 @contextlib.contextmanager
 def _ignored_fork_warning() -> Iterator[None]:
-    """Hides Python's warning about a fork beside threads. The children take no lock of the parent: they never print."""
+    """Hides Python's warning about a fork beside running threads. The children never print: they take no parent's lock."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

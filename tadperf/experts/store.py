@@ -28,7 +28,10 @@ def save_expert(folder: Path, index: int, snapshots: Tensor, **scores: float) ->
 
 
 def is_complete(folder: Path, index: int, shape: tuple[int, int]) -> bool:
-    """Returns whether expert `index` has at least `shape` = (snapshots, parameters). A file is never half written."""
+    """Returns whether expert `index` is stored with at least shape[0] snapshots of exactly shape[1] parameters.
+
+    A file is never half written. Raises UserError if it cannot be read.
+    """
     path = expert_path(folder, index)
     try:
         with safe_open(str(path), framework="pt") as handle:

@@ -24,8 +24,8 @@ from tadperf.progress import Progress, silent
 def train_expert(problem: Problem, recipe: Recipe, seed: int) -> tuple[Tensor, float]:
     """Trains one expert; returns its snapshots float32 [epochs + 1, P] and the final training accuracy.
 
-    The first snapshot holds the initial weights. Label logits [N, C] count as right where their largest is.
-    seed: of this expert; `problem.seed` and `problem.augment` are not used.
+    The first snapshot holds the initial weights. For label logits [N, C] the largest one counts as the label.
+    seed: seed of this expert; `problem.seed` and `problem.augment` are not used.
     """
     module = build(problem.net, problem.shape, problem.num_classes, seed).to(problem.device)
     flat = FlatNet(module)
@@ -48,7 +48,7 @@ def train_experts(
     identity: dict[str, Any],
     progress: Progress = silent,
 ) -> None:
-    """Trains the experts that `folder` lacks and writes one file each; on a CPU one expert per core at a time.
+    """Trains the experts that `folder` lacks and writes one file each. A CPU trains `config.workers` at a time.
 
     identity: everything that the trajectories depend on; a caller that passes weights has to include them.
     Raises UserError if the folder holds experts of another identity.

@@ -80,7 +80,7 @@ class Residual(nn.Module):
 
 
 def resnet18(shape: Shape, num_classes: int, norm: str = "instance") -> nn.Module:
-    """Builds ResNet-18 in its 32 x 32 form, without stride and pool in the stem; no stride below a 4 x 4 map."""
+    """Builds ResNet-18 in its 32 x 32 form, without stride and pool in the stem; maps of 4 x 4 keep their size."""
     channels, _, size = shape
     layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False), norm_layer(norm, 64, size), nn.ReLU()]
     channels = 64

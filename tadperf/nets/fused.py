@@ -13,11 +13,11 @@ from torch.nn.modules import module as torch_module
 
 from tadperf.kernels import conv3x3, implementations, norm_relu_pool
 
-FEW_CHANNELS = 1  # at most this many input channels: a CPU computes the first convolution as a matrix product
+FEW_CHANNELS = 1  # for up to this many input channels, a CPU computes the first convolution as a matrix product
 
 
 def fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns a faster function of x with the results of `module` up to rounding. It can be differentiated once only.
+    """Returns a faster function that equals `module` up to rounding. It can be differentiated once only.
 
     Instance norm, ReLU and average pool become one operator (tadperf.kernels). A 3 x 3 convolution before them uses
     Winograd's algorithm (`conv3x3`). The norm cancels the bias of this convolution, so the bias is left out; its
@@ -47,7 +47,10 @@ def fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _is_plain_sequential(module: nn.Module) -> bool:
-    """Returns whether calling a network means calling its layers one by one, also on channels_last images."""
+    """Returns whether the layers may be called one by one on channels_last images, and compiled code exists for them.
+
+    So the network is a Sequential without hooks, and all its layers are from PyTorch or tadperf.
+    """
     if type(module) is not nn.Sequential or any(has_hooks(layer) for layer in (module, *module)):
         return False
     if any(type(layer).__module__.split(".")[0] not in ("torch", "tadperf") for layer in module.modules()):
@@ -125,8 +128,8 @@ def _few_channel_conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     """Computes a 3 x 3 convolution of stride 1 as one matrix product, in channels_last; weight [K, C, 3, 3].
 
     On 100 grey images of 8 x 8 it takes 0.21 ms with the gradient of the weight; PyTorch's convolution takes 0.75 ms.
-    Another order of the factors can take six times as long: MKL's kernels differ that much, and autograd chooses
-    between them by strides.
+    Other orders of the factors take up to six times as long: MKL's kernels differ that much, and the strides decide
+    which of them autograd uses.
     """
     windows = F.pad(x, (padding,) * 4).unfold(2, 3, 1).unfold(3, 3, 1)  # [B, C, H, W, 3, 3]
     images, channels, height, width = windows.shape[:4]

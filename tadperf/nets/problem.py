@@ -1,4 +1,4 @@
-"""The values that every training stage needs, as one frozen value."""
+"""The inputs that every training stage needs, as one frozen object."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Student(NamedTuple):
     """One network to train and test.
 
     row, repeat: the row of the report, and the number of the student in this row. make_examples: called in the process
-    that trains the student, so no data pass between processes.
+    that trains the student, so no data is sent between processes.
     """
 
     row: str

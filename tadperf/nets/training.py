@@ -22,8 +22,8 @@ from tadperf.kernels import per_sample
 from tadperf.nets.fused import fused_forward
 
 CACHE_ACTIVATIONS = 1 << 22  # activations of the widest layer that fit into the CPU's caches
-# Values that are augmented in one call, and values of the images whose augmentations are drawn in one call. Changing it
-# changes every result: it decides how many epochs share one call to `augment.draw`.
+# The number of pixel values that are augmented in one call, and of those whose augmentations are drawn in one call.
+# Changing it changes the bits of every result, because it decides how many epochs share one call to `augment.draw`.
 DRAW_CHUNK = 1 << 19
 
 
@@ -219,7 +219,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(module: nn.Module, images: Images, labels: Tensor, batch: int = 1024) -> float:
-    """Returns the share of images whose largest logit is that of the label; a row that is not finite counts as wrong.
+    """Returns the share of images whose largest logit is that of the label; a row with NaN or +inf counts as wrong.
 
     The network computes in eval mode. Afterwards each of its layers is in train or eval mode as before.
     Raises UserError if there are no images.

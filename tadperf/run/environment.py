@@ -13,7 +13,7 @@ from tadperf.compute.versions import versions
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Returns versions, platform, CPU, threads, device, arguments and date. device: a name for `resolve_device`."""
+    """Returns versions, platform, CPU, threads, device, arguments and date. device: a name as in `resolve_device`."""
     import torch
 
     return {

@@ -24,7 +24,7 @@ from tadperf.run.environment import describe_environment
 from tadperf.run.stage_meter import StageMeter
 
 FREE_FIELDS = {"experts.workers"}  # may differ in a resumed run, because they change no result
-SAVE_STAGES_EVERY = 10.0  # seconds; a kill loses at most this much of a stage's measured time
+SAVE_STAGES_EVERY = 10.0  # seconds; `log` saves the measured time this often, a kill loses the time since the last save
 
 
 def check_run_folder(path: Path | str, resume: bool) -> None:

@@ -62,7 +62,7 @@ def _bytes(maxrss: int) -> int:
 
 
 def cuda_peak() -> dict[str, float]:
-    """Returns peak_cuda_mb, the MB that PyTorch allocated on a device since `reset_peak`; {} without CUDA."""
+    """Returns peak_cuda_mb: the peak MB that PyTorch allocated on one device since `reset_peak`; {} without CUDA."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return {}
