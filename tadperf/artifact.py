@@ -48,7 +48,7 @@ class DistilledSet:
     labels: int64 [M], or label logits float32 [M, C].
     lr: the learning rate for students, learned with the images.
     normaliser: maps uint8 pixels to normalised images and back; use it for test images too.
-    augment: the differentiable augmentations used while the images were learned.
+    augment: the differentiable augmentations used to learn the images.
     recipe: how to train a student on the images.
     data: name, source and fingerprint of the set that was distilled.
     """

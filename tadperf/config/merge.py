@@ -28,7 +28,7 @@ DIGITS_PRESETS = ("digits", "digits-ipc1")  # they add label noise, but only to 
 REQUIREMENTS = {
     "int_type": "must be an integer",
     "int_parsing": "must be an integer",
-    "int_parsing_size": "must be an integer of fewer digits",
+    "int_parsing_size": "must be an integer with fewer digits",
     "int_from_float": "must be an integer",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
@@ -230,8 +230,8 @@ def _suggestion(name: str) -> str:
     known = _field_names(Config)
     by_key = {field.rpartition(".")[2]: field for field in reversed(known)}
     key = get_close_matches(name.rpartition(".")[2], by_key, 1, 0.7)
-    whole = get_close_matches(name, known, 1)
-    nearest = whole[0] if whole else by_key[key[0]] if key else None
+    names = get_close_matches(name, known, 1)
+    nearest = names[0] if names else by_key[key[0]] if key else None
     return f"did you mean {nearest}?" if nearest else "`tadperf config` lists all keys"
 
 

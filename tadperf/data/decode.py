@@ -37,14 +37,68 @@ GROUND = 128  # grey level behind transparent pixels: drawings in black and in w
 # The suffixes and formats that are read. Pillow reads more, but some of them start other programs (EPS, PDF) or are not
 # images (HDF5, MPEG).
 SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff", ".avif",
-    ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".qoi",
-    ".pcx", ".dds", ".sgi", ".rgb", ".rgba", ".bw", ".ico", ".icns", ".xbm", ".xpm", ".msp",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".apng",
+    ".bmp",
+    ".dib",
+    ".webp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".avifs",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".pfm",
+    ".tga",
+    ".jp2",
+    ".j2k",
+    ".jpf",
+    ".jpx",
+    ".j2c",
+    ".jpc",
+    ".qoi",
+    ".pcx",
+    ".dds",
+    ".sgi",
+    ".rgb",
+    ".rgba",
+    ".bw",
+    ".ico",
+    ".icns",
+    ".xbm",
+    ".xpm",
+    ".msp",
+)
 FORMATS = (
-    "JPEG", "MPO", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000", "QOI", "PCX", "DDS",
-    "SGI", "ICO", "ICNS", "XBM", "XPM", "MSP",
-)  # fmt: skip
+    "JPEG",
+    "MPO",
+    "PNG",
+    "BMP",
+    "DIB",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "AVIF",
+    "PPM",
+    "TGA",
+    "JPEG2000",
+    "QOI",
+    "PCX",
+    "DDS",
+    "SGI",
+    "ICO",
+    "ICNS",
+    "XBM",
+    "XPM",
+    "MSP",
+)
 DEEP_MODES = ("I", "F")  # the first letter of Pillow's modes with more than 8 bits per channel: I;16, I;16B, I, F
 
 
@@ -271,10 +325,10 @@ def _pillow_warnings() -> Iterator[None]:
     caught: list[str] = []
     count = 0
 
-    def note(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    def note(message: Warning | str, category: type[Warning], *details: Any, **options: Any) -> None:
         nonlocal count
         if issubclass(category, DataWarning):
-            shown(message, category, *rest, **more)
+            shown(message, category, *details, **options)
         elif category.__name__ != "DecompressionBombWarning":  # MAX_PIXELS decides what is too large
             count += 1
             if not caught:

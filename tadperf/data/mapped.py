@@ -1,4 +1,4 @@
-"""Image sets that are too large for memory: decoded once into a memory-mapped file in the user's cache folder."""
+"""Large image sets: decoded once into a memory-mapped file in the user's cache folder."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _canonical(name: str, known: tuple[str, ...]) -> str:
 
 
 def _instance(dataset: Dataset, rate: float, generator: torch.Generator) -> Tensor:
-    """Algorithm 2 of Xia et al. (2020): instance-dependent noise on the labels of `dataset`, int64 [N].
+    """Returns the labels of `dataset` with instance-dependent noise, int64 [N] (Xia et al., 2020, algorithm 2).
 
     Sample i flips at rate q_i, drawn from N(rate, 0.1) truncated to [0, 1]. Its new class is drawn from
     softmax(x_i W_y) without its own class y: x_i are its standardised pixels, W_y [D, C] is standard normal. Uses

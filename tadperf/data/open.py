@@ -176,10 +176,10 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
     if kind:
         return kind, path
     if path.is_file():
-        found = next((kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)), None)
-        if found is None:
+        known = next((kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)), None)
+        if known is None:
             raise UserError("data", path, f"unknown format; choose one with --format: {', '.join(READERS)}")
-        return found, path
+        return known, path
     sets = _known_sets([path]) or _known_sets([*path.glob("*/"), *path.glob("*/raw/")])
     if len(sets) > 1:
         listed = ", ".join(str(place.relative_to(path)) for _, place in sets)

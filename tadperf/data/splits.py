@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-# Words for each split, each also with an ending such as "ing", "set" or "_images" (see `_split_of_word`).
+# Words for each split. Each may also end in one of FILLERS: "trainset", "testdata".
 WORDS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation", "holdout", "heldout"),
@@ -35,9 +35,9 @@ def split_of_file(name: str) -> str | None:
 
 def choose_splits(names: Iterable[str]) -> dict[str, str]:
     """Returns the names of the splits to use as "train" and as "test"."""
-    found = set(names)
-    test = next((name for name in TEST_ORDER if name in found), None)
-    return ({"train": "train"} if "train" in found else {}) | ({"test": test} if test else {})
+    splits = set(names)
+    test = next((name for name in TEST_ORDER if name in splits), None)
+    return ({"train": "train"} if "train" in splits else {}) | ({"test": test} if test else {})
 
 
 def look_like_splits(names: Iterable[str]) -> list[str]:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOG_RATIO = 30.0  # the axis is logarithmic if the largest value is this many times the smallest; not tuned
-MAX_LEGEND = 12  # lines named in the legend
-MAX_TICKS = 40  # ticks named on the axis
-MAX_LABEL = 60  # letters of a label
+MAX_LEGEND = 12  # largest number of lines in the legend
+MAX_TICKS = 40  # largest number of labelled ticks
+MAX_LABEL = 60  # largest number of letters in a label
 
 Row = Mapping[str, Any]
 
@@ -73,7 +73,7 @@ def choose_axis(fields: Sequence[str], rows: Sequence[Row]) -> tuple[str, bool]:
 
 
 def _numeric_ticks(axes: Axes, places: list[float]) -> None:
-    """Names the values of the sweep on the axis; uses a logarithmic axis for a wide range."""
+    """Labels the values of the sweep on the axis; uses a logarithmic axis for a wide range."""
     if places[0] > 0 and places[-1] / places[0] >= LOG_RATIO:
         axes.set_xscale("log")
     if len(places) <= MAX_TICKS:

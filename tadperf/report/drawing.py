@@ -22,7 +22,7 @@ INK: Colour = (20, 20, 20)
 FAINT: Colour = (110, 110, 110)
 MARGIN = 12  # pixels
 MEGAPIXELS = 12  # about the size of the largest picture
-MAX_NAME = 240  # pixels of a class name beside a row
+MAX_NAME = 240  # pixels of the longest class name next to a row
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def to_drawable(pixels: Tensor) -> np.ndarray:
 
 
 def cell_size(height: int, width: int, smallest: int, largest: int) -> tuple[int, int]:
-    """Returns the height and width to draw an image with, in pixels. The longer side has `smallest` to about `largest`.
+    """Returns height and width of a drawn image; the longer side is between `smallest` and about `largest` pixels.
 
     Small images are enlarged by a whole number, large ones are reduced.
     """

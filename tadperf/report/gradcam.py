@@ -27,7 +27,7 @@ HEAD_LAYERS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.
 HEAT = ((24, 15, 62), (114, 31, 129), (205, 64, 113), (253, 159, 108), (252, 253, 191))  # dark to bright, even steps
 CELL, MAX_CELL = 96, 256  # pixels to which a small image is enlarged and a large one reduced
 GAP, CAPTION, HEAD = 4, 18, 22  # pixels: between images, below a pair, above the rows
-COLUMNS = 10  # images of a row that are drawn
+COLUMNS = 10  # largest number of images in a row
 FONT = 13
 STRENGTH = 0.55  # share of the heat colours in an overlay
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CELL = 48  # pixels to which a small image is enlarged: an 8 x 8 digit is then easy to see
 MAX_CELL = 256  # pixels to which a large image is reduced
-MAX_ROWS = 1000  # classes that are drawn
+MAX_ROWS = 1000  # largest number of classes
 WIDTH = 2400  # pixels; images are enlarged only up to this width of a row
 GAP = 2  # pixels between images
 HEADLINE = 16  # pixels of the headline's font

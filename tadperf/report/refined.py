@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 WRONG, UNSURE = (190, 30, 30), (190, 120, 0)  # predicted as another class; right class, confidence below beta
 CELL, MAX_CELL = 48, 160  # pixels to which a small image is enlarged and a large one reduced
 CAPTION, GAP, HEAD = 14, 6, 58  # pixels: below an image, between images, above the panels
-MAX_SHOWN = 24  # images of a class
-MAX_ROWS = 500  # classes
+MAX_SHOWN = 24  # largest number of images per class
+MAX_ROWS = 500  # largest number of classes
 FONT = 11
 
 

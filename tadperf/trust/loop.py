@@ -1,7 +1,7 @@
 """The dual loop: an outer partition by losses and an inner recalibration by anchors (TAD, arXiv 2502.05027).
 
 Every round starts from the given labels again, so a later round can undo an earlier mistake. A round inherits only the
-trusted view, on which its proxies train, and with `memory` the scores.
+trusted view, on which its proxies train, and (with `memory`) the scores.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
 
 
 def label_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Returns the cross-entropy of each label [N], clipped at log 1000 so that outliers are no mixture component."""
+    """Returns the cross-entropy of each label [N], clipped at log 1000: outliers must not form a mixture component."""
     return -probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).clamp(min=MIN_PROBABILITY).log()
 
 

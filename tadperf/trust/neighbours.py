@@ -32,7 +32,7 @@ NEIGHBOURS = 10
 REACHES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 LABEL_COUNTS = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # candidates for n
 SPREAD_STEPS = 100
-MIN_POWER = 1e-4  # the steps t of a reach a end where a^t falls below this
+MIN_POWER = 1e-4  # spreading with reach a stops where a^t falls below this
 FOLDS = 5
 PASSES = 5  # how often T and the classes are estimated in turn
 PRIOR = 50.0  # pseudo-labels that pull each row of T towards a symmetric matrix
@@ -42,7 +42,7 @@ MIN_MASS = 1e-12  # guards divisions by zero
 SELECTION_SIZE = 2**20  # samples x classes used to choose reach and n
 FOLD_SIZE = 2**25  # largest samples x classes x folds for the fold method: 128 MB, plus as much for every reach
 BLOCK = 2**24  # similarities in a block: 64 MB
-REPORTED_SIZE = 2**16  # smallest samples x classes with reported progress
+REPORTED_SIZE = 2**16  # progress is reported from this number of samples x classes
 
 
 class NeighbourEstimate(NamedTuple):
@@ -75,9 +75,9 @@ def estimate_from_neighbours(
     rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows"), device="cpu").to(labels.device)
     rows = rows[: max(SELECTION_SIZE // num_classes, 1)]
     best, best_score = None, -torch.inf
-    for reach, seen in neighbour_labels(affinity(features), labels, num_classes, seed, report):
-        seen = seen / seen.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
-        g = seen / seen.sum(1, keepdim=True)
+    for reach, votes in neighbour_labels(affinity(features), labels, num_classes, seed, report):
+        votes = votes / votes.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
+        g = votes / votes.sum(1, keepdim=True)
         row_labels, start = labels[rows], confident_classes(g[rows] / share)
         for label_count in LABEL_COUNTS:
             t, classes = fit_transition(g[rows], row_labels, start, label_count, prior)
@@ -128,8 +128,8 @@ def neighbour_labels(
         return
     fold = torch.randperm(count, generator=seeds.generator(seed, "folds"), device="cpu").to(labels.device) % FOLDS
     visible = torch.cat([given * (fold != f).unsqueeze(1) for f in range(FOLDS)], 1)
-    for reach, seen in zip(REACHES, spread_labels(graph, visible, REACHES, step_done), strict=True):
-        yield reach, seen.view(count, FOLDS, num_classes)[torch.arange(count, device=fold.device), fold]
+    for reach, votes in zip(REACHES, spread_labels(graph, visible, REACHES, step_done), strict=True):
+        yield reach, votes.view(count, FOLDS, num_classes)[torch.arange(count, device=fold.device), fold]
 
 
 def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ KEEP_ONE_IN = 10  # a class keeps the best tenth of its posteriors >= 0.5, even 
 
 
 class Partition(NamedTuple):
-    """posterior [N] that the given label is right, threshold [C], trusted bool [N], separated bool [C]."""
+    """posterior [N] of a right label, threshold [C], trusted bool [N], separated bool [C]: which classes were split."""
 
     posterior: Tensor
     threshold: Tensor

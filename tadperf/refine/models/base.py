@@ -21,7 +21,7 @@ KINDS = {
     "DDPM": "unet",
     "StableDiffusion": "stable",
     "DiT": "dit",
-}  # by the start of the pipeline class
+}  # the kind of model by the start of its pipeline class
 
 
 class Target(NamedTuple):
