@@ -36,7 +36,7 @@ class Request:
 
 
 class OperatorPlan(NamedTuple):
-    """What to measure of one operator."""
+    """What to measure for one operator."""
 
     bench: Bench
     sizes: list[Size]
@@ -66,13 +66,13 @@ class Measurement(NamedTuple):
 
 
 def plan(request: Request) -> Plan:
-    """Checks a request. Raises UserError, which names the option, for a wrong one."""
+    """Checks a request. Raises UserError, which names the wrong option."""
     benches, stages = _by_kind(request.words)
     if not benches:
         _refuse_operator_options(request)
     device = resolve_device(request.device)
     if request.tune and device.type != "cuda":
-        raise UserError("--tune", device.type, "tunes the launches on a CUDA device; use --device cuda")
+        raise UserError("--tune", device.type, "needs a CUDA device; use --device cuda")
     known = [name for bench in benches for name in bench.providers]
     dtypes = catalogue.dtypes(request.dtypes)
     operators = [
@@ -98,7 +98,7 @@ def plan(request: Request) -> Plan:
 
 
 def describe(request: Request) -> list[str]:
-    """Returns lines about the requested operators and stages, by default all, and what can run on the device."""
+    """Returns lines about the requested operators and stages (by default all) and which providers run here."""
     from tadperf.kernels import implementations
 
     benches, stages = _by_kind(request.words)
@@ -133,7 +133,7 @@ def measure(plan: Plan, note: Callable[[str], object]) -> Iterator[Measurement]:
 
 
 def save(plan: Plan, rows: Sequence[Row]) -> None:
-    """Writes the rows as JSON and as pictures, as far as the plan names files."""
+    """Writes the rows as JSON and as plots, if the plan names files for them."""
     if plan.json_file:
         report.save(plan.json_file, rows)
     if plan.plot_file:
@@ -178,7 +178,7 @@ def _by_kind(words: Sequence[str]) -> tuple[list[Bench], list[str]]:
     operators = [word for word in words if word not in stages]
     for word in operators:
         if word in runner.RENAMED:
-            raise UserError("OPERATOR|STAGE", word, f"this stage is called {runner.RENAMED[word]} now")
+            raise UserError("OPERATOR|STAGE", word, f"this stage is now called {runner.RENAMED[word]}")
         if word in catalogue.OWN_COMMANDS:
             raise UserError("OPERATOR|STAGE", word, f"is measured by {catalogue.OWN_COMMANDS[word]}")
         if word not in catalogue.NAMES:
@@ -202,5 +202,5 @@ def _refuse_operator_options(request: Request) -> None:
 
 def _count(option: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(option, text, "must be a whole number of 1 or more")
+        raise UserError(option, text, "must be a positive integer")
     return int(text)

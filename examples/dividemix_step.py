@@ -1,9 +1,9 @@
 """DivideMix's split of the training samples into clean and noisy ones, as in its scripts and with two operators.
 
-After every epoch DivideMix takes the loss of each training sample and fits a mixture of two Gaussians to the losses;
-here one mixture for each class. `python examples/dividemix_step.py` runs both versions in turns on the same logits and
-prints the gain. The logits come from a small network on scikit-learn's digits after 20 epochs; 30 % of the labels are
-drawn at random. The logits are repeated with a little noise up to the size of CIFAR-10.
+After every epoch DivideMix takes the loss of each training sample and fits a mixture of two Gaussians to the losses.
+This example fits one mixture for each class. `python examples/dividemix_step.py` runs both versions in turns on the
+same logits and prints the gain. A small network gives the logits after 20 epochs on scikit-learn's digits, with 30 % of
+the labels drawn at random. They are repeated, with a little noise, up to the size of CIFAR-10.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def before(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def after(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the same by two calls, to convergence. `floor` replaces reg_covar: a share of the class's variance."""
+    """Returns the same by two operators, at convergence. `floor`, a share of the class variance, replaces reg_covar."""
     return tk.mixture(tk.per_sample(logits, labels).loss, labels, logits.shape[1], floor=1e-2).posterior
 
 

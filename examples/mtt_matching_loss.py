@@ -20,7 +20,7 @@ PARAMETERS = 320_010  # ConvNet, width 128, depth 3, 10 classes
 
 
 def before(student: Tensor, target: Tensor, start: Tensor) -> Tensor:
-    """As published: two sums of squares, each divided by the number of parameters, and their ratio."""
+    """The published code: two sums of squares, each divided by the number of parameters, and their ratio."""
     distance, expert_distance = (F.mse_loss(x, target, reduction="none").sum(-1) / PARAMETERS for x in (student, start))
     return (distance / expert_distance).mean()
 

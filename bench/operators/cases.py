@@ -1,4 +1,4 @@
-"""More inputs to check a device with: hard values, no samples, more than 2^31 elements."""
+"""Further inputs for the checks of a device: hard values, no samples, more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from tadperf.bench.operators.engine import Size
 
 INF, NAN = float("inf"), float("nan")
-GRADIENTS = {"per_sample": "loss", "per_sample_linear": "loss", "trajectory_distance": "ratio"}  # of the first input
+# operator -> the result whose gradient with respect to the first input is checked
+GRADIENTS = {"per_sample": "loss", "per_sample_linear": "loss", "trajectory_distance": "ratio"}
 SMALL: dict[str, Size] = {
     "per_sample": (507, 7),
     "per_sample_linear": (65, 24, 129),

@@ -19,7 +19,7 @@ NAMES = (
     "diverse_pick",
     "norm_relu_pool",
 )
-OWN_COMMANDS = {  # measured by a program of their own
+OWN_COMMANDS = {  # measured by their own programs
     "conv3x3": "python -m tadperf.bench.operators.conv3x3 (CPU only)",
     "compile": "python -m tadperf.bench.stages.compile",
 }
@@ -57,20 +57,21 @@ def dtypes(text: str) -> list[torch.dtype]:
     """Reads a list of types such as "float32,bfloat16". Raises UserError for an unknown type."""
     for name in text.split(","):
         if name not in DTYPES:
-            raise UserError("--dtypes", name, f"must be among {', '.join(DTYPES)}")
+            raise UserError("--dtypes", name, f"must be one of {', '.join(DTYPES)}")
     return [DTYPES[name] for name in text.split(",")]
 
 
 def providers(bench: Bench, text: str | None, known: Sequence[str] = ()) -> list[str]:
-    """Returns tadperf and the providers that a list of families and names selects: by default all, "none" for none.
+    """Returns tadperf and the providers that `text`, a list of families and names, selects.
 
+    None selects all. "none" selects tadperf alone.
     Raises UserError for a word that is neither a family, nor a provider of this bench, nor one of `known`.
     """
     wanted = FAMILIES if text is None else () if text == "none" else text.split(",")
     for word in wanted:
         if word not in (*FAMILIES, *bench.providers, *known):
             names = [name for name in bench.providers if name not in (*FAMILIES, "tadperf")]
-            raise UserError("--base", word, f"must be among {', '.join((*FAMILIES, *names))}, or none")
+            raise UserError("--base", word, f"must be one of {', '.join((*FAMILIES, *names))}, or none")
     return [
         name
         for name, provider in bench.providers.items()

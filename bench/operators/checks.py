@@ -103,7 +103,7 @@ def check_compiled(bench: engine.Bench, inputs: Inputs) -> str:
 
 
 def check_gradient(bench: engine.Bench, inputs: Inputs) -> str:
-    """Compares the gradient of a sum of results by the first input with that of the reference by autograd."""
+    """Compares the gradient of a result's sum with respect to the first input with autograd through the reference."""
     if bench.name not in cases.GRADIENTS:
         raise SkipError("no result has a gradient")
     gradients = []
@@ -118,7 +118,7 @@ def check_gradient(bench: engine.Bench, inputs: Inputs) -> str:
 def check_huge(bench: engine.Bench, device: torch.device) -> str:
     """Runs on more than 2^31 elements and compares the last rows with the reference on those rows."""
     if bench.name not in cases.HUGE or device.type != "cuda":
-        raise SkipError("for CUDA and operators with independent rows")
+        raise SkipError("runs only on CUDA, for operators with independent rows")
     size = cases.HUGE[bench.name]
     needed = 3 * bench.moved(size, torch.float32)
     if needed > torch.cuda.mem_get_info()[0]:

@@ -2,8 +2,9 @@
 
 `python -m tadperf.bench.operators.conv3x3 [--threads N]`.
 
-CPU only, float32, channels_last. It measures y, the input's gradient and the kernel's gradient in turns, for layers of
-tadperf's networks. error: the largest difference from float64 over the largest value; PyTorch's error is in brackets.
+CPU only, float32, channels_last. It measures y, the input's gradient and the kernel's gradient for layers of tadperf's
+networks; both implementations take turns. error: the largest difference from float64, divided by the largest value;
+PyTorch's error is in brackets.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def inputs(images: int, channels: int, size: int, dtype: torch.dtype = torch.flo
 
 
 def passes(x: Tensor, kernel: Tensor, grad: Tensor) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Returns for each pass our function and PyTorch's."""
+    """Returns our function and PyTorch's function for each pass."""
 
     def backward(wanted: int) -> Tensor:
         mask = [wanted == 0, wanted == 1, False]

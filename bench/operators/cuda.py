@@ -12,7 +12,7 @@ import torch
 
 from tadperf.bench.operators import engine
 
-CACHES = 4  # size of all rotated inputs, in L2 caches; not tuned
+CACHES = 4  # total size of the rotated inputs, as a multiple of the L2 cache; not tuned
 MAX_SETS = 256  # sets of inputs, and calls in one graph; not tuned
 
 
@@ -24,7 +24,7 @@ def measure(
     functions: Mapping[str, Callable[..., Any]],
     repeats: int,
 ) -> dict[str, engine.Row]:
-    """Returns figures by provider, or its `error`. One provider after another: all graphs together might not fit."""
+    """Returns the figures or the `error` of each provider. Measures one at a time: all graphs together may not fit."""
     moved = bench.moved(size, dtype)
     sets = [bench.inputs(size, dtype, device, seed) for seed in range(rotation(moved, l2_bytes(device)))]
     copy, copy_bytes = engine.large_copy(device)
@@ -122,7 +122,7 @@ def launches(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int | 
 
 
 def peak(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    """Returns the peak of MB that one call allocates, with its results."""
+    """Returns the peak MB that one call allocates, including its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,6 +1,6 @@
 """tadperf.kernels.diverse_pick against the loop that one would write: `tadperf bench diverse_pick`.
 
-A rejected images with K candidates of D features each, in G classes that have 50 qualified images each.
+Shapes: A rejected images, K candidates for each of them, D features, G classes with 50 qualified images each.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def eager(
 def stepwise(
     candidates: Tensor, scores: Tensor, qualified: Tensor, classes: Tensor, qualified_classes: Tensor
 ) -> DiversePick:
-    """All classes at once, one image of each class in a step; picked candidates fill free rows of one table."""
+    """Picks for all classes at once, one image of each class per step. Picked candidates fill free rows of a table."""
     units, pool = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (candidates, qualified))
     labels, classes_at = qualified_classes.unique(return_inverse=True)
     order = classes.argsort(stable=True)

@@ -22,8 +22,9 @@ Size = tuple[int, ...]
 Row = dict[str, Any]
 FAMILIES = ("eager", "inductor", "peer")
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # bytes of the copied buffer: much larger than any cache
-MIN_TURN_MS = 1.0  # a turn of a provider repeats its call until this time; not tuned
-# seconds after which a provider gets no further turn, but at least three; a longer call is its only one; not tuned
+MIN_TURN_MS = 1.0  # a turn repeats the provider's call to last about this long; not tuned
+# Seconds, not tuned. A provider that has used them up gets no more turns, but three at least. If its first call takes
+# longer than this, that call is the only one.
 PATIENCE = 10.0
 
 
@@ -33,7 +34,7 @@ class Provider(NamedTuple):
     family: str  # "tadperf", or one of FAMILIES
     build: Callable[[], Callable[..., Any]]  # returns the function; compiles or imports it only then
     package: str = ""  # the package of another library, which runs on the CPU only
-    limit: float = math.inf  # the largest product of a size that it is run on
+    limit: float = math.inf  # runs only on sizes whose product is at most this
     tolerance: tuple[float, float] | None = None  # replaces that of the bench, for a library that stops early
     slack: float = 0.0  # the share of results that may differ by more than the tolerance
 
@@ -61,7 +62,7 @@ def plain(forms: Mapping[str, Callable[..., Any]]) -> dict[str, Provider]:
 
 
 def skip_reason(provider: Provider, size: Size | None = None, device: str = "cpu") -> str:
-    """Returns in a few words why a provider does not run here; an empty text if it runs."""
+    """Returns why a provider does not run here, in a few words, or an empty text if it runs."""
     if provider.package and device != "cpu":
         return "runs on the CPU only"
     if provider.package and importlib.util.find_spec(provider.package) is None:

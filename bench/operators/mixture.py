@@ -45,7 +45,7 @@ def step(x: Tensor, groups: Tensor, count: Tensor, theta: Tensor) -> Tensor:
 
 
 def em(step: Step) -> Callable[[Tensor, Tensor, int], dict[str, Tensor]]:
-    """Returns a function for the posteriors: EM for all groups at once, which starts at both ends of each group."""
+    """Returns a function that runs EM for all groups at once, from one deviation below and above each group's mean."""
 
     def posteriors(losses: Tensor, groups: Tensor, num_groups: int) -> dict[str, Tensor]:
         losses = losses.float()

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    """Returns x, weight, bias and the upstream gradient. Not inference tensors: backward cannot save those."""
+    """Returns x, weight, bias and the gradient of y. They are no inference tensors, which backward cannot save."""
     images, channels, height, width = size
     generator = torch.Generator(device).manual_seed(seed)
     shapes = size, (channels,), (channels,), (images, channels, height // 2, width // 2)
@@ -49,7 +49,7 @@ def moved(size: Size, dtype: torch.dtype) -> int:
 
 
 def step(layers: Layers) -> Callable[..., Any]:
-    """Runs forward and backward; only forward inside torch.compile, which refuses autograd.grad."""
+    """Returns a function for forward and backward; inside torch.compile, which refuses autograd.grad, forward only."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, grad_y: Tensor) -> Step | dict[str, Tensor]:
         if torch.compiler.is_compiling():

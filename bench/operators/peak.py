@@ -1,7 +1,7 @@
 """Measures the peak memory of each provider of an operator, without its inputs, in a new process.
 
 In that process glibc returns every tensor to the system when it is freed (MALLOC_MMAP_THRESHOLD_), so a provider cannot
-use memory that an earlier one has left. Results count, inputs do not. Each provider is called once before.
+use memory that an earlier one has left. Results count, inputs do not. Each provider runs once before it is measured.
 """
 
 from __future__ import annotations

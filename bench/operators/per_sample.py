@@ -28,7 +28,7 @@ def moved(size: Size, dtype: torch.dtype) -> int:
 
 
 def eager(logits: Tensor, labels: Tensor) -> PerSample:
-    """As one would write it in PyTorch. NaN, infinities, ties and -1 are not treated as in the reference."""
+    """The usual PyTorch code. It does not treat NaN, infinities, ties and -1 as the reference does."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     top, index = p.topk(2, -1)

@@ -1,4 +1,4 @@
-"""per_sample_linear against all logits in memory, eager and compiled: `tadperf bench per_sample_linear`.
+"""per_sample_linear against code that stores all logits, eager and compiled: `tadperf bench per_sample_linear`.
 
 N samples of D features under a linear classifier of C classes.
 """

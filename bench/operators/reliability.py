@@ -39,7 +39,7 @@ def flops(size: Size) -> int:
 
 
 def eager(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """As one would write it in PyTorch: whiten, cdist, cosines, topk."""
+    """The usual PyTorch code: whiten, cdist, cosines, topk."""
     features, anchors, cholesky = features.float(), anchors.float(), cholesky.float()
     whitened = torch.linalg.solve_triangular(cholesky, features.T, upper=False).T
     centres = torch.linalg.solve_triangular(cholesky, anchors.T, upper=False).T
@@ -98,7 +98,7 @@ BENCH = Bench(
         **plain({"": eager, "expanded": expanded}),
         "scipy": Provider("peer", scipy, package="scipy", limit=1e9),
     },
-    # cdist and the expanded square lose half of the digits of a difference; similarities are in -1..1
+    # cdist and the expanded square lose half of the digits of a difference. Similarities lie in -1..1.
     tolerance={
         **dict.fromkeys(("distance", "second_distance"), (1e-3, 1e-3)),
         **dict.fromkeys(("similarity", "second_similarity"), (1e-4, 1e-5)),

@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 def facts(operator: str, device: torch.device, threads: int, command: str) -> dict[str, Any]:
-    """Returns what every row of an operator says about its machine and versions."""
+    """Returns the operator's name and implementation, the machine and the versions, which every row repeats."""
     implementation = implementations()[operator][device.type]
     return {"operator": operator, "implementation": implementation} | machine_facts(device, threads, command)
 

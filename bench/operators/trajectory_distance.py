@@ -25,14 +25,14 @@ def moved(size: Size, dtype: torch.dtype) -> int:
 
 
 def eager(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
-    """As published scripts write it, in float32."""
+    """The code of published scripts, in float32."""
     student, target, start = student.float(), target.float(), start.float()
     distance, expert_distance = ((student - target) ** 2).sum(-1), ((start - target) ** 2).sum(-1)
     return TrajectoryDistance(distance, expert_distance, distance / expert_distance)
 
 
 def dot(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
-    """Squares and sums in one operation."""
+    """The same with dot products, which square and sum in one operation."""
     a, b = student.float() - target.float(), start.float() - target.float()
     distance, expert_distance = torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
     return TrajectoryDistance(distance, expert_distance, distance / expert_distance)

@@ -2,7 +2,7 @@
 
 Run `python -m tadperf.bench.stages.compile [--json FILE]`. Weights and inputs are random; the backends of
 `compute.compile.compile_for_inference` take turns. compile_s: the first call with empty caches, after another network
-was compiled. restart_s: the first call of a compiler that has only its caches on disk. On CUDA it also measures CUDA
+was compiled. restart_s: the first call after a reset that leaves only the caches on disk. On CUDA it also measures CUDA
 graphs, and networks of the size of DiT-XL/2 and Stable Diffusion 1.5.
 """
 
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def unet(size: int, width: int, levels: int, channels: int) -> Case:
-    """A class-conditional UNet2DModel over pixels, as refine.source = "train" builds it."""
+    """Returns the case of a class-conditional UNet2DModel over pixels, as refine.source = "train" builds it."""
 
     def build() -> nn.Module:
         from diffusers import UNet2DModel
@@ -82,7 +82,7 @@ def unet(size: int, width: int, levels: int, channels: int) -> Case:
 
 
 def detector(name: str, size: int, channels: int) -> Case:
-    """A detector by the name of its network."""
+    """Returns the case of a detector with the network `name`."""
 
     def build() -> nn.Module:
         net = NetConfig.model_validate({"name": name})
@@ -92,7 +92,7 @@ def detector(name: str, size: int, channels: int) -> Case:
 
 
 def dit_xl() -> Case:
-    """DiT-XL/2 at 256 x 256: latents 4 x 32 x 32, each image with and without its class."""
+    """Returns the case of DiT-XL/2 at 256 x 256: latents 4 x 32 x 32, each image with and without its class."""
 
     def build() -> nn.Module:
         from diffusers import DiTTransformer2DModel
@@ -116,7 +116,7 @@ def dit_xl() -> Case:
 
 
 def stable_diffusion() -> Case:
-    """The UNet of Stable Diffusion 1.5 at 256 x 256: latents 4 x 32 x 32, 77 words of a prompt."""
+    """Returns the case of Stable Diffusion 1.5's UNet at 256 x 256: latents 4 x 32 x 32, 77 words of a prompt."""
 
     def build() -> nn.Module:
         from diffusers import UNet2DConditionModel

@@ -24,7 +24,7 @@ from tadperf.nets.training import Recipe
 
 
 class Case(NamedTuple):
-    """Numbers of experts and images, and a recipe without momentum and decay, as in MTT."""
+    """A network, the numbers of images and experts, and a recipe without momentum and decay, as in MTT."""
 
     net: NetConfig
     shape: Shape
@@ -49,7 +49,7 @@ SIZES = {
         Recipe(1, 256, 0.01, 0.0, 0.0, "color_crop_cutout_flip_scale_rotate", decay=False),
     ),
 }
-# More work for a GPU, which two steps do not keep busy: together an epoch and a half of CIFAR-10.
+# Two steps do not keep a GPU busy. The three experts together see as many images as 1.5 epochs of CIFAR-10.
 CUDA = {"cifar10": SIZES["cifar10"]._replace(images=25600, experts=3)}
 PROVIDERS = {"tadperf": "tadperf", "published": "published"}
 

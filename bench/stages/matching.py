@@ -62,7 +62,7 @@ def _cifar10(steps: int, *providers: str, **net: object) -> Case:
 
 
 def _network(**net: object) -> Case:
-    """A network without derivatives of its own in tadperf: autograd eager and compiled, one step of 20 images."""
+    """Returns a case whose network has no formulas in tadperf: autograd, eager and compiled, one step of 20 images."""
     return _cifar10(1, "autograd", "tadperf compiled", **net)._replace(batch=20)
 
 
@@ -96,7 +96,7 @@ class MatchingProblem(NamedTuple):
 
 
 def make_problem(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> MatchingProblem:
-    """Returns random images and an expert with a random step; the same numbers in every type and process."""
+    """Returns random images and an expert that moves by a random step: the same in every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(0)
     module = build(case.net, case.shape, 10, 0).to(device, dtype)
     net = FlatNet(module)
@@ -143,7 +143,7 @@ def adjoint(p: MatchingProblem, backend: step_backends.StepBackend) -> Tensor:
 
 
 def iteration(provider: str, p: MatchingProblem) -> Callable[[], Tensor]:
-    """Returns a function that runs one iteration. It compiles in its first call. "tadperf" is what a run uses."""
+    """Returns a function that runs one iteration; its first call compiles. "tadperf" is the backend that a run uses."""
     if provider == "published":
         return partial(published, p)
     if provider == "tadperf" and p.images.is_cuda:

@@ -1,4 +1,4 @@
-"""Measures one round of refinement: generates candidates for some rejected images, classifies and chooses them.
+"""Measures one round of refinement: generates candidates for some rejected images, classifies them and chooses.
 
 "published": one candidate after another, each classified alone, eager. The weights are random, which does not change
 the time. The note gives the largest difference of a pixel from the published form.

@@ -86,12 +86,12 @@ def sizes(stage: Stage, text: str | None) -> list[str]:
     wanted = [part.strip() for part in text.split(",")] if text else list(default)
     for name in wanted:
         if name not in stage.SIZES:
-            raise UserError("--sizes", name, f"must be among {', '.join(stage.SIZES)}")
+            raise UserError("--sizes", name, f"must be one of {', '.join(stage.SIZES)}")
     return wanted
 
 
 def make_row(stage: str, case: str, provider: str, family: str, times: np.ndarray | None = None, **values: Any) -> Row:
-    """Returns the figures of one provider on one case. times: ms of each turn. `error` says why there are none."""
+    """Returns the row of one provider on one case. times: ms of each turn; without times, `error` gives the reason."""
     assert family in FAMILIES
     row: Row = {"stage": stage, "case": case, "provider": provider, "family": family, **EMPTY}
     if times is not None:
@@ -101,9 +101,9 @@ def make_row(stage: str, case: str, provider: str, family: str, times: np.ndarra
 
 
 def ratios(rows: Sequence[Row]) -> None:
-    """Compares the rows of each case: adds how many times faster a row is than the published and the fastest eager one.
+    """Adds to each row how many times faster it is than the published and the fastest eager row of its case.
 
-    Also adds its peak memory as a share of that of the published one.
+    Also adds its peak memory as a share of the published row's.
     """
     for case in dict.fromkeys(row["case"] for row in rows):
         group = [row for row in rows if row["case"] == case]
@@ -133,7 +133,7 @@ def peak_memory(stage: str, size: str, provider: str, device: torch.device) -> f
 
 
 def facts(stage: str, device: torch.device, threads: int, command: str) -> Row:
-    """Returns what every row of a stage says about its machine and versions."""
+    """Returns the stage, the machine and the versions, which every row repeats."""
     return {"stage": stage, **report.machine_facts(device, threads, command)}
 
 

@@ -2,9 +2,10 @@
 
 Run `python -m tadperf.bench.studies.audit [--data DATA --labels FILE:KEY --samples N]`.
 
-Without --data: the time of `find_label_issues` and its F1 on the probabilities of simulated classifiers, both in turns.
-With --data: the dual loop on real images with known clean labels. It prints the average precision (area under the
-precision-recall curve) of its score and of cleanlab's three scores from the same held-out probabilities, by round.
+Without --data it measures the time and the F1 of `find_label_issues` and of cleanlab on the probabilities of simulated
+classifiers; both take turns. With --data it runs the dual loop on real images with known clean labels. It then prints,
+for each round, the average precision (area under the precision-recall curve) of tadperf's score and of cleanlab's three
+scores from the same held-out probabilities.
 """
 
 from __future__ import annotations
@@ -98,11 +99,11 @@ def cleanlab_precision(labels: np.ndarray, probabilities: np.ndarray, wrong: np.
 
 
 def quality(data: Dataset, config: Config) -> list[str]:
-    """Returns Markdown rows, one for each round, and prints them as they come."""
+    """Returns Markdown rows, one for each round, and prints each row after its round."""
     assert data.clean_labels is not None, "measuring needs the clean labels"
     wrong, labels = (data.labels != data.clean_labels).numpy(), data.labels.numpy()
     lines = [
-        "| round | tadperf | cleanlab: " + " | ".join(RANKINGS) + " | view right | coverage | seconds |",
+        "| round | tadperf | cleanlab: " + " | ".join(RANKINGS) + " | correct among kept | labels kept | seconds |",
         "|" + " --- |" * (len(RANKINGS) + 5),
     ]
     begun = time.perf_counter()

@@ -1,12 +1,14 @@
 """Measures generated images on noisy labels.
 
 Run `python -m tadperf.bench.studies.generative --seeds 0 1 2 3 4 --out DIR`. It writes these tables after every seed,
-with mean and sample deviation over the seeds:
-quality: the images before and after refinement, as a judge sees them. The judge is a network trained on the true labels
-of all training images; it only measures, and nothing learns from it. anomalies: the decisions of a detector trained on
-the trusted samples and of one trained on the given labels about the same images, against the judge's. accuracy: of
-students on test images. matching: the same for sets matched from real and from refined images. DIR keeps every run; a
-run that is there is used again.
+with mean and sample deviation over the seeds. DIR keeps every run, and a later call reuses them.
+
+quality: a judge rates the images before and after refinement. The judge is a network trained on the true labels of all
+training images. It only measures, and nothing learns from it.
+anomalies: the decisions of two detectors about the same images are compared with the judge's. One detector learned the
+trusted samples, the other the given labels.
+accuracy: the test accuracy of students.
+matching: the test accuracy of students of sets matched from real and from refined images.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class Study(NamedTuple):
 
 
 def run_distilled(config: Config, place: Path, donor: Path | None = None) -> dict[str, Any]:
-    """Returns the result of a run without students. Continues an old run; a new one takes the models of `donor`."""
+    """Returns the result of a run without students. Continues an old run. A new run takes the models of `donor`."""
     if place.exists() and (result := finished_result(place, config)):
         return result
     with Run.create(place, config, place.exists()) as run:
@@ -87,7 +89,7 @@ def run_distilled(config: Config, place: Path, donor: Path | None = None) -> dic
 
 
 def load_case(study: Study, seed: int) -> Case:
-    """Returns the generative run of a seed, and the judge, trained as the detector on the true labels of all images."""
+    """Returns the generative run of a seed. Trains the judge like the detector, on the true labels of all images."""
     config, place = study.config(seed, "generative"), study.out / f"generative-{seed}"
     result = run_distilled(config, place, study.donor and study.donor / place.name)
     task = prepare(config)
@@ -123,7 +125,7 @@ def train_network(task: Task, data: NormalisedData, labels: Tensor, name: str) -
 
 
 def quality(c: Case) -> dict[str, float]:
-    """Returns the judge's agreement and diversity and the share that the detector rejects, before and after."""
+    """Returns the judge's agreement, the diversity and the share that the detector rejects, before and after."""
     config = c.task.config
     labels = torch.arange(c.task.train.num_classes).repeat_interleave(config.match.ipc)
     found: dict[str, float] = {}
@@ -225,7 +227,7 @@ def table(found: dict[int, dict[str, float]]) -> str:
     """Returns Markdown: a row for each figure, a column for each seed, then mean and deviation."""
     lines = [f"| | {' | '.join(f'seed {s}' for s in found)} | mean ± deviation |", f"|{' --- |' * (len(found) + 2)}"]
     for name in next(iter(found.values())):
-        values = [of_seed[name] for of_seed in found.values()]
+        values = [figures[name] for figures in found.values()]
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         cells = " | ".join(f"{value:.3f}" for value in values)
         lines.append(f"| {name} | {cells} | {statistics.fmean(values):.3f}{spread} |")
@@ -247,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(options.preset, options.noise, options.sets, options.out, options.donor)
     head = f"preset {' '.join((study.preset, *study.sets))}, {study.noise}, {available_cores()} cores, {date.today()}"
     found: dict[str, dict[int, dict[str, float]]] = {part: {} for part in options.parts}
-    for part in options.parts:  # one part of all seeds first: an interrupted study has complete tables
+    for part in options.parts:  # all seeds of a part first, so that an interrupted study has complete tables
         for seed in options.seeds:
             c = load_case(study, seed)
             measure = {

@@ -1,8 +1,8 @@
 """Times the partition and the recalibration on data as large as ImageNet.
 
 Run `python -m tadperf.bench.studies.large_trust`. Losses and features are synthetic: each class is a cloud in D
-dimensions, and a fifth of the labels is wrong. It prints the seconds of each part and the peak memory of the process
-with the features.
+dimensions, and a fifth of the labels is wrong. It prints the seconds of each part and the peak memory of the process,
+which includes the features.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make(count: int, classes: int, width: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def measure(count: int, classes: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Returns seconds by part, peak memory in GB (2**30 bytes), and the share of correct labels in the final view."""
+    """Returns seconds by part, peak memory in GB (2**30 bytes), and the shares of kept and of correct labels."""
     seconds = {}
 
     def timed(name: str, begun: float) -> None:

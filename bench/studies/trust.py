@@ -1,9 +1,9 @@
 """Measures the effect of each part of the dual loop.
 
 Run `python -m tadperf.bench.studies.trust --noise asymmetric:0.4 --seeds 5`. It uses the digits with added noise and
-the preset's ConvNet. Rows: the complete loop, and the loop without one part. Columns: the final state against the true
-labels, as mean and sample deviation over the seeds. average precision: of the score as a detector of wrong labels.
-accuracy: on test images, of a network trained on the view.
+the preset's ConvNet. Rows: the complete loop, and the loop without one part. Columns: the final state compared with the
+true labels, as mean and sample deviation over the seeds. average precision: how well the score finds wrong labels.
+accuracy: test accuracy of a network trained on the trusted samples.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no memory in the score": {"memory": False},
     "one round": {"rounds": 1},
 }
-# The parts from the paper once more without the neighbours, which can hide their effect.
+# These rows are also measured without the neighbours, which can hide the effect of the other parts.
 ALONE = {
     "all classes in one mixture",
     "threshold 0.5",
@@ -87,7 +87,7 @@ def run_dual_loop(data: Dataset, config: Config) -> tuple[TrustState, float]:
 
 
 def student_accuracy(state: TrustState, train: Dataset, test: Dataset, config: Config) -> float:
-    """Returns the test accuracy of a network trained on the view, as the pipeline trains its baseline on all images."""
+    """Returns the test accuracy of a network that learns the trusted samples by the recipe of the baselines."""
     normaliser, view, e = fit_normaliser(train.images, config.data.normalise), state.view(), config.evaluate
     recipe = Recipe(e.full_epochs, e.batch, e.real_lr, e.momentum, e.weight_decay, config.data.augment)
     images = normalise_images(normaliser, train.images)[view.index]

@@ -1,7 +1,7 @@
 """Checks and measures everything on a GPU in one call.
 
 Run `python -m tadperf.bench.tools.gpu_check [--quick] [--json FILE]`. It checks each operator, then measures it, in a
-process with a time limit: a hang or a broken CUDA context affects that operator only. A failure is a row.
+process with a time limit: a hang or a broken CUDA context affects that operator only. A failure becomes a row.
 `--device cpu` runs the same steps on small inputs. `--phase experts|matching|job --out DIR` runs the phases of the
 stages (gpu_stages); the same call resumes them.
 """

@@ -31,7 +31,7 @@ BARS = {
     "matching": {"over_published": 3.0, "memory_share": 0.2},
 }
 MODES = ("off", "on", "oracle")
-STOP = 20.0  # seconds for an interrupted run to leave its folder in order; not tuned
+STOP = 20.0  # seconds that an interrupted run gets to end cleanly; not tuned
 SMALL = (
     "net.width=8",
     "net.depth=1",
@@ -53,7 +53,7 @@ SMALL = (
 
 
 def mark_missed_bars(phase: str, rows: Sequence[Row]) -> list[Row]:
-    """Adds to tadperf's rows, as "missed", the goals that they miss. Returns all rows."""
+    """Adds the missed goals to tadperf's rows, under "missed". Returns all rows."""
     for row in rows:
         if row["provider"] != "tadperf" or phase not in BARS:
             continue

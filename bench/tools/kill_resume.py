@@ -1,8 +1,8 @@
 """Interrupts runs at random moments and resumes them: every result must equal that of an undisturbed run.
 
 Run `python -m tadperf.bench.tools.kill_resume --jobs matching hybrid --kills 20 --signal KILL`. A job is a small run on
-the digits by the real command line. Each kill has its own run, and its moment is drawn from its share of the
-undisturbed run's duration. One more run gets all kills. An audit cannot be resumed: it starts again.
+the digits by the real command line. Each of the K kills has its own run. Kill k comes at a random moment in the k-th of
+K equal parts of the undisturbed run's duration. One more run gets all kills. An audit cannot resume: it starts again.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ JOBS = {
         *_sets({"net.width": 8, "trust.rounds": 2, "trust.proxies": 2, "trust.epochs": 3}),
     ],
 }
-# Files that hold times, paths or an order of events, and keys of a result that do.
+# Files and keys of a result that hold times, paths or an order of events. These may differ.
 MEASURED_FILES = ("env.json", "stages.json", "metrics.jsonl", "result.json", "evaluate.json", ".lock")
 MEASURED = ("stages", "seconds", "paths")
-STAGES = {  # a file of the run folder that shows that a stage was reached, the latest stage first
+STAGES = {  # stage -> the file that shows that a run has reached it; the latest stage first
     "done": "DONE",
     "evaluate": "distilled.safetensors",
     "matching": "checkpoints/initial.safetensors",
@@ -115,7 +115,7 @@ def reached(folder: Path) -> str:
 def kill(job: str, folder: Path, moment: float, number: int = signal.SIGKILL) -> str:
     """Starts or resumes the job and sends it a signal after `moment` seconds. Returns the stage that it was in.
 
-    Raises RuntimeError if the job fails before the signal, or if its exit code does not tell that it was interrupted.
+    Raises RuntimeError if the job fails before the signal, or if its exit code does not say that it was interrupted.
     """
     process = start(job, folder)
     try:
@@ -167,13 +167,13 @@ def _scores(folder: Path) -> dict[str, Any]:
 
 
 def _records(folder: Path) -> list[str]:
-    """The records of metrics.jsonl by stage. Students end in any order, so their records are compared by `_scores`."""
+    """Returns the sorted records of metrics.jsonl without those of students, which end in any order (see `_scores`)."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return sorted(json.dumps(record) for record in records if record["stage"] != "evaluate")
 
 
 def run_job(job: str, kills: int, number: int, seed: int, place: Path) -> int:
-    """Interrupts one run for each kill and one run with all kills; prints what differs. Returns the wrong runs."""
+    """Applies each kill to its own run, and all kills to one more run. Prints what differs. Returns how many differ."""
     whole, chain = place / "whole", place / "all-kills"
     duration = finish(job, whole)
     print(f"{job}: undisturbed {duration:.1f} s, {signal.Signals(number).name}", flush=True)
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--kills", type=int, default=20, help="kills for each job")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT", "HUP"), default="KILL")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     options = parser.parse_args(arguments)
     number, wrong = signal.Signals[f"SIG{options.signal}"], 0
     for job in options.jobs:

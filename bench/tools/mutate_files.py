@@ -1,8 +1,8 @@
 """Damages valid files at random and opens them: each must open, or be refused with a UserError of one line.
 
-Run `python -m tadperf.bench.tools.mutate_files --count 2000`. Prints one line per format: the cases that opened, those
-that were refused, the faults, the slowest case, and the largest memory of the process. A fault is another exception, a
-case of more than 10 seconds or 2 GB, or output on stderr. --format NAME --first SEED --count 1 repeats one case.
+Run `python -m tadperf.bench.tools.mutate_files --count 2000`. Prints one line per format: the numbers of opened files,
+refused files and faults, the slowest case, and the peak memory of the process. A fault is another exception, a case of
+more than 10 seconds or 2 GB, or output on stderr. --format NAME --first SEED --count 1 repeats one case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chooses how Triton kernels are launched on this GPU; `tadperf bench --tune` saves to launch_configs.user_file()."""
+"""Tunes the launch settings of Triton kernels on this GPU. `tadperf bench --tune` saves them for later processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tadperf.bench.operators.engine import Bench, Size, mismatch
 from tadperf.kernels.gpu import launch_configs
 
 Entry = dict[str, int]
-GAIN = 0.98  # a better candidate needs less than this share of the best time; smaller gains are noise; not tuned
+GAIN = 0.98  # a candidate must take less than this share of the best time; smaller gains are noise; not tuned
 LIMITS = {"num_warps": (1, 32), "num_stages": (1, 6)}
 
 
@@ -29,7 +29,7 @@ def neighbours(entry: Entry) -> Iterator[Entry]:
 
 
 def descend(entry: Entry, cost: Callable[[Entry], float]) -> Entry:
-    """Returns an entry that no neighbour betters by GAIN, by moving to better ones. A cost of inf is a failure."""
+    """Moves to better neighbours until none improves the cost by GAIN. Returns the last entry. A failure costs inf."""
     best, lowest = entry, cost(entry)
     tried = [entry]
     while True:
@@ -58,9 +58,9 @@ def launch_entries(function: Callable[[], object]) -> dict[tuple[str, int], Entr
 
 
 def tune(bench: Bench, sizes: Sequence[Size], device: torch.device) -> Iterator[tuple[str, Path]]:
-    """Tunes one launch of the operator after another at these sizes. Yields operators and the files written.
+    """Tunes one launch of the operator after another at these sizes. Yields the operators and the files written.
 
-    Settings are used up to the size of their tuning; the shipped ones are used above the largest size.
+    A tuned setting applies to sizes up to its own. Above the largest tuned size, the shipped settings apply.
     """
     function = bench.providers["tadperf"].build()
     best: dict[tuple[str, int], Entry] = {}

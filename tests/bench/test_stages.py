@@ -13,9 +13,12 @@ from tadperf.matching import gradient
 
 CPU = torch.device("cpu")
 TINY = matching.Case(
-    (3, 8, 8), 7, 3, NetConfig.model_validate({"width": 5, "depth": 2}),
+    (3, 8, 8),
+    7,
+    3,
+    NetConfig.model_validate({"width": 5, "depth": 2}),
     ("tadperf", "tadperf bfloat16", "autograd", "published"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -54,10 +57,13 @@ def test_ratios_stay_within_a_case():
     rows = [
         runner.make_row("refinement", case, family, family, np.array([ms]), peak_mb=mb)
         for case, family, ms, mb in (
-            ("a", "tadperf", 2.0, 10.0), ("a", "eager", 6.0, None), ("a", "published", 8.0, 40.0),
-            ("b", "tadperf", 5.0, 10.0), ("b", "inductor", 1.0, 1.0),
+            ("a", "tadperf", 2.0, 10.0),
+            ("a", "eager", 6.0, None),
+            ("a", "published", 8.0, 40.0),
+            ("b", "tadperf", 5.0, 10.0),
+            ("b", "inductor", 1.0, 1.0),
         )
-    ]  # fmt: skip
+    ]
     rows.append(runner.make_row("refinement", "a", "broken", "eager", error="no such thing"))
     runner.ratios(rows)
     assert [row["over_published"] for row in rows] == [4, pytest.approx(8 / 6), 1, None, None, None]
@@ -76,5 +82,5 @@ def test_peak_memory_of_a_new_process():
 def test_an_unknown_size():
     stage = runner.load("matching")
     assert runner.sizes(stage, None) == ["digits", "cifar10"]
-    with pytest.raises(UserError, match="must be among digits"):
+    with pytest.raises(UserError, match="must be one of digits"):
         runner.sizes(stage, "digits,imagenet")

@@ -114,12 +114,12 @@ def test_a_stage(tadperf, tmp_path, monkeypatch, one_thread):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["matching", "--sizes", "cifar"], "--sizes: cifar: must be among digits, cifar10"),
+        (["matching", "--sizes", "cifar"], "--sizes: cifar: must be one of digits, cifar10"),
         (["matching", "--base", "eager"], "--base: eager: is for operators only"),
         (["matching", "--dtypes", "float16"], "--dtypes: float16: is for operators only"),
         (["matching", "--plot", "."], "--plot: .: is for operators only"),
-        (["distil"], "OPERATOR|STAGE: distil: this stage is called matching now"),
-        (["evaluate"], "OPERATOR|STAGE: evaluate: this stage is called students now"),
+        (["distil"], "OPERATOR|STAGE: distil: this stage is now called matching"),
+        (["evaluate"], "OPERATOR|STAGE: evaluate: this stage is now called students"),
         (["conv3x3"], "OPERATOR|STAGE: conv3x3: is measured by python -m tadperf.bench.operators.conv3x3"),
         (["nothing"], "OPERATOR|STAGE: nothing: must be one of per_sample"),
     ],
