@@ -31,7 +31,7 @@ def test_digits_are_those_of_scikit_learn_scaled_to_bytes_in_a_fixed_split():
     assert train.clean_labels is None
 
 
-def test_the_test_split_alone():
+def test_the_test_split_can_be_read_alone():
     both, alone = open_data("digits"), open_data("digits", need_train=False)
     assert alone.train is None
     assert both.test is not None
@@ -168,7 +168,7 @@ def test_a_class_without_samples_under_new_labels_is_named(tmp_path, pixels, cla
         open_data(tmp_path / "set.npz", labels=str(tmp_path / "noisy.npy"))
 
 
-def test_only_a_test_split(tmp_path, pixels, classes):
+def test_a_set_with_only_a_test_split(tmp_path, pixels, classes):
     np.savez(tmp_path / "set.npz", x_test=pixels, y_test=classes)
     with pytest.raises(UserError, match="no train split"):
         open_data(tmp_path / "set.npz")

@@ -53,12 +53,12 @@ def test_central_samples_are_the_nearest_to_the_centres_of_scikit_learn(ipc):
     for label in range(3):
         rows = np.flatnonzero(labels.numpy() == label)
         points = images[rows].flatten(1).numpy()
-        taken = [int(np.flatnonzero(rows == k)[0]) for k in index[label * ipc : (label + 1) * ipc].tolist()]
+        picked = [int(np.flatnonzero(rows == k)[0]) for k in index[label * ipc : (label + 1) * ipc].tolist()]
         centres = KMeans(ipc, n_init=3, random_state=5).fit(points).cluster_centers_  # pyright: ignore
         for k, centre in enumerate(centres):
             distance = np.sqrt(((points - centre) ** 2).sum(1))
-            distance[taken[:k]] = np.inf  # samples of earlier centres
-            assert distance[taken[k]] <= distance.min() + 1e-5  # two samples around their own centre are equally near
+            distance[picked[:k]] = np.inf  # samples of earlier centres
+            assert distance[picked[k]] <= distance.min() + 1e-5  # two samples around their own centre are equally near
 
 
 def test_central_samples_are_distinct_when_all_images_are_equal():

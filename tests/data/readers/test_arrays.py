@@ -131,7 +131,7 @@ def test_npz_errors(tmp_path, pixels, classes):
 
 @pytest.mark.parametrize("keep", [0, 30, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
-def test_truncated(tmp_path, pixels, classes, kind, keep):
+def test_a_truncated_file_is_refused(tmp_path, pixels, classes, kind, keep):
     path = tmp_path / f"set.{kind}"
     if kind == "npz":
         np.savez(path, images=pixels, labels=classes)
@@ -143,7 +143,7 @@ def test_truncated(tmp_path, pixels, classes, kind, keep):
         open_data(path)
 
 
-def test_npz_damaged_inside(tmp_path, pixels, classes):
+def test_an_npz_damaged_in_the_middle_is_refused(tmp_path, pixels, classes):
     np.savez_compressed(tmp_path / "set.npz", images=pixels, labels=classes)
     data = bytearray((tmp_path / "set.npz").read_bytes())
     data[300:1500] = bytes(1200)

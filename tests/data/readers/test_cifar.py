@@ -165,7 +165,7 @@ def test_damaged_files(tmp_path):
         open_data(folder)
 
 
-def test_random_damage_never_escapes_as_another_error():
+def test_random_damage_raises_no_other_error():
     whole = pickle.dumps({"data": np.arange(8, dtype=np.uint8), "labels": [0] * 8}, 2)
     from pathlib import Path
 
