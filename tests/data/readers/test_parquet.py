@@ -98,7 +98,7 @@ def test_mixed_sizes_are_named_and_accepted_with_image_size(tmp_path, pixels, en
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.98])
-def test_truncated(tmp_path, classes, encoded, keep):
+def test_a_truncated_file_is_refused(tmp_path, classes, encoded, keep):
     path = write(tmp_path / "set.parquet", encoded, classes.tolist())
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
@@ -107,7 +107,7 @@ def test_truncated(tmp_path, classes, encoded, keep):
     assert caught.value.value == path
 
 
-def test_damaged_in_the_middle(tmp_path, classes):
+def test_a_file_damaged_in_the_middle_is_refused(tmp_path, classes):
     noise = np.random.default_rng(0).bytes(40000)
     path = write(tmp_path / "set.parquet", [noise] * 12, classes.tolist())
     data = bytearray(path.read_bytes())
