@@ -102,7 +102,7 @@ def _child_can_differentiate() -> bool:
 
 @contextlib.contextmanager
 def _ignored_fork_warning() -> Iterator[None]:
-    """Hides Python's warning about a fork of a threaded process. The children never print: they need none of its locks."""
+    """Hides Python's warning about a fork of a threaded process. The children never print, so no lock blocks them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
