@@ -183,7 +183,7 @@ def _forward(
 def _classifier(
     stacked: Tensor, params: dict[str, Tensor], params_dot: dict[str, Tensor], y: Tensor, form: ConvNetForm
 ) -> tuple[Dual, dict[str, Tensor], Tensor, Tensor | None]:
-    """The classifier and the loss: forward pass with tangents, and its reverse.
+    """Runs the classifier and the loss: the forward pass with tangents, and its reverse.
 
     Returns the gradient of the features with its tangent, the tangents of the gradients of weight and bias, h, and the
     derivative of h with respect to label logits.
@@ -226,7 +226,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _conv(x: Tensor, kernel: Tensor, block: Block, form: ConvNetForm) -> Tensor:
-    """Convolution without its bias. The instance norm subtracts the bias again, so the gradient of the bias is 0."""
+    """Returns the convolution without its bias. The instance norm cancels the bias, so the bias has the gradient 0."""
     if _uses_conv3x3(x, kernel, block, form):
         return conv3x3(x, kernel)
     output = F.conv2d(_cast(x, form), _channels_last(_cast(kernel, form)), padding=block.padding)
@@ -239,7 +239,7 @@ def _uses_conv3x3(x: Tensor, kernel: Tensor, block: Block, form: ConvNetForm) ->
 
 
 def _input_gradient(grad: Tensor, x: Tensor, kernel: Tensor, block: Block, form: ConvNetForm) -> Tensor:
-    """Gradient of the convolution's input. x: the input; only its shape beyond the batch is used."""
+    """Returns the gradient of the convolution's input. x: the input; only its shape beyond the batch is used."""
     if _uses_conv3x3(grad, kernel, block, form):
         return conv3x3_input(grad, kernel)
     return _convolution_backward(grad, x[: len(grad)], kernel, block, form, 0)

@@ -1,4 +1,4 @@
-"""All T inner steps and their adjoint as one CUDA graph."""
+"""Runs all T inner steps and their adjoint as one CUDA graph."""
 
 from __future__ import annotations
 

@@ -4,13 +4,14 @@
     g_i = d loss(theta_i; A_i(x[B_i]), y[B_i]) / d theta                     (MTT; Cazenavette et al., 2022)
 
 `adjoint` is exact at constant memory: it stores at most KEPT_VECTORS parameter vectors and the activations of one step.
-If T is larger, it computes the vectors in between again from the last stored one, with the same bits. It starts from
+If T is larger, it recomputes the vectors in between from the last stored one, with the same bits. It starts from
 lambda_T = dL / d theta_T. For i = T-1 ... 0 and h_i = lambda_{i+1} . g_i (tadperf):
 
     dL/dx += -lr dh_i/dx,    dL/dlr += -h_i,    lambda_i = lambda_{i+1} - lr dh_i/dtheta_i
 
-`unroll` differentiates through all T steps at once, the published way. It is the reference in tests. Its memory grows
-with T. `tesla` keeps lambda_i = lambda_T, which drops the Hessian factor (Cui et al., 2023). It is for comparison only.
+`unroll` differentiates through all T steps at once, as the published code does. Its memory grows with T. It is the
+reference in tests. `tesla` keeps lambda_i = lambda_T, which drops the Hessian factor (Cui et al., 2023). It is for
+comparison only.
 
 A `StepBackend` computes one inner step and its products. Where autograd differentiates a step twice, no custom operator
 and no autograd.Function may be part of it: under torch.compile their second derivatives are silently wrong. Only the
@@ -31,8 +32,8 @@ from tadperf.matching.convnet_second_order import Products
 from tadperf.matching.step_backends import StepBackend
 from tadperf.nets.flat import FlatNet
 
-# Parameter vectors that `adjoint` stores. T = 80 then repeats every other forward step; one is 0.20 of a step's time:
-# +10 %.
+# Parameter vectors that `adjoint` stores. At T = 80 it then runs every other forward step twice. A forward step takes
+# 0.20 of a step's time, so this costs 10 %.
 KEPT_VECTORS = 40
 
 

@@ -37,7 +37,7 @@ TrajectoryGradient = Callable[..., Gradient]
 
 @dataclass(frozen=True)
 class MatchProblem:
-    """What the loop matches.
+    """The constant inputs of the matching loop.
 
     net: the network of experts and students. augment: the strategy of data.augment. seed: all draws derive from it.
     """
@@ -82,7 +82,7 @@ def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBacke
     config, net = problem.config, problem.net
     batch = min(config.batch or len(state.images), len(state.images))
     shape, device = (batch, *state.images.shape[1:]), state.images.device
-    # By all iterations of the run, not by those that are left: a resumed run must choose the same backend.
+    # Passes all iterations of the run, not only those left: a resumed run must choose the same backend.
     backend = choose_step_backend(config, net, shape, device, config.iterations)
     if device.type == "cuda" and config.compile != "off" and config.gradient != "unroll":
         return backend, GraphedSweep(net, backend, config.gradient == "adjoint")
@@ -116,8 +116,8 @@ def match_trajectories(
     """Learns the images and returns the state with the best accuracy on held-out training samples.
 
     check: returns the held-out accuracy of students trained on (images, labels, lr) at an iteration.
-    Continues from the run's checkpoint if there is one. Every draw depends on (seed, iteration) alone and a checkpoint
-    holds everything that passes from one iteration to the next, so a resumed run ends with the same bytes.
+    Continues from the run's checkpoint if there is one. A resumed run ends with the same bytes: every draw depends only
+    on the seed, the iteration and the trajectory, and a checkpoint holds everything that the next iteration needs.
     """
     config = problem.config
     previous, best, score, losses = None, state, -1.0, []

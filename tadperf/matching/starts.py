@@ -1,4 +1,4 @@
-"""Where matching starts: expert epochs, label logits, and samples that the experts classify correctly."""
+"""Chooses where matching starts: expert epochs, label logits, and samples that the experts classify correctly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def expert_soft_labels(
 ) -> Tensor:
     """Returns label logits [M, K] to start from: the mean logits of the experts after `epoch` epochs (tadperf).
 
-    classes: the images' classes, int64 [M]. With them, the mean of an image is over the experts that classify it
+    classes: the images' classes, int64 [M]. If given, averages for each image over the experts that classify it
     correctly, or over all experts if none does (DATM).
     """
     with torch.no_grad():

@@ -14,7 +14,7 @@ from tadperf.config import MatchConfig
 from tadperf.errors import UserError
 from tadperf.matching.gradient import Gradient
 
-EXPLODED = 10.0  # a matching loss from here up counts as diverged (1: the student did not move); not tuned
+EXPLODED = 10.0  # a matching loss of at least this has diverged (at 1 the student did not move); not tuned
 MAX_SLOPE = 1.0  # bound of dL / d log lr; not tuned
 
 

@@ -23,9 +23,10 @@ from tadperf.matching import convnet_second_order
 from tadperf.matching.convnet_second_order import Products
 from tadperf.nets.flat import FlatNet
 
-# compile=auto on a CPU, for networks without formulas, assumes: seconds to compile both regions, the share of an eager
-# step's time that this saves, and operations per second of eager convolutions, forward and backward. On two Zen 4 cores
-# the ConvNet with group norm took 56 s, saved 2 % and ran at 1.0e11; VGG-11 took 98 s, lost 11 % and ran at 1.25e11.
+# On a CPU, match.compile = auto uses these estimates for networks without formulas: seconds to compile both regions,
+# the share of an eager step's time that compiling saves, and operations per second of eager convolutions, forward and
+# backward. Measured on two Zen 4 cores: the ConvNet with group norm took 56 s, saved 2 % and ran at 1.0e11; VGG-11
+# took 98 s, lost 11 % and ran at 1.25e11.
 COMPILE_SECONDS = 75.0
 COMPILE_SAVING = 0.02
 EAGER_FLOPS = 1e11
@@ -73,7 +74,7 @@ def _autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
 
 
 def autograd(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Any network, by PyTorch's autograd applied twice."""
+    """Returns the backend for any network: PyTorch's autograd, applied twice."""
 
     def gradient(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with _autocast(x, precision):
@@ -83,7 +84,7 @@ def autograd(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBacken
 
 
 def eager(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """The fastest backend that compiles nothing: formulas for networks that they cover, else autograd."""
+    """Returns the fastest backend that compiles nothing: formulas for networks that they cover, otherwise autograd."""
     form = convnet_second_order.convnet_form(net.module, precision)
     if form is None:
         return autograd(net, precision)
@@ -95,7 +96,7 @@ def eager(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
 
 
 def functional(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Any network, by nested torch.func.grad, which torch.compile takes as one region."""
+    """Returns the backend for any network by nested torch.func.grad, which torch.compile takes as one region."""
 
     def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with _autocast(x, precision):
@@ -119,7 +120,7 @@ def functional(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBack
 
 
 def compiled(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Step and products as one fullgraph region of torch.compile each, for static shapes.
+    """Returns the compiled backend: a fullgraph region for the step and one for its products, for static shapes.
 
     If compiling fails, warns and falls back to `eager`.
     """
@@ -156,7 +157,7 @@ def choose_step_backend(
     if device.type == "cuda":
         backend, reason = compiled(net, precision), "it runs on CUDA"
     elif backend.name == "formulas":
-        # Norm, ReLU and pool are native there. Inductor's form of these lines is slower (bench/results/matching.md).
+        # Norm, ReLU and pool are native code on a CPU. Inductor's code for them is slower (bench/results/matching.md).
         reason = "on a CPU no compiled form of this network is faster"
     else:
         saved = COMPILE_SAVING * iterations * config.steps * 10 * flops(net, shape) / EAGER_FLOPS

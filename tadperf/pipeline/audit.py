@@ -19,7 +19,7 @@ from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.state import TrustState
 
 LIST_SUFFIXES = (".csv", ".parquet")
-WORST = 10  # samples in the result by index; the list holds all
+WORST = 10  # samples that the result names; the list holds all
 
 
 def audit_data(config: Config, progress: Progress = silent) -> tuple[Dataset, TrustState]:
@@ -39,7 +39,7 @@ def audit_data(config: Config, progress: Progress = silent) -> tuple[Dataset, Tr
 
 
 def check_audit_file(path: Path) -> None:
-    """Raises UserError if the list or its picture cannot be written; called before the minutes of the audit."""
+    """Raises UserError if the list or its picture cannot be written. Runs before the audit, which takes minutes."""
     if path.suffix.lower() not in LIST_SUFFIXES:
         raise UserError("--out", path, f"must end in {' or '.join(LIST_SUFFIXES)}")
     for file in (path, path.with_suffix(".png")):
@@ -50,7 +50,7 @@ def check_audit_file(path: Path) -> None:
 
 
 def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, str]:
-    """Writes the list and a picture of the worst samples beside it; returns the paths of the files by name.
+    """Writes the list, and a picture of the worst samples next to it. Returns the paths of the files by name.
 
     Raises UserError if the list cannot be written. If the picture fails, logs a warning.
     """
@@ -64,7 +64,7 @@ def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, st
 
 
 def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[str, Any]:
-    """Returns the counts, the frequent confusions and the worst samples; the quality, if clean labels are known."""
+    """Returns the counts, the confusions and the worst samples, and the quality if clean labels are known."""
     order = state.worst()
     worst = order[state.issues[order]][:WORST].tolist()
     names = state.class_names

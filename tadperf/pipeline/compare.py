@@ -21,9 +21,9 @@ MODES = ("on", "off", "oracle")
 def compare_trust_modes(config: Config, out: Path, progress: Progress = silent) -> dict[str, dict[str, Any]]:
     """Returns the results by trust mode: of the finished run in `out`, and of its siblings in out/compare/<mode>.
 
-    Runs missing siblings and resumes killed ones. They share the normalised data, and the scores of the students
-    trained on all images with the labels as given, which no mode changes. The oracle is left out if the data have no
-    clean labels. Raises ValueError if the run in `out` is not finished.
+    Runs missing siblings and resumes killed ones. They share the normalised data and the scores of the baseline
+    full_data, which no mode changes. Leaves out the oracle if the data have no clean labels. Raises ValueError if the
+    run in `out` is not finished.
     """
     main = ranks.once(lambda: finished_result(out, config))
     if main is None:

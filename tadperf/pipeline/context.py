@@ -27,7 +27,7 @@ class RunContext:
 
 
 def open_context(task: Task, run: Run, progress: Progress, data: NormalisedData | None = None) -> RunContext:
-    """Runs the stages data and trust. With `data`, which is the normalised data of the task, only the stage trust."""
+    """Runs the stages data and trust. If `data`, the normalised data of the task, is given, runs trust alone."""
     data = data or load_data(task, run, progress)
     selection, rounds = trusted_samples(task, data, run, progress)
     return RunContext(task, run, progress, data, rounds, selection, training_samples(data, selection))

@@ -43,7 +43,7 @@ def distill_task(
     known: Mapping[str, Sequence[float]] = MappingProxyType({}),
     evaluate: bool = True,
 ) -> dict[str, Any]:
-    """Runs all stages in a run folder and returns the result. A resumed run skips what is done.
+    """Runs all stages in a run folder and returns the result. A resumed run skips finished work.
 
     data: the normalised data of the task, if the caller has them. known: accuracies of rows that need no students.
     evaluate: whether students measure the set and its baselines.
@@ -91,7 +91,7 @@ def _package_refined(context: RunContext, refined: RefinedImages) -> DistilledSe
 
 
 def _distilled_set(context: RunContext, scoring: BackgroundScoring) -> DistilledSet:
-    """Loads the run's distilled set. Makes it first if it, or a file that is written with it, does not exist."""
+    """Loads the run's distilled set. Makes it first if it, or another file of the same stage, is missing."""
     names = [DISTILLED, INITIAL] + [REFINED] * (context.task.config.synthesis != "matching")
     if not ranks.once(lambda: all((context.run.path / name).exists() for name in names)):
         # Background students are forked processes: on Linux only, and without CUDA or other ranks.

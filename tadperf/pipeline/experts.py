@@ -17,7 +17,10 @@ from tadperf.task.task import Task, expert_identity, shared_experts_folder
 
 
 def get_experts(context: RunContext) -> Experts:
-    """Opens the experts that experts.path names, or the run's own. Trains those of its own that are missing."""
+    """Opens the experts that experts.path names. Without it, trains the run's missing experts and opens all of them.
+
+    Raises UserError if an expert diverged.
+    """
     task, samples = context.task, context.samples
     config = task.config
     if config.experts.path:

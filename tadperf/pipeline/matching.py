@@ -35,7 +35,7 @@ def match(
     """Learns the synthetic set and returns the checkpoint that is best on held-out samples.
 
     refined_images: normalised images [M, C, H, W] to start from; by default match.init chooses them.
-    scoring: is started on the idle cores as soon as the first state is saved.
+    scoring: starts on the idle cores as soon as the first state is saved.
     """
     task, config = context.task, context.task.config
     net = FlatNet(build(config.net, task.train.shape, task.train.num_classes, 0).to(task.device))
@@ -78,7 +78,10 @@ def starting_state(
 
 
 def _starting_images(task: Task, samples: TrainingSamples, candidates: Tensor) -> Tensor:
-    """candidates: int64 [N], the labels of the samples that may be chosen; -1 for the others."""
+    """Returns real images, or noise, as match.init says.
+
+    candidates: int64 [N], the labels of the samples that may be chosen; -1 for the others.
+    """
     config, seed = task.config.match, task.config.seed
     generator = seeds.generator(seed, "init")
     if config.init == "kmeans":

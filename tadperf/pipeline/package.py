@@ -1,4 +1,4 @@
-"""Packs a synthetic set together with everything that is needed to use it."""
+"""Packs a synthetic set with everything that its users need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MACHINE_FIELDS = {"experts": {"path", "workers"}, "refine": {"start"}}  # they d
 
 
 def student_recipe(config: Config, lr: float) -> Recipe:
-    """Returns how students are trained: at the learning rate evaluate.lr, or at `lr` if that is not set."""
+    """Returns the recipe of students. Its learning rate is evaluate.lr, or `lr` if that is not set."""
     evaluate = config.evaluate
     return Recipe(
         evaluate.epochs,

@@ -1,4 +1,4 @@
-"""Opens the data of a config and checks everything that can be checked before any work starts."""
+"""Opens the data of a config and checks everything that needs no computation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prepare(config: Config, progress: Progress = silent) -> Task:
 
 
 def check_config(config: Config) -> None:
-    """Raises UserError if the config is wrong for any data."""
+    """Checks the settings that do not depend on the data. Raises UserError if one is wrong."""
     parse_noise(config.data.noise)
     augment.parse(config.data.augment)
     if config.net.norm == "batch":

@@ -21,7 +21,7 @@ TRUST_FILES = {"labels": "labels.csv", "trust": "trust.png"}
 def trust_report(context: RunContext) -> dict[str, Any]:
     """Describes the selected samples. `coverage` is their share of all samples.
 
-    Clean labels, if known, measure the selected labels and the rounds, and nothing else.
+    If clean labels are known, they measure the selected labels and the rounds.
     """
     train, selection, mode = context.task.train, context.selection, context.task.config.trust.mode
     clean = train.clean_labels

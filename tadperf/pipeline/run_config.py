@@ -11,7 +11,7 @@ from tadperf.errors import UserError
 from tadperf.refine import start
 from tadperf.run.folder import check_run_folder, stored_config
 
-RUNS = Path("runs")  # the parent of run folders without a name of their own
+RUNS = Path("runs")  # the parent of the default run folders
 
 
 def data_name(path: str) -> str:
@@ -42,7 +42,7 @@ def choose_run(
 ) -> tuple[Config, Path]:
     """Returns the config and the folder of a run. A resumed run keeps its own settings unless a source changes them.
 
-    Raises UserError for a wrong setting, or for a folder that cannot be created (with `resume`: continued).
+    Raises UserError for a wrong setting, or if the folder cannot be created (with `resume`: cannot be resumed).
     """
     if resume and out:
         check_run_folder(out, resume)

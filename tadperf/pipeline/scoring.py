@@ -136,13 +136,13 @@ class BackgroundScoring:
             self.scores.add(self._students[position], score)
 
     def stop_starting(self) -> list[Student]:
-        """Starts no further student. Returns those that are still in training."""
+        """Stops starting students. Returns those still in training."""
         self._pool.cancel()
         self.collect()
         return [self._students[position] for position in self._pool.pending()]
 
     def wait(self) -> Iterator[tuple[Student, float]]:
-        """Yields the students that are still in training with their scores, as they finish."""
+        """Waits for the students that are still in training. Yields each with its score when it finishes."""
         for position, score in self._pool.as_completed():
             yield self._students[position], score
 

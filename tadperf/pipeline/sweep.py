@@ -41,8 +41,7 @@ class Cell(NamedTuple):
 def parse_axes(texts: Sequence[str]) -> dict[str, list[str]]:
     """Reads texts such as "refine.beta=0,.5" and returns the values, as text, by field.
 
-    Commas inside brackets or quotes do not separate values. Raises UserError on any other form, and if a field comes
-    twice.
+    Commas inside brackets or quotes do not separate values. Raises UserError for a malformed text or a repeated field.
     """
     axes: dict[str, list[str]] = {}
     for text in texts:
@@ -79,7 +78,7 @@ def _split(text: str) -> list[str]:
 def sweep_cells(axes: Mapping[str, Sequence[str]], config_of: Callable[[list[str]], Config]) -> list[Cell]:
     """Returns every combination of the values. The last field changes fastest.
 
-    config_of: returns the config for texts such as "section.key=value". Raises UserError if a value comes twice.
+    config_of: returns the config for texts such as "section.key=value". Raises UserError for a repeated value.
     """
     cells: list[Cell] = []
     for texts in itertools.product(*axes.values()):
@@ -135,9 +134,9 @@ def check_cells(cells: Sequence[Cell], out: Path) -> None:
 def run_sweep(cells: Sequence[Cell], out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Runs every cell in its own folder of `out`. Reads finished runs and resumes killed ones (tadperf).
 
-    A run takes the experts of an earlier cell if it would train the same ones. So it does with the rounds of trust,
-    the detector and the diffusion model. Writes sweep.csv and sweep.png into `out`. Returns the fields, the rows (one
-    for each cell and network) and the paths. Raises UserError on a wrong value.
+    A run takes the experts, the rounds of trust, the detector and the diffusion model from another cell if it would
+    train the same ones. Writes sweep.csv and sweep.png into `out`. Returns the fields, the rows (one for each cell and
+    network) and the paths. Raises UserError on a wrong value.
     """
     out.mkdir(parents=True, exist_ok=True)
     stored = [cell._asdict() | {"config": cell.config.model_dump(mode="json")} for cell in cells]
@@ -158,7 +157,7 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _stored_form(folder: Path, config: Config) -> Config:
-    """Returns `config` with the experts.path that the run in `folder` already has."""
+    """Returns `config`; if it has no experts.path, with that of the run in `folder`."""
     stored = stored_config(folder)
     return _with_experts(config, stored.experts.path if stored and not config.experts.path else config.experts.path)
 
@@ -168,7 +167,7 @@ def _with_experts(config: Config, path: str | None) -> Config:
 
 
 def _run_cell(cell: Cell, folders: Sequence[Path], out: Path, progress: Progress) -> dict[str, Any]:
-    """Returns the result of a cell. folders: of all cells of the sweep."""
+    """Runs a cell, if it is not finished, and returns its result. folders: those of all cells of the sweep."""
     folder = out / cell.folder
     if (result := _finished(folder, cell.config)) is not None:
         return result

@@ -1,4 +1,4 @@
-"""Plans a sweep: its combinations, its folder, and what to say before it starts."""
+"""Plans a sweep: its combinations, its folder, and the notes to print before it starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_sweep(axes: Sequence[str], sources: ConfigSources, out: Path | None, re
     """Plans every combination of `axes` ("match.ipc=1,10" each) over the other settings.
 
     A resumed sweep without axes takes its combinations from its folder. A sweep of a setting that only refinement uses
-    generates its images, unless the synthesis is given. Raises UserError for a wrong axis, setting or folder.
+    sets the synthesis to generative, unless an option sets it. Raises UserError for a wrong axis, setting or folder.
     """
     if resume and out and not axes:
         return SweepPlan(stored_cells(out), out, [])
@@ -68,13 +68,13 @@ def _cells(fields: Mapping[str, Sequence[str]], sources: ConfigSources) -> tuple
 
 
 def _unused_field(fields: Collection[str], cells: Sequence[Cell]) -> str | None:
-    """Returns a field of the sweep that none of its combinations uses."""
+    """Returns the first field of the sweep that none of its combinations uses, or None."""
     unused = [field for field in fields if field.partition(".")[0] in REFINEMENT_SECTIONS]
     return unused[0] if unused and all(cell.config.synthesis == "matching" for cell in cells) else None
 
 
 def _refuse_repeated(fields: Mapping[str, Sequence[str]], sources: ConfigSources) -> None:
-    """Raises UserError if an option sets a field of the sweep: the option would win silently."""
+    """Raises UserError if an option sets a field of the sweep, because it would silently override the sweep."""
     for field, values in fields.items():
         if field in sources.options:
             axis = f"{field}={','.join(values)}"

@@ -31,7 +31,7 @@ def load_data(task: Task, run: Run, progress: Progress) -> NormalisedData:
 def trusted_samples(
     task: Task, data: NormalisedData, run: Run, progress: Progress
 ) -> tuple[SampleSelection, list[TrustState]]:
-    """Selects the samples as trust.mode says, and returns the rounds of the dual loop.
+    """Selects the samples as trust.mode says. Returns the selection and the rounds of the dual loop.
 
     on: the samples that the dual loop trusts. off: all samples under their given labels. oracle: all samples under
     their clean labels. The modes off and oracle have no rounds.

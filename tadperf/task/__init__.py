@@ -1,1 +1,1 @@
-"""A run as values: its config, its data, the samples that it learns from."""
+"""Describes a run by values: its config, its data, and the samples that it learns from."""

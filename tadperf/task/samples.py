@@ -18,7 +18,7 @@ from tadperf.task.task import Task
 
 @dataclass(frozen=True)
 class NormalisedData:
-    """All images as networks see them, on the device."""
+    """All images, normalised and on the device, and their labels."""
 
     normaliser: Normaliser
     train: Images
@@ -40,8 +40,8 @@ def normalise_data(task: Task) -> NormalisedData:
 class SampleSelection:
     """The V training samples that a run learns from, and their division into training and held-out samples.
 
-    confirmed: the given label was found right (verdict trusted or recalled). Only these samples may be held out, and
-    only these may become synthetic images.
+    confirmed: trust found the given label correct (verdict trusted or recalled). Only these samples may be held out or
+    become synthetic images.
     """
 
     index: Tensor  # int64 [V], rows of the training split
@@ -79,7 +79,7 @@ def select_samples(
 def _refuse_small_class(task: Task, label: int, confirmed: int, left: int) -> NoReturn:
     """Raises UserError: says what made the class too small, and what to do.
 
-    confirmed: its samples that trust.mode left. left: those of them that are not held out.
+    confirmed: the number of its confirmed samples. left: how many of these are not held out.
     """
     config, name = task.config, task.train.class_names[label]
     given = int((task.train.labels == label).sum())
@@ -97,10 +97,10 @@ def _refuse_small_class(task: Task, label: int, confirmed: int, left: int) -> No
 
 
 def check_holdout(task: Task) -> None:
-    """Raises UserError if even all samples under their given labels are too few for data.holdout and match.ipc.
+    """Raises UserError if the samples are too few for data.holdout and match.ipc, even if all given labels are trusted.
 
-    With trust.mode on, every class needs two samples: the dual loop judges a sample by a network that was trained
-    without it, and for a single one this network does not know its class.
+    With trust.mode on, every class needs two samples: the dual loop scores a sample with a network that was trained
+    without it. If a class has only one sample, this network does not know the class.
     """
     select_samples(task, torch.arange(len(task.train)), task.train.labels)
     sizes = torch.bincount(task.train.labels, minlength=task.train.num_classes)
@@ -112,7 +112,7 @@ def check_holdout(task: Task) -> None:
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """The samples of a `SampleSelection` as networks see them, on the device."""
+    """The samples of a `SampleSelection`, normalised and on the device."""
 
     images: Images
     labels: Tensor

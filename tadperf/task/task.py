@@ -17,7 +17,7 @@ from tadperf.nets.flat import FlatNet
 
 @dataclass(frozen=True)
 class Task:
-    """A config with its data, opened and checked. Made by `tadperf.pipeline.prepare.prepare`."""
+    """A config with its data, opened and checked by `tadperf.pipeline.prepare.prepare`."""
 
     config: Config
     train: Dataset  # labels as given, with the noise that the config adds
@@ -45,7 +45,7 @@ def expert_identity(task: Task) -> dict[str, Any]:
         "augment": config.data.augment,
         "net": config.net.model_dump(mode="json"),
         "seed": config.seed,
-        # None on a CPU: experts stored before this entry existed were trained there and still fit.
+        # None on a CPU, so that experts that were stored before this entry existed still fit: all came from CPUs.
         "cuda": {"tf32": config.tf32} if task.device.type == "cuda" else None,
         **recipe,
     }
