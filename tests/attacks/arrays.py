@@ -1,4 +1,4 @@
-"""Makes .npz, .safetensors and idx files whose headers declare what the file does not hold: python arrays.py FOLDER."""
+"""Makes .npz, .safetensors and idx files whose headers do not fit their content: python arrays.py FOLDER."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def npy(shape: str, dtype: str = "|u1", data: bytes = b"") -> bytes:
-    """Returns a .npy file with any text for the shape."""
+    """Returns a .npy file whose header has the text `shape`, right or wrong."""
     header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     header += b" " * (-(len(header) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data

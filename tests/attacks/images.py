@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def png(width: int, height: int, data: bytes) -> bytes:
-    """Returns a grey PNG whose header declares any size."""
+    """Returns a grey PNG whose header declares this size, right or wrong."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

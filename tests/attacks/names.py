@@ -11,7 +11,7 @@ RED, TITLE, UP = "\x1b[31m", "\x1b]0;title\x07", "\x1b[1A\x1b[2K"
 
 
 def make(folder: Path) -> dict[str, Path]:
-    """Writes one data set per attack and returns their paths by name. All are broken, so that a message names them."""
+    """Writes one data set per attack and returns their paths by name. All are damaged, so that a message names them."""
     sets = {}
     for k, name in enumerate(
         (f"a{RED}", f"b{TITLE}", f"c{UP}tadperf: all is well", "d\nsecond line", "e\u202egnp.exe")

@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Runs:
-    """Pickles to a call that writes the file it_ran."""
+    """An object whose pickle calls a function that makes the folder it_ran."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

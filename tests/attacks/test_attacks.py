@@ -1,4 +1,4 @@
-"""Hostile files are refused in one line, soon, in little memory, and no code in them runs."""
+"""Hostile files are refused quickly, with one line and in little memory, and no code in them runs."""
 
 from __future__ import annotations
 

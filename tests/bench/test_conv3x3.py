@@ -1,4 +1,4 @@
-"""The bench of conv3x3 runs, and what it compares is the same."""
+"""The bench of conv3x3 runs, and the implementations that it compares agree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from tadperf.bench.operators import conv3x3
 
 
-def test_both_compute_the_same(one_thread, capsys, monkeypatch):
+def test_both_implementations_agree(one_thread, capsys, monkeypatch):
     for ours, direct in conv3x3.passes(*conv3x3.inputs(3, 32, 5)).values():
         torch.testing.assert_close(ours(), direct(), rtol=1e-4, atol=1e-3)
     monkeypatch.setattr(conv3x3, "SIZES", ((2, 32, 4),))

@@ -22,7 +22,7 @@ def doubled(x):
 
 
 def made(**others) -> engine.Bench:
-    """The bench of doubling N numbers."""
+    """Returns a bench whose operator doubles N numbers."""
     return engine.Bench(
         name="per_sample",  # a name that the process for peak memory knows
         axes=("N", "C"),
@@ -50,8 +50,12 @@ def test_rows_of_a_case(one_thread):
     assert [row["provider"] for row in rows] == ["tadperf", "eager"]
     for row in rows:
         assert (row["shape"], row["dtype"], row["error"], row["launches"], row["rounds"]) == (
-            "64x4", "float32", None, None, 5,
-        )  # fmt: skip
+            "64x4",
+            "float32",
+            None,
+            None,
+            5,
+        )
         assert 0 < row["q20_ms"] <= row["median_ms"] <= row["q80_ms"]
         assert row["gb_s"] == pytest.approx(8 * 64 / row["median_ms"] / 1e6)
         assert row["share_of_copy"] == pytest.approx(row["gb_s"] / row["copy_gb_s"])
@@ -89,7 +93,7 @@ def test_mismatch():
     assert engine.mismatch(truth, {"y": torch.zeros(2)}, skipped) == ""
 
 
-def test_turns_are_taken_and_patience_ends(monkeypatch):
+def test_functions_take_turns_until_their_patience_ends(monkeypatch):
     order = []
 
     def slow():
@@ -104,7 +108,7 @@ def test_turns_are_taken_and_patience_ends(monkeypatch):
     assert len(once["slow"]) == 1
 
 
-def test_threads_hold_within_the_block():
+def test_the_number_of_threads_changes_only_inside_the_block():
     before = torch.get_num_threads()
     with engine.threads(before + 1) as count:
         assert count == torch.get_num_threads() == before + 1
@@ -133,7 +137,7 @@ def test_every_provider_of_every_bench_agrees_with_the_reference(name, one_threa
     assert bench.moved(size, torch.float32) > bench.moved(size, torch.bfloat16) > 0
 
 
-def test_peak_memory_is_that_of_the_results_and_between():
+def test_peak_memory_counts_results_and_temporaries():
     peaks = MEASURE_PEAKS("trajectory_distance", (8, 320_010), torch.float32, ["tadperf", "eager"])
     if peaks:  # a system that counts
         one = 8 * 320_010 * 4 / 2**20

@@ -1,4 +1,4 @@
-"""The examples run: both versions agree, and the printed gain is that of the printed times."""
+"""The examples run: both versions agree, and the printed gain is the ratio of the printed times."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_split_of_dividemix(tmp_path):
 def test_the_matching_loss_of_mtt(tmp_path):
     lines = output_of("mtt_matching_loss", tmp_path).splitlines()
     assert [line.split(":")[0] for line in lines] == [" 1 x 320010", "16 x 320010"]
-    for line in lines:  # that values and gradients agree, the example itself asserts
+    for line in lines:  # the example itself asserts that values and gradients agree
         before, after, gain = map(float, re.findall(rf"before {NUMBER} ms, after {NUMBER} ms, {NUMBER} times", line)[0])
         assert gain == pytest.approx(before / after, rel=0.1, abs=0.1)
 

@@ -1,4 +1,4 @@
-"""The steps of gpu_check on the CPU; every failure is a row."""
+"""gpu_check runs its steps on the CPU, and every failure becomes a row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_wrong_operator_fails_its_checks():
     assert checks.compare_bits(right(*made), negated) == "bits differ: margin"
 
 
-def test_failures_are_rows():
+def test_a_failure_becomes_a_row():
     def fails() -> str:
         raise ValueError("one\ntwo")
 
@@ -59,8 +59,11 @@ def test_failures_are_rows():
 
     rows = [checks.run_check("op", "check", function) for function in (fails, skips, str, lambda: "differs")]
     assert [(row["status"], row["detail"]) for row in rows] == [
-        ("FAIL", "ValueError: one"), ("SKIP", "not here"), ("PASS", ""), ("FAIL", "differs"),
-    ]  # fmt: skip
+        ("FAIL", "ValueError: one"),
+        ("SKIP", "not here"),
+        ("PASS", ""),
+        ("FAIL", "differs"),
+    ]
 
 
 def test_figures_are_compared_with_their_goals(monkeypatch):

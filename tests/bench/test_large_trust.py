@@ -1,4 +1,4 @@
-"""The study of ImageNet's size on small data: it finds the wrong labels with every type of features."""
+"""The large_trust study, on small data, finds the wrong labels with features of every dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench of a round of refinement: the same candidates in a batch and one after another."""
+"""The bench of a refinement round generates the same candidates in a batch and one after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benches of stages: their rows; the published code that they time computes what tadperf computes."""
+"""The benches of stages: their rows are right, and the published code computes the same as tadperf."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def tiny(monkeypatch, one_thread):
     monkeypatch.setattr(runner, "peak_memory", lambda *_: None)  # the real one starts a process
 
 
-def test_the_published_iteration_is_the_unroll(one_thread):
+def test_the_published_iteration_equals_the_unroll(one_thread):
     p = matching.make_problem(TINY, CPU, torch.float64)
     truth = gradient.unroll(*p).images
     assert truth.norm() > 0
     assert matching.relative_error(matching.published(p), truth) < 1e-12
 
 
-def test_a_problem_is_the_same_in_both_types(one_thread):
+def test_a_problem_is_the_same_in_float32_and_float64(one_thread):
     p, double = matching.make_problem(TINY, CPU), matching.make_problem(TINY, CPU, torch.float64)
     assert torch.equal(p.images.double(), double.images)
     assert torch.equal(p.start.double(), double.start)

@@ -1,4 +1,4 @@
-"""The benches of experts and students: the published loop trains what tadperf trains; the goals on a GPU."""
+"""The benches of experts and students: the published loop trains the same weights as tadperf; the goals on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("decay", [False, True])
 def test_the_published_loop_trains_the_same_weights(soft, decay):
-    """Full batches without augmentation: there is no random choice, only the order of sums differs."""
+    """With full batches and no augmentation nothing is random, and only the order of sums differs."""
     images, labels = experts.data(experts.SIZES["tiny"], CPU)
     wanted = 3.0 * torch.nn.functional.one_hot(labels, 10).float() if soft else labels
     recipe, weights = Recipe(7, 20, 0.2, 0.9, 1e-3, "none", decay=decay), []

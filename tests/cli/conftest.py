@@ -1,4 +1,4 @@
-"""Runs the command line in this process; options of a job that takes seconds."""
+"""Fixtures: a function that runs the command line in this process, and the options of a job that takes seconds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,34 @@ from tadperf.compute import allocator, device
 
 # A ConvNet of 8 channels on the built-in digits: about 3 s with the start of Python.
 TINY = [
-    "--ipc=1", "--repeats=2", "--device=cpu",
-    *(f"--set={s}" for s in (
-        "net.width=8", "net.depth=1", "experts.count=2", "match.iterations=6", "match.check_every=3", "match.steps=2",
-        "match.max_start=1", "match.expert_epochs=1", "evaluate.epochs=3", "evaluate.full_epochs=1",
-        "evaluate.full_repeats=1", "trust.rounds=1", "trust.proxies=2", "trust.epochs=2",
-    )),
-]  # fmt: skip
+    "--ipc=1",
+    "--repeats=2",
+    "--device=cpu",
+    *(
+        f"--set={s}"
+        for s in (
+            "net.width=8",
+            "net.depth=1",
+            "experts.count=2",
+            "match.iterations=6",
+            "match.check_every=3",
+            "match.steps=2",
+            "match.max_start=1",
+            "match.expert_epochs=1",
+            "evaluate.epochs=3",
+            "evaluate.full_epochs=1",
+            "evaluate.full_repeats=1",
+            "trust.rounds=1",
+            "trust.proxies=2",
+            "trust.epochs=2",
+        )
+    ),
+]
 
 
 @pytest.fixture
 def tiny() -> list[str]:
-    """Options of a job that takes seconds."""
+    """Returns the options of a job that takes seconds."""
     return TINY
 
 
@@ -36,7 +52,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
-    """tadperf("distill", "--ipc", "0"): runs the command in an empty folder, with its exit code and output."""
+    """Returns a function: tadperf("distill", "--ipc", "0") runs in an empty folder and returns exit code and output."""
     from tadperf.cli import app
 
     monkeypatch.chdir(tmp_path)

@@ -110,7 +110,7 @@ def test_help_is_instant(tmp_path, arguments):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "Usage: " in out
-    assert min(seconds) < 0.5  # of processor time, whatever else runs; 0.11 s on a quiet machine, the aim is 0.2
+    assert min(seconds) < 0.5  # processor time, which other programs hardly change; 0.11 s on a quiet machine, goal 0.2
 
 
 def test_help_imports_nothing_heavy(tmp_path):
@@ -223,7 +223,7 @@ WRONG = {  # a wrong value for every option that sets a field of the config
     "--set": "a",
     "--devices": "0",
 }
-FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"]}  # arguments without which a command looks at no option
+FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"]}  # arguments that a command checks before its options
 
 
 def wrong_options() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""`--devices 2` and torchrun: the same results as one process, and one clear message when a rank dies."""
+"""`--devices 2` and torchrun give the results of one process, and one clear message when a rank dies."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def assert_same(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> Path:
-    """The run of a single process."""
+    """Returns the folder of a run by a single process."""
     from .conftest import TINY
 
     place = tmp_path_factory.mktemp("one")
@@ -124,7 +124,7 @@ def test_two_ranks_give_the_same_refined_images_as_one(tadperf, tiny, tmp_path):
     )
 
 
-def test_a_killed_rank_ends_all_and_the_run_can_be_resumed(one_rank, tiny, tmp_path):
+def test_a_killed_rank_ends_all_ranks_and_the_run_can_be_resumed(one_rank, tiny, tmp_path):
     process = start(tmp_path, command(tiny, "--devices=2", "--out=my run"))
     wait_for((tmp_path / "my run" / "trust" / "round-1.safetensors").exists, process)
     os.kill(rank_1(process.pid), signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_killed_rank_ends_all_and_the_run_can_be_resumed(one_rank, tiny, tmp_p
     assert_same(one_rank, tmp_path / "my run")
 
 
-def test_ctrl_c_ends_all_with_one_line_and_a_killed_launcher_leaves_no_process(tiny, tmp_path):
+def test_ctrl_c_ends_all_ranks_with_one_line_and_a_killed_launcher_leaves_no_process(tiny, tmp_path):
     process = start(tmp_path, command(tiny, "--devices=2", "--out=run", "--set=match.iterations=1000000"))
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and "matching" in metrics.read_text(), process)

@@ -16,7 +16,7 @@ import pytest
 
 
 def test_the_complete_job(tadperf, tiny, tmp_path):
-    """One run, and the commands that a user runs with it."""
+    """Makes one run and calls the commands that a user calls with it."""
     code, out, err = tadperf("distill", *tiny, "--out", "run", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -118,7 +118,7 @@ def test_an_interrupted_run_says_how_to_continue_and_does(tadperf, tiny, tmp_pat
     assert refused.code == 2  # --resume keeps the stored config: 100000 iterations and IPC 1
 
 
-def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(tiny, tmp_path):
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path):
     command = [sys.executable, "-m", "tadperf", "distill", *tiny, "--quiet", "--json", "--out"]
     subprocess.run([*command, "whole"], cwd=tmp_path, check=True, capture_output=True)
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())

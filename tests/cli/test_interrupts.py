@@ -1,4 +1,4 @@
-"""Ctrl-C: one clear end, cleanup that is not disturbed, and a second Ctrl-C that ends at once."""
+"""Ctrl-C ends a program once and does not disturb its cleanup. A second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_until(process: subprocess.Popen[str], word: str) -> None:
 
 
 def test_an_interrupt_that_python_swallows_is_raised_again():
-    """As happens to one that falls into a destructor or into a callback of a fork."""
+    """Python swallows an interrupt inside a destructor or a callback of a fork."""
     process = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=60)
     assert "Exception ignored" in process.stderr
     assert process.returncode == 130

@@ -1,4 +1,4 @@
-"""Warnings about the data, and names that carry terminal commands, on stderr."""
+"""Messages on stderr: warnings about the data, and names that hold terminal commands."""
 
 from __future__ import annotations
 

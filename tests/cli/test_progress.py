@@ -16,7 +16,7 @@ def lines(capsys) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-def test_plain_lines_come_at_the_start_now_and_then_and_at_the_end(capsys, monkeypatch):
+def test_plain_lines_come_at_the_start_at_the_end_and_every_10_seconds(capsys, monkeypatch):
     show = progress.PlainProgress()
     show("experts", 0, 4)
     show("experts", 1, 4, loss=0.123456)  # less than 10 s later
@@ -38,8 +38,11 @@ def test_a_stage_that_runs_again_has_a_new_clock(capsys):
     show("trust:proxies", 2, 2)
     words = "trust: proxy networks"
     assert lines(capsys) == [
-        f"{words} 0/2", f"{words} 2/2, took 1 min 40 s", f"{words} 0/2", f"{words} 2/2, took 0.0 s",
-    ]  # fmt: skip
+        f"{words} 0/2",
+        f"{words} 2/2, took 1 min 40 s",
+        f"{words} 0/2",
+        f"{words} 2/2, took 0.0 s",
+    ]
 
 
 def test_figures_are_words_and_numbers():
@@ -47,7 +50,7 @@ def test_figures_are_words_and_numbers():
     assert progress.figures(values) == "share trusted 0.967, train accuracy 0.5, round 2"
 
 
-def test_a_run_goes_on_without_its_lines_if_nobody_reads_stderr(monkeypatch):
+def test_a_run_continues_without_messages_if_nobody_reads_stderr(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as broken:

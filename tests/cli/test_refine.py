@@ -1,4 +1,4 @@
-"""`tadperf refine`: images of data and of a run, and one line for every wrong use."""
+"""`tadperf refine`: generates images for data, refines those of a run, and answers wrong use with one line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 
 REFINE = [
-    f"--set={s}" for s in (
-        "detector.depth=1", "detector.width=8", "detector.epochs=2", "refine.steps=4", "refine.rounds=1",
-        "refine.candidates=3", "refine.top_k=2", "diffusion.width=8", "diffusion.iterations=3", "diffusion.batch=8",
+    f"--set={s}"
+    for s in (
+        "detector.depth=1",
+        "detector.width=8",
+        "detector.epochs=2",
+        "refine.steps=4",
+        "refine.rounds=1",
+        "refine.candidates=3",
+        "refine.top_k=2",
+        "diffusion.width=8",
+        "diffusion.iterations=3",
+        "diffusion.batch=8",
     )
-]  # fmt: skip
+]
 PICTURES = ("refined.png", "gradcam.png", "labels.csv")
 
 
@@ -22,7 +31,7 @@ def options(tiny) -> list[str]:
     return [option for option in tiny if option != "--repeats=2"] + REFINE
 
 
-def test_images_of_a_set_and_of_a_run(tadperf, options, tmp_path):
+def test_refining_a_data_set_and_a_run(tadperf, options, tmp_path):
     code, out, err = tadperf("refine", "digits", *options, "--batch=7", "--out", "first", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -82,7 +91,7 @@ def check(outcome, words: str) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> Path:
-    """Folders that cannot generate digits: no index, 7 classes, a VAE with other latents than its transformer."""
+    """Returns folders that cannot generate digits: without an index, with 7 classes, with latents that do not fit."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -95,9 +104,16 @@ def checkpoints(tmp_path_factory) -> Path:
     unet.save(place / "seven", model, unet.schedulers()[1])
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
-        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_num_groups=4,
+    )
     vae = AutoencoderKL(latent_channels=3, block_out_channels=(4,), norm_num_groups=2)
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(place / "latents")  # pyright: ignore
     return place

@@ -1,4 +1,4 @@
-"""The command line on odd outputs: closed, full, not UTF-8, narrow, without colour."""
+"""The command line with unusual outputs: closed, full, not UTF-8, narrow, without colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ESCAPE = "\x1b"
 
 
 def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Runs `$T`, which stands for tadperf, in a shell line; the exit code is that of tadperf."""
+    """Runs a shell line in which `$T` stands for tadperf. The exit code is that of tadperf."""
     environment = {**os.environ, "T": " ".join(TADPERF), **environment}
     return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, timeout=120)
 

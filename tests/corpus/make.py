@@ -1,6 +1,6 @@
-"""Makes a corpus of small odd data sets, as people have them, and says how each must be read: python make.py FOLDER.
+"""Makes small unusual data sets, as users have them, and prints how each must be read: python make.py FOLDER.
 
-Every set has the three classes cross, disc and square. All pixels of an image have the value 40 * class + number, so
+Most sets have the three classes cross, disc and square. All pixels of an image have the value 40 * class + number, so
 that the right answer is known.
 """
 
@@ -24,10 +24,10 @@ TRAIN, TEST = 3, 2  # images per class
 
 @dataclass(frozen=True)
 class Odd:
-    """A set: how to write it, the options to open it with, and the answer.
+    """A set: the function that writes it, the options that open it, and the expected answer.
 
     train, test: the values of the first pixel of each image, in order; test is None if there is no test split.
-    refused: words of the message if the set must be refused. warns: words of a warning.
+    refused: words of the message if the set must be refused. warns: words of the warning, if there must be one.
     """
 
     write: Callable[[Path], Path]
@@ -58,7 +58,7 @@ def put(folder: Path, start: int, count: int, suffix: str = ".png", classes: tup
 
 
 def splits(train: str, test: str, suffix: str = ".png") -> Callable[[Path], Path]:
-    """Returns a writer of two split folders."""
+    """Returns a function that writes two split folders."""
 
     def write(folder: Path) -> Path:
         put(folder / train, 0, TRAIN, suffix)
@@ -69,7 +69,7 @@ def splits(train: str, test: str, suffix: str = ".png") -> Callable[[Path], Path
 
 
 def suffixes(folder: Path) -> Path:
-    """The same image in every lossless format."""
+    """Images in three formats: TIFF, PGM and TGA."""
     for c, name in enumerate(CLASSES):
         for k, suffix in enumerate((".tif", ".pgm", ".tga")):
             save(folder / name / f"{k}{suffix}", image(40 * c + k))
@@ -77,7 +77,7 @@ def suffixes(folder: Path) -> Path:
 
 
 def alpha(folder: Path) -> Path:
-    """Black drawings that live in the alpha channel: half transparent, half opaque."""
+    """Images with an alpha channel: the upper half is transparent, the lower half opaque."""
     for c, name in enumerate(CLASSES):
         for k in range(TRAIN):
             pixels = np.zeros((4, 6, 4), np.uint8)
@@ -122,7 +122,7 @@ def mac_names(folder: Path) -> Path:
 
 
 def mixed(folder: Path) -> Path:
-    """Other files beside the images: they are counted."""
+    """Other files next to the images. The warning counts them."""
     put(folder, 0, TRAIN)
     (folder / "disc" / "notes.txt").write_text("x")
     (folder / "disc" / "photo.heic").write_bytes(b"x")
@@ -142,7 +142,7 @@ def linked(folder: Path) -> Path:
 
 
 def around(folder: Path) -> Path:
-    """A folder around the splits."""
+    """Splits inside an extra folder."""
     splits("train", "test")(folder / "dataset")
     return folder
 
@@ -168,7 +168,7 @@ def one_class(folder: Path) -> Path:
 
 
 def broken(folder: Path) -> Path:
-    """Two broken images: both are named."""
+    """Two broken images. The message counts both."""
     put(folder, 0, TRAIN)
     (folder / "cross" / "00.png").write_bytes(b"junk")
     (folder / "square" / "01.png").write_bytes(b"")
@@ -230,7 +230,7 @@ def lfs(folder: Path) -> Path:
 
 
 def table(text: Callable[[list[str]], str]) -> Callable[[Path], Path]:
-    """Returns a writer of a set with a labels table, which `text` makes from the paths of the images."""
+    """Returns a function that writes a set and its labels table, which `text` makes from the paths of the images."""
 
     def write(folder: Path) -> Path:
         put(folder / "train", 0, TRAIN)
@@ -247,7 +247,7 @@ def shifted(path: str) -> str:
 
 
 def unique_names(folder: Path) -> Path:
-    """Base names that are unique, and a table of them without a suffix, backwards, with semicolons."""
+    """Unique file names. The table lists them in reverse order, without suffixes, with semicolons."""
     rows = []
     for c, name in enumerate(CLASSES):
         for k in range(TRAIN):
@@ -262,12 +262,12 @@ CSV = {"labels": "labels.csv"}
 
 
 def absolute(path: str) -> str:
-    """Returns a path as a table of a Windows user has it."""
+    """Returns the absolute path that a table from Windows holds."""
     return f"C:\\x\\train\\{path}".replace("/", "\\")
 
 
 def numbered(paths: list[str]) -> list[str]:
-    """Returns rows with the index that pandas writes."""
+    """Returns table rows that begin with the index that pandas writes."""
     return [f"{k},{path},{shifted(path)}" for k, path in enumerate(reversed(paths))]
 
 
@@ -310,11 +310,15 @@ CORPUS: dict[str, Odd] = {
     "parquet: Git LFS": Odd(lfs, refused="git lfs pull"),
     "labels by path": Odd(
         table(lambda paths: "\n".join(["filename,label", *(f"{p},{shifted(p)}" for p in reversed(paths))])),
-        CSV, test=None, labels=SHIFTED,
+        CSV,
+        test=None,
+        labels=SHIFTED,
     ),
     "labels by absolute path": Odd(
         table(lambda paths: "\n".join(["path\tclass", *(f"{absolute(p)}\t{shifted(p)}" for p in paths)])),
-        CSV, test=None, labels=SHIFTED,
+        CSV,
+        test=None,
+        labels=SHIFTED,
     ),
     "labels by unique name": Odd(unique_names, CSV, test=None, labels=SHIFTED),
     "labels with pandas' index": Odd(
@@ -325,25 +329,30 @@ CORPUS: dict[str, Odd] = {
     ),
     "labels: unknown column": Odd(
         table(lambda paths: "\n".join(["label,colour", *(f"{shifted(p)},red" for p in paths)])),
-        CSV, refused="column 'colour' is unknown",
+        CSV,
+        refused="column 'colour' is unknown",
     ),
     "labels: a name of several images": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p.partition('/')[2]},{shifted(p)}" for p in paths)])),
-        CSV, refused="could be train/cross/00.png or train/disc/00.png",
+        CSV,
+        refused="could be train/cross/00.png or train/disc/00.png",
     ),
     "labels: a missing row": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p},{shifted(p)}" for p in paths[1:])])),
-        CSV, refused="1 of 9 training images have no row, first 'train/cross/00.png'",
+        CSV,
+        refused="1 of 9 training images have no row, first 'train/cross/00.png'",
     ),
     "labels: a row too many": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p},{shifted(p)}" for p in [*paths, "disc/99.png"])])),
-        CSV, refused="file 'disc/99.png' is no training image",
+        CSV,
+        refused="file 'disc/99.png' is no training image",
     ),
     "labels: a row twice": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p},{shifted(p)}" for p in [*paths, paths[0]])])),
-        CSV, refused="rows 1 and 10 name the same file",
+        CSV,
+        refused="rows 1 and 10 name the same file",
     ),
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Odd data sets, as people have them: each is read right, or refused with the cause."""
+"""Unusual data sets, as users have them: each is read correctly, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CORPUS = MODULE["CORPUS"]
 
 
 @pytest.mark.parametrize("title", CORPUS)
-def test_the_set_is_read_right_or_refused(title, tmp_path):
+def test_the_set_is_read_correctly_or_refused(title, tmp_path):
     odd = CORPUS[title]
     path = odd.write(tmp_path)
     options = dict(odd.options)

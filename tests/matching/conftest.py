@@ -1,4 +1,4 @@
-"""A small matching problem."""
+"""Fixture: a small matching problem."""
 
 from __future__ import annotations
 
@@ -30,10 +30,17 @@ class Problem(NamedTuple):
 
 
 def problem(
-    soft: bool = False, lr: float = 0.1, steps: int = 10, size: int = 8, channels: int = 3, count: int = 8,
-    batch: int = 5, config: NetConfig | None = None, strategy: str = FULL,
-) -> Problem:  # fmt: skip
-    """Returns a matching problem in float64. 10 steps of 5 out of 8 images are more than six shuffled passes."""
+    soft: bool = False,
+    lr: float = 0.1,
+    steps: int = 10,
+    size: int = 8,
+    channels: int = 3,
+    count: int = 8,
+    batch: int = 5,
+    config: NetConfig | None = None,
+    strategy: str = FULL,
+) -> Problem:
+    """Returns a matching problem in float64. 10 steps of 5 images are more than six shuffled passes over 8 images."""
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:

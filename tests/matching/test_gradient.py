@@ -1,4 +1,4 @@
-"""The adjoint against the full unroll and finite differences, and its memory."""
+"""Compares the adjoint with the full unroll and with finite differences, and bounds its memory."""
 
 from __future__ import annotations
 

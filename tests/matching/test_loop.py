@@ -42,7 +42,7 @@ NET = NetConfig(depth=1, width=4)
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory) -> Experts:
-    """Two experts of 6 epochs on noisy copies of three patterns."""
+    """Returns two experts, trained for 6 epochs on noisy copies of three patterns."""
     folder = tmp_path_factory.mktemp("experts")
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % CLASSES
@@ -56,9 +56,16 @@ def experts(tmp_path_factory) -> Experts:
 
 def match(**values: Any) -> MatchConfig:
     chosen = {
-        "ipc": 2, "iterations": 20, "steps": 3, "expert_epochs": 2, "max_start": 3, "batch": 4, "lr_img": 2.0,
-        "lr_init": 0.05, "check_every": 5,
-    }  # fmt: skip
+        "ipc": 2,
+        "iterations": 20,
+        "steps": 3,
+        "expert_epochs": 2,
+        "max_start": 3,
+        "batch": 4,
+        "lr_img": 2.0,
+        "lr_init": 0.05,
+        "check_every": 5,
+    }
     return MatchConfig(**chosen | values)
 
 
@@ -77,9 +84,14 @@ DATM = {"easy": 0.3, "widen": 0.5, "min_start": 1, "momentum_label": 0.9, "ema":
 
 
 def learn(
-    place: Path, experts: Experts, config: MatchConfig, soft: bool = False, resume: bool = False,
-    check: Check = constant, progress: Callable[..., None] = lambda *_, **__: None,
-) -> tuple[MatchState, list[dict[str, Any]]]:  # fmt: skip
+    place: Path,
+    experts: Experts,
+    config: MatchConfig,
+    soft: bool = False,
+    resume: bool = False,
+    check: Check = constant,
+    progress: Callable[..., None] = lambda *_, **__: None,
+) -> tuple[MatchState, list[dict[str, Any]]]:
     """Returns the best state and the records of matching."""
     problem = MatchProblem(FlatNet(build(NET, SHAPE, CLASSES, 0)), experts, config, "color_crop_flip", 5)
     with Run.create(place, Config(match=config), resume) as run:
@@ -152,7 +164,7 @@ def test_the_update_is_sgd_with_momentum():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_step_back_returns_to_the_state_before():
+def test_step_back_returns_to_the_previous_state():
     config = match()
     previous = replace(first(config), iteration=3, image_velocity=torch.ones(6, *SHAPE))
     state = replace(previous, iteration=4, images=previous.images + 1e9, lr_img=1.0)
@@ -192,7 +204,7 @@ def test_a_checkpoint_holds_everything(tmp_path, soft):
 
 
 class KilledError(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.mark.parametrize("base", [{}, DATM], ids=["mtt", "datm with an average"])
@@ -216,7 +228,7 @@ def test_an_interrupted_loop_ends_with_the_same_bytes(tmp_path, experts, monkeyp
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_the_best_held_out_accuracy_wins_and_the_later_one_of_equals(tmp_path, experts):
+def test_the_best_held_out_accuracy_wins_and_a_tie_goes_to_the_later_one(tmp_path, experts):
     seen: dict[int, torch.Tensor] = {}
 
     def check(images: torch.Tensor, labels: torch.Tensor, lr: float, iteration: int) -> float:
@@ -279,7 +291,7 @@ def test_soft_labels_are_the_mean_over_the_experts_that_are_correct(experts):
 
 
 def test_the_backend_does_not_depend_on_the_iterations_that_are_left(experts):
-    """A resumed run must compute with the same backend to the end: another one would end with other bytes."""
+    """A resumed run must use the same backend to the end: another backend would give other bytes."""
     net = FlatNet(build(NET.model_copy(update={"norm": "group", "width": 8}), SHAPE, CLASSES, 0))
     iterations = 10**9  # enough that compiling pays
     problem = MatchProblem(net, experts, match(iterations=iterations), "none", 0)

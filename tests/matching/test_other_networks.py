@@ -1,4 +1,4 @@
-"""Networks of other people: the adjoint equals the full unroll, by formulas or by autograd."""
+"""For networks of other people the adjoint equals the full unroll, by formulas or by autograd."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def network(layers: list[nn.Module], bias: bool = True) -> nn.Sequential:
 
 
 def pool_of_odd_map(pool: nn.Module) -> nn.Sequential:
-    """A network whose last pool takes a 3 x 3 map."""
+    """Returns a network whose last pool takes a 3 x 3 map."""
     second = [nn.Conv2d(WIDTH, 4, 3, padding=1), nn.GroupNorm(4, 4), nn.ReLU(), pool]
     return network([*block({"padding": 0}), *second])
 
@@ -132,7 +132,7 @@ NOT_COVERED: dict[str, Callable[[], nn.Sequential]] = {
 
 
 def assert_adjoint_is_exact(module: nn.Sequential) -> None:
-    """Three steps with soft labels in float64. All parameters are random, so no derivative is 0 by symmetry."""
+    """Takes three steps with soft labels in float64. All parameters are random, so no derivative is 0 by symmetry."""
     generator = torch.Generator().manual_seed(0)
     net = FlatNet(module.double())
     start = net.flatten() + 0.3 * torch.randn(net.num_parameters, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What FTD and DATM change: config values, the start range, and the samples that an expert classifies correctly."""
+"""FTD and DATM change config values, the start range, and the samples that images start from."""
 
 from __future__ import annotations
 
@@ -43,8 +43,13 @@ def test_a_field_that_is_set_stays_even_at_its_default():
 def test_the_start_range_widens_from_easy_to_hard():
     config = match(iterations=100, min_start=2, max_start=12, easy=0.5, widen=0.4)
     assert [start_range(config, i) for i in (0, 8, 20, 39, 40, 99)] == [
-        (2, 7), (2, 8), (2, 10), (2, 12), (2, 12), (2, 12),
-    ]  # fmt: skip
+        (2, 7),
+        (2, 8),
+        (2, 10),
+        (2, 12),
+        (2, 12),
+        (2, 12),
+    ]
     assert {start_range(match(max_start=9), i) for i in range(100)} == {(0, 9)}
     assert start_range(match(max_start=0, easy=0.0, widen=1.0), 0) == (0, 0)
 

@@ -1,4 +1,4 @@
-"""One inner step and its products: by formulas, by autograd and compiled, compared in float64."""
+"""Compares one inner step and its products by formulas, by autograd and compiled, in float64."""
 
 from __future__ import annotations
 
@@ -62,9 +62,12 @@ def test_formulas_equal_autograd(depth, width, shape, batch, soft):
 
 def test_other_networks_use_autograd():
     others: list[dict[str, Any]] = [
-        {"norm": "group", "width": 8}, {"norm": "none"}, {"name": "resnet18"}, {"name": "alexnet"},
+        {"norm": "group", "width": 8},
+        {"norm": "none"},
+        {"name": "resnet18"},
+        {"name": "alexnet"},
         {"depth": 4, "width": 4},  # the last map of an 8 x 8 image is 1 x 1: all channels share a norm
-    ]  # fmt: skip
+    ]
     for config in map(NetConfig.model_validate, others):
         module = build(config, (1, 8, 8), 10, 0)
         assert convnet_form(module) is None
@@ -73,7 +76,7 @@ def test_other_networks_use_autograd():
 
 @pytest.mark.parametrize("norm", ["instance", "layer"])
 def test_compiled_equals_the_unrolled_gradient_in_float64(problem, norm):
-    """By formulas and by nested torch.func.grad: the gradient of three steps against the eager unroll."""
+    """Compares the gradient of three steps with the eager unroll, by formulas and by nested torch.func.grad."""
     config = NetConfig(depth=1, width=3, norm=norm)
     p = problem(soft=True, steps=3, size=6, count=4, batch=4, config=config)
     counters.clear()
@@ -99,7 +102,7 @@ def test_the_adjoint_in_float32_equals_the_unroll_to_1e_5(problem):
 
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_the_error_of_bfloat16_convolutions_stays_below_10_percent(problem, norm):
-    """Error of the images' gradient over 4 steps. bench/results/matching.md has the measured figures."""
+    """Bounds the error of the images' gradient over 4 steps. bench/results/matching.md has the measured figures."""
     config = NetConfig(depth=2, width=16, norm=norm)
     p = problem(steps=4, size=8, count=8, batch=8, config=config, strategy="none")
     net = FlatNet(build(config, (3, 8, 8), 4, 3))

@@ -1,4 +1,4 @@
-"""A config for runs of about a second."""
+"""Fixture: a config for runs of about a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compare_trust_modes: its runs equal runs that are started alone, and they share what no mode changes."""
+"""The runs of compare_trust_modes equal runs that are started alone, and share what no mode changes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,26 @@ from tadperf.run.folder import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
-    "device": "cpu", "net.width": 4, "net.depth": 1, "experts.count": 1, "experts.epochs": 2, "match.ipc": 1,
-    "match.iterations": 2, "match.check_every": 2, "match.steps": 2, "match.max_start": 1, "match.expert_epochs": 1,
-    "match.init": "real", "evaluate.epochs": 2, "evaluate.repeats": 1, "evaluate.full_epochs": 2,
-    "evaluate.full_repeats": 1, "trust.rounds": 1, "trust.proxies": 1, "trust.epochs": 2,
-}  # fmt: skip
+    "device": "cpu",
+    "net.width": 4,
+    "net.depth": 1,
+    "experts.count": 1,
+    "experts.epochs": 2,
+    "match.ipc": 1,
+    "match.iterations": 2,
+    "match.check_every": 2,
+    "match.steps": 2,
+    "match.max_start": 1,
+    "match.expert_epochs": 1,
+    "match.init": "real",
+    "evaluate.epochs": 2,
+    "evaluate.repeats": 1,
+    "evaluate.full_epochs": 2,
+    "evaluate.full_repeats": 1,
+    "trust.rounds": 1,
+    "trust.proxies": 1,
+    "trust.epochs": 2,
+}
 
 
 def config(**values: Any):

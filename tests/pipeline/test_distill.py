@@ -1,4 +1,4 @@
-"""Small runs: wrong input is refused, all files are written, and equal seeds give equal bytes."""
+"""Small runs refuse wrong input, write all their files, and give equal bytes for equal seeds."""
 
 from __future__ import annotations
 
@@ -37,11 +37,27 @@ from tadperf.task.samples import normalise_data, select_samples, training_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
-    "data.path": "digits", "device": "cpu", "net.width": 4, "net.depth": 1, "experts.count": 2, "experts.epochs": 2,
-    "match.ipc": 1, "match.iterations": 6, "match.check_every": 3, "match.steps": 2, "match.max_start": 1,
-    "match.expert_epochs": 1, "match.init": "real", "evaluate.epochs": 2, "evaluate.repeats": 1,
-    "evaluate.full_epochs": 1, "evaluate.full_repeats": 1, "trust.rounds": 2, "trust.proxies": 2, "trust.epochs": 2,
-}  # fmt: skip
+    "data.path": "digits",
+    "device": "cpu",
+    "net.width": 4,
+    "net.depth": 1,
+    "experts.count": 2,
+    "experts.epochs": 2,
+    "match.ipc": 1,
+    "match.iterations": 6,
+    "match.check_every": 3,
+    "match.steps": 2,
+    "match.max_start": 1,
+    "match.expert_epochs": 1,
+    "match.init": "real",
+    "evaluate.epochs": 2,
+    "evaluate.repeats": 1,
+    "evaluate.full_epochs": 1,
+    "evaluate.full_repeats": 1,
+    "trust.rounds": 2,
+    "trust.proxies": 2,
+    "trust.epochs": 2,
+}
 
 
 def config(**values: Any) -> Config:
@@ -61,7 +77,7 @@ def distilled(place: Path) -> bytes:
 
 
 def save(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8), test: bool = True, **more: Any) -> str:
-    """Writes sixty grey images of three classes that differ in brightness. seed: of the test split."""
+    """Writes 60 grey images of three classes that differ in brightness. seed: the seed of the test split."""
 
     def split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         rng, labels = np.random.default_rng(seed), np.arange(count) % 3
@@ -118,7 +134,7 @@ def test_wrong_data_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """A finished run and its result."""
+    """Returns the folder of a finished run and its result."""
     place = tmp_path_factory.mktemp("whole") / "run"
     return place, run(place)
 
@@ -126,9 +142,20 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 def test_a_run_writes_all_its_files(whole):
     place, result = whole
     assert set(result) == {
-        "data", "ipc", "seed", "synthesis", "method", "trust",
-        "accuracy", "baselines", "lr", "stages", "seconds", "device", "paths",
-    }  # fmt: skip
+        "data",
+        "ipc",
+        "seed",
+        "synthesis",
+        "method",
+        "trust",
+        "accuracy",
+        "baselines",
+        "lr",
+        "stages",
+        "seconds",
+        "device",
+        "paths",
+    }
     assert json.loads((place / "result.json").read_text()) == result
     assert (result["data"]["train"], result["data"]["test"], result["data"]["shape"]) == (1400, 397, [1, 8, 8])
     assert set(result["accuracy"]) == {"convnet"}
@@ -167,8 +194,10 @@ def test_clean_labels_and_test_data_do_not_change_the_result(tmp_path):
     second = run(tmp_path / "b", **values)
     assert distilled(tmp_path / "a") == distilled(tmp_path / "b")
     assert (first["accuracy"], first["baselines"], first["data"]) == (
-        second["accuracy"], second["baselines"], second["data"],
-    )  # fmt: skip
+        second["accuracy"],
+        second["baselines"],
+        second["data"],
+    )
     save(path, seed=1, y_test=(np.arange(30) + 1) % 3, clean_labels=clean)
     third = run(tmp_path / "c", **values)
     assert distilled(tmp_path / "a") == distilled(tmp_path / "c")
@@ -179,10 +208,19 @@ def test_clean_labels_and_test_data_do_not_change_the_result(tmp_path):
 def test_images_of_a_diffusion_model(tmp_path, kind):
     """Generative runs return the images. Hybrid runs start matching from them."""
     values = {
-        "synthesis": kind, "data__noise": "none", "detector__depth": 1, "detector__width": 8, "detector__epochs": 2,
-        "diffusion__width": 8, "diffusion__iterations": 3, "diffusion__batch": 8, "refine__steps": 4,
-        "refine__rounds": 1, "refine__candidates": 2, "refine__top_k": 1,
-    }  # fmt: skip
+        "synthesis": kind,
+        "data__noise": "none",
+        "detector__depth": 1,
+        "detector__width": 8,
+        "detector__epochs": 2,
+        "diffusion__width": 8,
+        "diffusion__iterations": 3,
+        "diffusion__batch": 8,
+        "refine__steps": 4,
+        "refine__rounds": 1,
+        "refine__candidates": 2,
+        "refine__top_k": 1,
+    }
     result = run(tmp_path / "run", **values)
     assert result["synthesis"] == kind
     made, initial = (artifact.load(tmp_path / "run" / name) for name in ("distilled.safetensors", INITIAL))

@@ -1,4 +1,4 @@
-"""A sweep gives the same bytes as its runs started alone, also after a kill, and one table of them."""
+"""A sweep gives the same bytes as its runs started alone, also after a kill, and one table of its results."""
 
 from __future__ import annotations
 
@@ -20,11 +20,25 @@ from tadperf.run.folder import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
-    "data.path": "digits", "device": "cpu", "net.width": 4, "net.depth": 1, "experts.count": 2, "experts.epochs": 2,
-    "match.ipc": 1, "match.iterations": 4, "match.check_every": 4, "match.steps": 2, "match.max_start": 1,
-    "match.expert_epochs": 1, "match.init": "real", "evaluate.epochs": 2, "evaluate.repeats": 2,
-    "evaluate.full_epochs": 1, "evaluate.full_repeats": 1, "trust.mode": "off",
-}  # fmt: skip
+    "data.path": "digits",
+    "device": "cpu",
+    "net.width": 4,
+    "net.depth": 1,
+    "experts.count": 2,
+    "experts.epochs": 2,
+    "match.ipc": 1,
+    "match.iterations": 4,
+    "match.check_every": 4,
+    "match.steps": 2,
+    "match.max_start": 1,
+    "match.expert_epochs": 1,
+    "match.init": "real",
+    "evaluate.epochs": 2,
+    "evaluate.repeats": 2,
+    "evaluate.full_epochs": 1,
+    "evaluate.full_repeats": 1,
+    "trust.mode": "off",
+}
 
 
 def plan(*texts: str) -> list[Cell]:
@@ -35,10 +49,14 @@ def plan(*texts: str) -> list[Cell]:
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        ("refine.beta=0,.5,.7", ["0", ".5", ".7"]), ("a.b=1", ["1"]), ("a=x, y z ,w", ["x", "y z", "w"]),
-        ("a=[1,2],[3]", ["[1,2]", "[3]"]), ("a='x,y',\"z,\"", ["'x,y'", '"z,"']), ("a.b=c=d,e", ["c=d", "e"]),
+        ("refine.beta=0,.5,.7", ["0", ".5", ".7"]),
+        ("a.b=1", ["1"]),
+        ("a=x, y z ,w", ["x", "y z", "w"]),
+        ("a=[1,2],[3]", ["[1,2]", "[3]"]),
+        ("a='x,y',\"z,\"", ["'x,y'", '"z,"']),
+        ("a.b=c=d,e", ["c=d", "e"]),
     ],
-)  # fmt: skip
+)
 def test_values_are_split_at_commas_outside_brackets_and_quotes(text, values):
     assert parse_axes([text]) == {text.partition("=")[0]: values}
 
@@ -52,9 +70,8 @@ def test_malformed_axes_are_refused(text):
 def test_every_combination_has_its_own_folder():
     made = plan("match.lr_img=1,.5", "evaluate.networks=[\"convnet\"],['alexnet','vgg11']", "data.path=a/b,a_b")
     assert [tuple(cell.values.values()) for cell in made] == [
-        (lr, nets, path)
-        for lr in (1.0, 0.5) for nets in (["convnet"], ["alexnet", "vgg11"]) for path in ("a/b", "a_b")
-    ]  # fmt: skip
+        (lr, nets, path) for lr in (1.0, 0.5) for nets in (["convnet"], ["alexnet", "vgg11"]) for path in ("a/b", "a_b")
+    ]
     assert made[0].folder == "match.lr_img=1.0,evaluate.networks=convnet,data.path=a_b"
     assert made[1].folder == made[0].folder + "~2"
     assert len({cell.folder for cell in made}) == 8
@@ -77,8 +94,9 @@ def test_a_sweep_writes_its_runs_table_and_picture(swept, tmp_path):
         assert {name: str(value) for name, value in row.items()} == line
         stored = json.loads((out / row["folder"] / "result.json").read_bytes())
         assert (row["accuracy"], row["random_real"]) == (
-            stored["accuracy"]["convnet"]["mean"], stored["baselines"]["random_real"]["mean"],
-        )  # fmt: skip
+            stored["accuracy"]["convnet"]["mean"],
+            stored["baselines"]["random_real"]["mean"],
+        )
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert [cell.folder for cell in stored_cells(out)] == [row["folder"] for row in result["rows"]]
     (alone,) = plan("match.iterations=4", "match.ipc=2")
@@ -131,10 +149,12 @@ def test_a_wrong_cell_is_refused_before_the_first_run_starts(tmp_path):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"a": (1, 1, 2), "b": (0.1, 0.2, 0.3)}, ("b", True)), ({"a": ("x", "y"), "b": (1, 1)}, ("b", True)),
-        ({"a": ("x", "y"), "b": (True, False)}, ("a", False)), ({"a": (None, 1), "b": ("x", "x")}, ("a", False)),
+        ({"a": (1, 1, 2), "b": (0.1, 0.2, 0.3)}, ("b", True)),
+        ({"a": ("x", "y"), "b": (1, 1)}, ("b", True)),
+        ({"a": ("x", "y"), "b": (True, False)}, ("a", False)),
+        ({"a": (None, 1), "b": ("x", "x")}, ("a", False)),
     ],
-)  # fmt: skip
+)
 def test_the_axis_of_the_picture(tmp_path, values, expected):
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     assert choose_axis(list(values), rows) == expected
