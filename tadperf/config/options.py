@@ -21,7 +21,7 @@ CONFIG_OPTIONS = (
     Option("DATA", "DATA", DATA_HELP, "data.path"),
     Option("--format", "NAME", "Format of DATA; by default it is detected.", "data.format"),
     Option("--image-size", "N", "Scale the shorter side to N, then crop the centre.", "data.image_size"),
-    Option("--labels", "FILE", "Labels that replace the given ones: CSV, .npy, .pt:key.", "data.labels"),
+    Option("--labels", "FILE", "Labels that replace the given ones: CSV, JSON, .npy, .pt:key.", "data.labels"),
     Option("--noise", "KIND:P", "Add label noise: symmetric:P, asymmetric:P, instance:P.", "data.noise"),
     Option("--ipc", "N", "Synthetic images per class.", "match.ipc"),
     Option("--method", "NAME", "Distillation method: mtt, ftd or datm.", "match.method"),
