@@ -1,4 +1,4 @@
-"""Compiled calls return the results of eager ones, use fixed shapes, and fall back with a warning."""
+"""Compiled calls return the results of eager calls, use fixed shapes, and fall back with a warning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def graphs():
-    """The graphs that a test compiles, by a fast backend that runs each graph without compiling it."""
+    """Collects the graphs that a test compiles. A fast backend runs each graph without compiling it."""
     compiled: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
@@ -134,12 +134,12 @@ def test_the_module_keeps_its_type_its_weights_and_its_results(graphs, make, bac
     torch.testing.assert_close(first(net(*args, **named)), first(fresh(*args, **named)))
 
 
-def test_a_dit_is_compiled_by_its_block_and_a_unet_as_one_graph(graphs):
+def test_a_dit_is_compiled_by_block_and_a_unet_as_one_graph(graphs):
     net = compile_for_inference(dit(5), "inductor", batch=4)
     for rows in (4, 1, 6):
         args, named = inputs(net, rows)
         net(*args, **named)
-    assert len(graphs) == 2  # the input of the first block has other strides than the results of blocks
+    assert len(graphs) == 2  # the first block's input has other strides than that of later blocks
     assert not any("proj_out" in str(node.target) for node in graphs[0].graph.nodes)
     assert _mostly_repeated(dit())
     assert not _mostly_repeated(unet())
@@ -324,8 +324,8 @@ assert "tadperf" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), os.enviro
 """
 
 
-def test_a_second_process_builds_no_object_again(tmp_path):
-    """Also checks that Inductor's folder in the environment is as before, in each process."""
+def test_a_second_process_builds_no_cpp_object_again(tmp_path):
+    """Also checks that each process leaves Inductor's folder in the environment as it was."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     built = []

@@ -1,4 +1,4 @@
-"""CUDA graphs of steps, with a stand-in for the device: which device and stream are current, and what is replayed."""
+"""CUDA graphs of steps, with a fake torch.cuda. Checks the current device and stream, and what is replayed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tadperf.compute.cuda_graphs import GraphedStep
 
 
 class OnDevice(Tensor):
-    """A CPU tensor that says it is on cuda:1."""
+    """A CPU tensor that claims to be on cuda:1."""
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -22,7 +22,7 @@ class OnDevice(Tensor):
 
 
 class FakeCuda:
-    """Stands in for torch.cuda: knows the current device and stream, and records the steps of a graph."""
+    """Replaces torch.cuda: knows the current device and stream, and records the steps of a graph."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device_index, self.current, self.fails = 0, "default", False

@@ -1,4 +1,4 @@
-"""Names of devices."""
+"""Names of devices, and the errors for devices that do not exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_unknown_or_missing_device_is_refused(name):
 
 
 @pytest.mark.parametrize(("count", "remedy"), [(1, "use cuda:0"), (4, "use cuda:0 to cuda:3")])
-def test_a_missing_cuda_device_is_refused_with_those_that_exist(monkeypatch, count, remedy):
+def test_the_error_for_a_missing_cuda_device_names_the_existing_ones(monkeypatch, count, remedy):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     plural = "s" if count > 1 else ""
@@ -47,7 +47,7 @@ def test_more_ranks_than_cuda_devices_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "visible"), [("cpu", ""), ("auto", "0,1"), ("cuda:1", "0,1"), (None, "0,1")])
-def test_the_command_line_hides_gpus_for_the_cpu_alone(monkeypatch, name, visible):
+def test_the_command_line_hides_gpus_only_for_device_cpu(monkeypatch, name, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     options._shared_options([options.OPTIONS["--device"]], {"device": name})
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible

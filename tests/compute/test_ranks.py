@@ -1,4 +1,4 @@
-"""Ranks exchange results, in two and more real processes."""
+"""Ranks exchange results, in two or more real processes."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_only_rank_0_writes_except_in_divided_tasks(tmp_path):
 def test_the_death_of_rank_0_raises_an_error():
     def work() -> Any:
         if ranks.rank() == 0:
-            os._exit(1)  # it holds the store
+            os._exit(1)  # this rank holds the store
         start = time.monotonic()
         with pytest.raises(ranks.RankLostError, match="lost the connection to the other ranks: "):
             ranks.once(lambda: 1)
@@ -176,7 +176,7 @@ def test_the_death_of_rank_0_raises_an_error():
     assert results[1] is True or "RankLostError" in str(results[1])  # or at the end, in `leave`
 
 
-def test_a_port_in_use_is_named(monkeypatch):
+def test_the_error_names_a_port_in_use(monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -189,7 +189,7 @@ def test_a_port_in_use_is_named(monkeypatch):
     assert ranks.world_size() == 1
 
 
-def test_a_missing_rank_number_is_named(monkeypatch):
+def test_the_error_names_a_missing_rank(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
@@ -198,7 +198,7 @@ def test_a_missing_rank_number_is_named(monkeypatch):
 
 
 def test_rank_0_takes_over_the_socket_of_its_launcher():
-    """The launcher listens before any rank starts, so no other program can take the port in between."""
+    """The launcher listens before any rank starts, so no other program can take the port before rank 0."""
     with launcher._listen() as listener:
         port = listener.getsockname()[1]
 

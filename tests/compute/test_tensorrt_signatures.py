@@ -1,8 +1,8 @@
 """Every name and keyword of torch-tensorrt that tadperf uses exists in the sources of the supported versions.
 
-TensorRT cannot be installed everywhere, but the sources in its wheel can be read everywhere. The tests read the wheels
-named by TADPERF_TORCH_TENSORRT_WHEEL, a file or a folder (`pip download torch-tensorrt --no-deps -d DIR`), or else the
-installed package.
+TensorRT cannot be installed everywhere, but the sources in its wheel can be read everywhere. The tests read the wheel,
+or the folder of wheels, that TADPERF_TORCH_TENSORRT_WHEEL names (`pip download torch-tensorrt --no-deps -d DIR`).
+Without it they read the installed package.
 """
 
 from __future__ import annotations

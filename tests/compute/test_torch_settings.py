@@ -41,7 +41,7 @@ def settings() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Restores PyTorch's defaults, whatever a test has set."""
+    """Restores PyTorch's defaults after each test."""
     yield
     torch.set_float32_matmul_precision("highest")
     MATMUL.fp32_precision = MKLDNN.matmul.fp32_precision = "none"

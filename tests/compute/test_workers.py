@@ -1,4 +1,4 @@
-"""Tasks in forked processes: their results, their failures, and no process left behind."""
+"""Tasks in forked processes: their results and failures. No process may remain."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def test_bits_do_not_depend_on_the_number_of_workers_or_tasks():
 
 @linux
 @pytest.mark.timeout(60)
-def test_no_hang_with_more_cores_than_tasks_after_threads_ran_in_the_parent(monkeypatch):
-    """OpenMP hangs in a forked worker with more than one thread, as four cores and two tasks once had."""
+def test_workers_do_not_hang_after_threads_ran_in_the_parent(monkeypatch):
+    """OpenMP hangs in a forked worker with several threads. Four cores and two tasks once caused this."""
     before = torch.get_num_threads()
     monkeypatch.setattr(workers, "available_cores", lambda: 4)
     torch.set_num_threads(2)
@@ -188,7 +188,7 @@ list(run_parallel(task, [0, 1], 2))
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, number):
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    accept_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
+    accept_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore SIGINT
     parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=accept_interrupts)
     try:
         notes = [tmp_path / "0", tmp_path / "1"]
@@ -205,7 +205,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
 
 @linux
 def test_background_tasks_run_and_can_be_cancelled(tmp_path):
-    """Tasks run while the caller does other work. `cancel` drops those not started; leaving the block ends the rest."""
+    """Tasks run while the caller works. `cancel` drops those not yet started; the end of the block ends the rest."""
     before = children()
 
     def task(item: int) -> int:
@@ -271,7 +271,7 @@ def fail_in_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @linux
-def test_tasks_run_here_if_autograd_cannot_run_in_forked_processes(monkeypatch):
+def test_tasks_run_in_this_process_if_autograd_fails_in_forked_ones(monkeypatch):
     fail_in_child(monkeypatch)
     before = torch.get_num_threads()
     with pytest.warns(RuntimeWarning, match="set CUDA_VISIBLE_DEVICES to an empty value"):

@@ -70,7 +70,7 @@ def test_a_trajectory_starts_at_the_initial_weights_and_ends_at_the_trained_ones
     assert torch.equal(short, snapshots[:2])  # an epoch does not depend on how many follow
 
 
-def test_weights_soft_labels_and_a_radius_reach_the_trajectory():
+def test_weights_and_rho_change_the_trajectory_and_confident_soft_labels_do_not():
     _, labels = data()
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
 
@@ -86,7 +86,7 @@ def test_weights_soft_labels_and_a_radius_reach_the_trajectory():
         assert ((other[0] - default)[1:].norm(dim=1) > 1e-3).all()
 
 
-def test_rho_and_alpha_of_the_config_reach_the_experts(folder, tmp_path):
+def test_rho_and_alpha_of_the_config_change_the_experts(folder, tmp_path):
     train(tmp_path, count=1, rho=0.5, alpha=0.3)
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", False, 0.5, 0.3)
     flat, _ = train_expert(problem(), recipe, seeds.derive(7, "expert", 0))
@@ -94,7 +94,7 @@ def test_rho_and_alpha_of_the_config_reach_the_experts(folder, tmp_path):
     assert not torch.equal(flat, load_file(store.expert_path(folder, 0))["snapshots"])
 
 
-def test_stored_snapshots_are_those_that_were_trained(folder):
+def test_stored_snapshots_equal_the_trained_ones(folder):
     experts = Experts.open(folder, 3)
     recipe = Recipe(EPOCHS, 20, 0.1, 0.0, 0.0, "color_crop_flip", decay=False)
     assert len(experts) == 3
@@ -130,7 +130,7 @@ def test_only_missing_experts_are_trained(tmp_path):
     assert train(place) == [2, 3]
     assert store.expert_path(place, 1).read_bytes() == second
     assert [now == then for now, then in zip(modification_times(place), before, strict=True)] == [True, False, True]
-    assert train(place, epochs=EPOCHS - 1) == [3]  # longer trajectories are used
+    assert train(place, epochs=EPOCHS - 1) == [3]  # longer trajectories may be used
     assert train(place, epochs=EPOCHS + 1) == [0, 1, 2, 3]
     assert load_file(store.expert_path(place, 0))["snapshots"].shape == (EPOCHS + 2, SIZE)
 
@@ -145,7 +145,7 @@ def test_bfloat16_halves_the_file_and_is_read_as_float32(folder, tmp_path):
     assert not torch.equal(row, exact)
 
 
-def test_a_folder_of_other_experts_is_refused_with_the_difference(folder):
+def test_the_error_for_a_folder_of_other_experts_names_the_difference(folder):
     store.claim_folder(folder, IDENTITY)  # the same identity
     with pytest.raises(UserError, match=r"lr = 0\.1, this run needs 0\.2") as refused:
         store.claim_folder(folder, IDENTITY | {"lr": 0.2})
@@ -172,7 +172,7 @@ def test_experts_are_found_in_a_run_folder_and_in_their_own_folder(folder, tmp_p
         store.find_experts(tmp_path / "absent", 3, shape, IDENTITY)
 
 
-def test_foreign_and_damaged_files_are_refused_or_trained_again(tmp_path):
+def test_damaged_files_and_files_of_other_programs_are_refused_or_trained_again(tmp_path):
     shape = (EPOCHS + 1, SIZE)
     path = store.expert_path(tmp_path, 0)
     with pytest.raises(UserError, match=r"^--experts: .*expert-0000.safetensors: cannot be read"):

@@ -159,7 +159,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def distilled() -> DistilledSet:
-    """A set whose normaliser changes the images; its own images do not matter here."""
+    """Returns a set whose normaliser changes the images. The images of the set do not matter here."""
     net = NetConfig.model_validate({"width": 4, "depth": 1})
     return DistilledSet(
         images=torch.randn(10, 1, 8, 8),
@@ -213,7 +213,7 @@ def test_networks_of_tadperf_are_fused(name):
     assert fused_forward(module) is not module
 
 
-def test_a_single_image_without_a_batch_dimension_is_passed_on():
+def test_an_image_without_batch_dimension_runs_the_network_itself():
     module, image = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(144, 3)), torch.randn(1, 8, 8)
     torch.testing.assert_close(fused_forward(module)(image), module(image))
 

@@ -50,7 +50,7 @@ def test_the_config_sets_depth_and_width():
     net = build(config(depth=2, width=5), (3, 32, 32), 10, 0)
     convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [(c.in_channels, c.out_channels) for c in convolutions] == [(3, 5), (5, 5)]
-    deep = build(config(depth=5, width=8), (1, 8, 8), 10, 0)  # more blocks than halvings: the map stays 1 x 1
+    deep = build(config(depth=5, width=8), (1, 8, 8), 10, 0)  # after 1 x 1 the map keeps its size
     assert deep(torch.randn(2, 1, 8, 8)).isfinite().all()
 
 
@@ -72,7 +72,7 @@ def test_norms_equal_those_of_pytorch(norm):
     torch.testing.assert_close(norm_layer(norm, 8, 6)(x), truth(x), rtol=1e-5, atol=1e-5)
 
 
-def test_instance_norm_of_one_pixel_keeps_the_signal():
+def test_instance_norm_of_one_pixel_is_not_zero():
     x = torch.randn(3, 8, 1, 1)
     y = norm_layer("instance", 8, 1)(x)
     torch.testing.assert_close(y.squeeze(), torch.nn.functional.layer_norm(x.squeeze(), [8]))
@@ -90,7 +90,7 @@ def test_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
-def test_the_flat_network_is_the_module_bit_for_bit(name):
+def test_the_flat_network_equals_the_module_bit_for_bit(name):
     module = build(config(name, width=8), (3, 8, 8), 4, 1)
     flat, x = FlatNet(module), torch.randn(3, 3, 8, 8)
     theta = flat.flatten()

@@ -90,7 +90,7 @@ def test_the_learning_rate_is_divided_by_ten_after_half_of_the_epochs():
         last[0] = now
 
     fit(module, images, labels, RECIPE._replace(epochs=10, lr=0.05, decay=True), 0, after)
-    assert lengths == pytest.approx([0.05] * 6 + [0.005] * 4, rel=1e-3)  # at epochs // 2 + 1, as MTT's code has it
+    assert lengths == pytest.approx([0.05] * 6 + [0.005] * 4, rel=1e-3)  # from epochs // 2 + 1 on, as in MTT's code
     lengths.clear()
     module, last = Linear(), [torch.zeros(192)]
     fit(module, images, labels, RECIPE._replace(epochs=10, lr=0.05), 0, after)
@@ -105,7 +105,7 @@ def test_confident_soft_labels_equal_hard_labels():
     assert (weights(unsure) - weights(hard)).norm() > 1e-3
 
 
-def test_equal_weights_change_nothing_and_zero_leaves_out():
+def test_equal_weights_change_nothing_and_weight_0_ignores_an_image():
     images, labels = data()
     recipe = RECIPE._replace(epochs=3, batch=5)
     unweighted = weights(fit(fresh(), images, labels, recipe, 0))
@@ -182,7 +182,7 @@ def test_gsam_gradient_equals_its_definition(alpha):
     assert (truth - here).norm() > 1e-3 * here.norm()
 
 
-def test_a_radius_makes_the_minimum_flatter():
+def test_gsam_makes_the_minimum_flatter():
     """Compares the mean rise of the loss near the trained weights, with and without GSAM."""
     images, labels = data(60)
     images = images + 2 * torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))[labels]
@@ -262,7 +262,7 @@ def test_grouped_draws_give_the_images_of_single_draws(count, monkeypatch):
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_batch_in_parts_gives_the_result_of_the_whole_batch(rho, weighted, monkeypatch):
-    """Momentum, soft labels and weights; parts of three images against the batch of eight."""
+    """With momentum, soft labels and weights. Compares parts of three images with a batch of eight."""
     images, _ = data(20)
     labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(8))
     counts = torch.arange(20.0) if weighted else None
@@ -276,7 +276,7 @@ def test_a_batch_in_parts_gives_the_result_of_the_whole_batch(rho, weighted, mon
 
 
 def test_an_epoch_does_not_depend_on_how_many_follow():
-    """Bit for bit, also if many epochs share one call to `augment.draw`."""
+    """All bits are equal, also if many epochs share one call to `augment.draw`."""
     images, labels = data(13)
     long = Recipe(9, 4, 0.05, 0.9, 5e-4, "color_crop_cutout_flip_scale_rotate", decay=False)
     snapshots: list[torch.Tensor] = []
@@ -298,7 +298,7 @@ def test_accuracy_counts_nan_as_wrong():
             return x[:, 0, 0]
 
     logits = torch.tensor([[3.0, 1, 2], [0, 5, 1], [1, 2, 0], [math.nan] * 3, [math.nan, 1, 0], [0, 0, math.inf]])
-    images = logits[:, None, None]  # rows 0 and 1 are right; a row with NaN or infinity counts as wrong
+    images = logits[:, None, None]  # rows 0 and 1 are right; a row with NaN or +inf counts as wrong
     labels = torch.tensor([0, 1, 0, 0, 1, 2])
     for batch in (1, 4, 1024):
         assert accuracy(Logits(), images, labels, batch) == pytest.approx(2 / 6)

@@ -83,7 +83,7 @@ while True:
     assert file.read_bytes() in (b"x" * 3_000_000, b"y" * 3_000_000)
 
 
-def test_json_has_no_nan_and_no_infinity(tmp_path):
+def test_json_files_contain_no_nan_and_no_infinity(tmp_path):
     value = {"nan": float("nan"), "tensor": torch.tensor([1.5, float("inf")]), "path": Path("a/b"), "tuple": (1, True)}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text()
@@ -95,7 +95,7 @@ def test_tensors_and_metadata_are_read_as_written(tmp_path):
     save_tensors(file, TENSORS, {"who": "tadperf", "é": '{"a": "\\n"}'})
     tensors, metadata = load_tensors(file)
     assert metadata == {"who": "tadperf", "é": '{"a": "\\n"}'}
-    for name, tensor in load_file(file).items():  # the reader of the library
+    for name, tensor in load_file(file).items():  # the reader of safetensors
         assert tensor.dtype == TENSORS[name].dtype
         assert torch.equal(tensor, TENSORS[name])
         assert torch.equal(tensor, tensors[name])
@@ -353,7 +353,7 @@ def test_a_failed_start_unlocks_the_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
-def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path):
+def test_the_error_for_a_full_disk_names_the_file(tmp_path):
     with Run.create(tmp_path / "run", CONFIG) as run:
         assert run._metrics is not None
         run._metrics.close()

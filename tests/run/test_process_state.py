@@ -1,4 +1,4 @@
-"""Functions of nets, experts and run leave PyTorch's settings, the environment and a network's modes as they were."""
+"""Functions of nets, experts and run do not change PyTorch's settings, the environment or a network's modes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ CASES: dict[str, Callable[[Path, nn.Module], Any]] = {
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Uses two threads, because one thread would hide a function that sets one thread."""
+    """Uses two threads, because one thread would hide a function that leaves one thread set."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -142,7 +142,7 @@ def test_accuracy_restores_the_modes_after_an_error():
     assert modes(module) == before
 
 
-def test_results_of_a_single_process_arrive_with_the_threads_of_the_caller():
+def test_a_single_process_yields_results_with_the_threads_of_the_caller():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
