@@ -1,4 +1,4 @@
-"""Fuzzes the compiled operators: random shapes, strides, values, types, thread counts, on every instruction set.
+"""Fuzzes the compiled operators with random shapes, strides, values, types and threads, on every instruction set.
 
 python tests/kernels/fuzz_operators.py [--cases 200] [--seed 0] [--operators per_sample,mixture]
 
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from random import Random
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would fight for the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would compete for the cores
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Case:
         self.threads = self.random.randint(2, 5)
 
     def size(self, most: int, least: int = 0) -> int:
-        """A size from `least` to `most`; small ones and neighbours of multiples of 16 are frequent."""
+        """Returns a size from `least` to `most`; small sizes and neighbours of multiples of 16 are frequent."""
         kind = self.random.randrange(3)
         if kind == 0:
             size = self.random.randint(least, min(most, least + 5))
@@ -63,7 +63,7 @@ class Case:
         return min(max(size, least), most)
 
     def floats(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Normal values, with special values in between unless the case is moderate; random strides."""
+        """Returns normal values with random strides. Unless the case is moderate, some are special values."""
         values = torch.randn(shape, generator=self.generator) * scale
         if not self.moderate and values.numel():
             flat = values.view(-1)
@@ -92,7 +92,7 @@ class Case:
 
 
 def tensors(results: Iterable[object]) -> list[Tensor]:
-    """The tensors in nested tuples."""
+    """Returns all tensors in nested tuples."""
     flat: list[Tensor] = []
     for result in results:
         flat += [result] if isinstance(result, Tensor) else tensors(result) if isinstance(result, tuple) else []
@@ -100,7 +100,7 @@ def tensors(results: Iterable[object]) -> list[Tensor]:
 
 
 def run(case: Case, operator: Callable[[], object]) -> list[Tensor]:
-    """Results with one thread. Asserts that several threads give the same bits."""
+    """Returns the results with one thread. Asserts that several threads give the same bits."""
     torch.set_num_threads(1)
     alone = tensors((operator(),))
     torch.set_num_threads(case.threads)
@@ -125,7 +125,7 @@ def close(case: Case, actual: Tensor, expected: Tensor, relative: float, absolut
 
 
 def mostly_close(case: Case, actual: Tensor, expected: Tensor, limit: float, name: str) -> None:
-    """Compares 98 % of the elements: a pixel near 0 before the ReLU may pass a gradient in one and not in the other."""
+    """Compares 98 % of the elements: rounding decides whether ReLU passes the gradient of a pixel near 0."""
     if not case.moderate:
         return
     assert actual.isfinite().all(), name
@@ -156,7 +156,7 @@ def per_sample_linear(case: Case) -> None:
     results = run(case, lambda: kernels.per_sample_linear(*inputs, labels, bias))
     features, weight = inputs[0].double(), inputs[1].double()
     expected = kernels.per_sample_linear_reference(features, weight, labels, None if bias is None else bias.double())
-    top_two = expected.margin > 1e-4  # where two classes are closer, rounding may choose the other
+    top_two = expected.margin > 1e-4  # if two classes are closer, rounding may choose either
     for name, actual, wanted in zip(kernels.PerSample._fields, results, expected, strict=True):
         if name == "prediction":
             actual, wanted = actual[top_two], wanted[top_two]

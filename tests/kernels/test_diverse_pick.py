@@ -30,7 +30,7 @@ def random_case(anomalies, choices, size, held, classes, seed=0, dtype=torch.flo
 
 
 def truth(candidates, scores, qualified, classes, qualified_classes, top_k=None, weight=None):
-    """Index and similarity in float64 NumPy, and the least gap by which a winner won; for finite, nonzero features."""
+    """Returns index, similarity and the smallest lead of a winner, in float64 NumPy; for finite, nonzero features."""
     x, q, scores = candidates.double().numpy(), qualified.double().numpy(), scores.double().numpy()
     x, q = x / np.linalg.norm(x, axis=-1, keepdims=True), q / np.linalg.norm(q, axis=-1, keepdims=True)
     held = {
@@ -69,8 +69,8 @@ def same_bits(a, b):
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
 
 
-def test_naive_loop_on_a_thousand_cases():
-    """The same winners in all cases whose winners won by more than float32 rounding; that is nearly all of them."""
+def test_winners_equal_those_of_a_naive_loop_in_1000_cases():
+    """Skips the few cases in which float32 rounding could change a winner."""
     random = np.random.default_rng(0)
     compared = 0
     for seed in range(1000):
@@ -155,7 +155,7 @@ def test_lowest_index_among_equals(operator, swap):
         of = of.int() + 2**31 - 1
     zero = of[:1]
     assert operator(candidates, scores, held, zero, of).index.item() == 1
-    assert operator(candidates, scores, held, zero, of, top_k=2).index.item() == 1  # 3 and, of equals, 1
+    assert operator(candidates, scores, held, zero, of, top_k=2).index.item() == 1  # the pool is 3 and, by its index, 1
     assert operator(candidates, scores, held, zero, of, top_k=1).index.item() == 3
     assert operator(candidates, scores, held, zero, of, weight=0.1).index.item() == 3
     assert operator(candidates, scores.fill_(0.5), held, zero, of, weight=3).index.item() == 1
@@ -200,7 +200,7 @@ def test_candidates_that_are_excluded(operator):
 @OPERATORS
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1.0, 1e30, 3e38])
 def test_length_of_features_does_not_matter(operator, scale):
-    """Squares of these leave float32; a row of zeros has cosine 0 with every other."""
+    """Their squares overflow or underflow float32. A row of zeros has cosine 0 with every other row."""
     candidates = torch.stack([AXES[0] * scale, -AXES[0] * scale, torch.zeros(4)]).unsqueeze(0)
     label = torch.zeros(1, dtype=torch.int64)
     results = operator(candidates, torch.ones(1, 3), AXES[:1], label, label)
@@ -299,7 +299,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(_operator, (*case, None, None))
 
 
-def test_compiled_whole_equals_eager():
+def test_full_graph_equals_eager():
     def step(candidates, *others):
         results = diverse_pick(candidates * 2, *others, top_k=3, weight=1)
         return results.similarity.sum(), results

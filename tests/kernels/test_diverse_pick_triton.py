@@ -26,7 +26,7 @@ def random_case(anomalies, choices, size, held, classes, seed=0, dtype=torch.flo
 
 
 def truth(candidates, scores, qualified, classes, qualified_classes, top_k=None, weight=None):
-    """Index and similarity in float64 NumPy, and the least gap by which a winner won; for finite, nonzero features."""
+    """Returns index, similarity and the smallest lead of a winner, in float64 NumPy; for finite, nonzero features."""
     x, q, scores = candidates.double().numpy(), qualified.double().numpy(), scores.double().numpy()
     x, q = x / np.linalg.norm(x, axis=-1, keepdims=True), q / np.linalg.norm(q, axis=-1, keepdims=True)
     held = {

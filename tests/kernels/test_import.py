@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 
-def test_operators_need_torch_and_numpy_only():
+def test_operators_import_no_heavy_package_and_no_other_part_of_tadperf():
     script = (
         "import sys, json; import torch; before = set(sys.modules); import tadperf.kernels;"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"

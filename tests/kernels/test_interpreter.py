@@ -1,4 +1,4 @@
-"""Runs every test marked `interpreter`: the Triton kernels themselves, on CPU tensors, in a process of their own."""
+"""Runs all tests marked `interpreter` in one new process. They run the Triton kernels on CPU tensors."""
 
 from __future__ import annotations
 

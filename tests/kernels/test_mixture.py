@@ -34,19 +34,19 @@ OPERATORS = pytest.mark.parametrize("operator", [mixture, mixture_reference])
 
 
 def separate(random, n, noisy):
-    """Two Gaussians some deviations apart."""
+    """Returns losses from two Gaussians that are some standard deviations apart."""
     k = round(n * noisy)
     return np.concatenate([random.normal(0.3, 0.2, n - k), random.normal(3, 0.8, k)])
 
 
 def early(random, n, noisy):
-    """Cross-entropies of a network in its first epochs: two skewed heaps that overlap."""
+    """Returns losses like those of a network in its first epochs: two skewed distributions that overlap."""
     k = round(n * noisy)
     return np.concatenate([random.gamma(1.2, 0.5, n - k), random.gamma(6, 0.6, k)])
 
 
 def late(random, n, noisy):
-    """Cross-entropies of a trained network: most are next to 0, over several decades, and the rest far out."""
+    """Returns losses like those of a trained network: most are near 0, over orders of magnitude, the rest are large."""
     k = round(n * noisy)
     return np.concatenate([np.exp(random.normal(-6, 2, n - k)), random.normal(5, 1.5, k).clip(0.01)])
 
@@ -57,7 +57,7 @@ def group_of(losses, group=0):
 
 
 def oracle(losses, floor=1e-6):
-    """sklearn from the same start on standardised float64 losses, run to convergence: (posterior, model)."""
+    """Fits sklearn's mixture from the same start, on standardised float64 losses; returns (posterior, model)."""
     x = losses.double().numpy()
     z = torch.as_tensor((x - x.min()) / (x.max() - x.min()))
     start, added = (
@@ -99,7 +99,7 @@ def same_bits(a, b):
 
 def assert_same(results, expected, atol=1e-6):
     for name, result, wanted in zip(Mixture._fields, results, expected, strict=True):
-        if name != "iterations":  # rounding may end a fit a round sooner or later
+        if name != "iterations":  # rounding may end a fit one round earlier or later
             torch.testing.assert_close(result.to(wanted.dtype), wanted, atol=atol, rtol=atol, equal_nan=True)
 
 
@@ -128,16 +128,16 @@ def test_random_mixtures_equal_sklearn(seed, n, noisy, apart, ratio, heavy):
     low = np.abs(random.standard_t(3, n - k)) if heavy else random.normal(size=n - k)
     losses, groups = group_of(np.concatenate([low, apart + 2 + ratio * random.normal(size=k)]))
     wanted, model = oracle(losses)
-    if model.n_iter_ < 2000:  # beyond, sklearn itself has not arrived
+    if model.n_iter_ < 2000:  # otherwise sklearn itself has not converged
         found, span = mixture(losses, groups, 1), float(losses.double().max() - losses.double().min())
         theirs = n * (model.score((losses.double().numpy()[:, None] - float(losses.min())) / span) - np.log(span))
-        if float(found.log_likelihood) < theirs + 1e-3:  # above, the longer steps have found a better optimum
+        if float(found.log_likelihood) < theirs + 1e-3:  # otherwise the longer steps have found a better optimum
             assert_agrees(found.posterior, wanted)
 
 
 @pytest.mark.parametrize("noisy", [0.05, 0.2, 0.5, 0.8, 0.95])
 def test_finds_the_noisy_samples(noisy):
-    """Components some deviations apart are found whatever their shares: the decisions are those of the true mixture."""
+    """Finds components that are some standard deviations apart, for any weights of the two."""
     random = np.random.default_rng(0)
     losses, groups = group_of(separate(random, 4000, noisy))
     results = mixture(losses, groups, 1)
@@ -148,7 +148,7 @@ def test_finds_the_noisy_samples(noisy):
 
 
 def test_a_far_outlier_does_not_take_a_component():
-    """Two-means alone would put one far loss by itself."""
+    """Two-means alone would give the outlier a component of its own."""
     losses, groups = group_of(np.append(separate(np.random.default_rng(0), 999, 0.3), 30))
     weight = mixture(losses, groups, 1).weight[0]
     assert 0.25 < weight[1] < 0.75
@@ -165,7 +165,7 @@ def test_log_likelihood_and_posterior_are_those_of_the_parameters(operator):
 
 
 def many_groups(seed=0, sizes=(0, 1, 2, 3, 7, 127, 129, 252, 507, 4096, 4097, 20_000)):
-    """Groups of many sizes in random order, with samples that take no part."""
+    """Returns groups of many sizes in random order, with samples that are ignored."""
     random = np.random.default_rng(seed)
     losses = np.concatenate([early(random, n, 0.3) for n in sizes])
     groups = np.repeat(np.arange(len(sizes)), sizes)
@@ -183,7 +183,7 @@ def test_native_equals_reference():
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
 def test_same_bits_for_any_number_of_threads(isa):
-    """Groups side by side, and one so large that its own samples are shared out."""
+    """Many groups at a time, and one group that is so large that threads share its samples."""
     for losses, groups, count in (many_groups(), (*group_of(separate(np.random.default_rng(0), 140_000, 0.3)), 1)):
         one = run_native(losses, groups, count, isa, 1)
         for threads in (2, 3, 7):
@@ -258,7 +258,7 @@ def test_scale_shift_and_order_change_no_posterior(operator):
 
 @OPERATORS
 def test_monotone_changes_the_posterior_only_beyond_the_means(operator):
-    """Narrow inside wide: the posterior turns below the lower mean. Mirrored, it turns above the upper one."""
+    """The lower component is narrow, so the posterior turns below its mean. Mirrored, it turns above the upper mean."""
     random = np.random.default_rng(0)
     x = np.sort(np.concatenate([random.normal(0, 0.3, 500), random.normal(2, 2, 500)]))
     for losses, groups in (group_of(x), group_of(np.sort(-x))):
@@ -284,7 +284,7 @@ def test_any_shape_stride_and_type(data):
     results, expected = mixture(losses, groups, count), mixture_reference(losses.double(), groups, count)
     assert results.posterior.shape == losses.shape
     assert results.posterior.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    found = results.iterations < 1000  # a fit that creeps may end elsewhere on its flat ridge
+    found = results.iterations < 1000  # a slow fit may stop at another point of a flat maximum
     settled = (groups < 0) | found[groups.clamp(min=0).long()]
     torch.testing.assert_close(
         results.posterior.double()[settled], expected.posterior[settled], atol=1e-4, rtol=0, equal_nan=True
@@ -293,8 +293,8 @@ def test_any_shape_stride_and_type(data):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_read_as_they_are(dtype):
-    """Every bit pattern of the type: the same results as the same values in float32."""
+def test_half_types_are_read_exactly(dtype):
+    """Every bit pattern of the type gives the same results as its value in float32."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     groups = torch.arange(2**16) % 3
     assert same_bits(mixture(values, groups, 3), mixture(values.float(), groups, 3))
@@ -346,7 +346,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(_operator, (losses.to(dtype), groups, 1, 300, 1e-7, 1e-6, False))
 
 
-def test_compiled_whole_equals_eager():
+def test_full_graph_equals_eager():
     def keep(losses, groups):
         results = mixture(losses * 2, groups, 3)
         return (results.posterior > 0.5).sum(), results

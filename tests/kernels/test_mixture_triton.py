@@ -14,13 +14,13 @@ INF, NAN = float("inf"), float("nan")
 
 
 def early(random, n, noisy):
-    """Cross-entropies of a network in its first epochs: two skewed heaps that overlap."""
+    """Returns losses like those of a network in its first epochs: two skewed distributions that overlap."""
     k = round(n * noisy)
     return np.concatenate([random.gamma(1.2, 0.5, n - k), random.gamma(6, 0.6, k)])
 
 
 def many_groups(seed=0, sizes=(0, 1, 2, 3, 7, 127, 129, 252, 507, 4096, 4097, 20_000)):
-    """Groups of many sizes in random order, with samples that take no part."""
+    """Returns groups of many sizes in random order, with samples that are ignored."""
     random = np.random.default_rng(seed)
     losses = np.concatenate([early(random, n, 0.3) for n in sizes])
     groups = np.repeat(np.arange(len(sizes)), sizes)
@@ -45,7 +45,7 @@ def test_triton_equals_reference(monotone):
     losses, groups, count = many_groups(2, sizes=(0, 1, 2, 60, 129, 507))
     groups = groups.clone()
     wrong = groups.clone()
-    wrong[5::97] = count  # not to be found without waiting for the device: ignored
+    wrong[5::97] = count  # ignored, because an error would mean waiting for the device
     groups[5::97] = -1
     results = triton_mixture(losses, wrong.int(), count, 10_000, 1e-7, 1e-6, monotone)
     assert_same(results, mixture_reference(losses, groups, count, monotone=monotone), atol=1e-6)

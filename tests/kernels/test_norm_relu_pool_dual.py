@@ -1,4 +1,4 @@
-"""Norm, ReLU and pool with tangents, and the reverse, against torch.func in float64."""
+"""Compares norm, ReLU and pool with tangents, forward and backward, with torch.func in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(2, 6, 5, 7), (3, 32, 8, 8), (2, 40, 4, 4), (1, 3, 6, 6), (2, 1, 2, 2)
 
 
 def case(shape: tuple[int, ...], pool: bool) -> tuple[Dual, Affine, Dual, list[Tensor]]:
-    """Inputs in float64, and what jvp, and jvp of vjp, make of them."""
+    """Returns inputs in float64, and the results of torch.func: jvp of the forward pass, and jvp of its vjp."""
     torch.manual_seed(0)
     x, x_dot = torch.randn(2, *shape, dtype=torch.float64)
     weight, bias, weight_dot, bias_dot = torch.randn(4, shape[1], dtype=torch.float64)
@@ -51,7 +51,7 @@ def last(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_passes_are_second_derivatives(shape, pool):
+def test_forward_and_backward_equal_torch_func(shape, pool):
     x, affine, grad, truth = case(shape, pool)
     y, moments = norm_relu_pool_dual_reference(x, affine, 1e-5, pool)
     of_x, of_weight, of_bias = norm_relu_pool_dual_gradient_reference(grad, x, affine, moments, pool)
@@ -62,7 +62,7 @@ def test_both_passes_are_second_derivatives(shape, pool):
     close([*y, *of_x, of_weight, of_bias], truth, 1e-5)
 
 
-def test_the_same_bits_for_any_number_of_threads():
+def test_same_bits_for_any_number_of_threads():
     x, affine, grad, _ = case((9, 40, 6, 6), True)
     single, gradient = (Dual(*map(last, x)), Affine(*map(last, affine))), Dual(*map(last, grad))
     found, before = [], torch.get_num_threads()
@@ -96,7 +96,7 @@ def test_constant_planes_and_nan():
 def test_moments_are_exact_with_an_outlier_in_the_first_pixel(
     sigmas: int, size: int, memory_format: torch.memory_format
 ) -> None:
-    """A corner beside zero padding is far from the mean. Errors are relative, for the means in standard deviations."""
+    """Zero padding makes such corner pixels. Errors of means are in standard deviations, other errors are relative."""
     torch.manual_seed(0)
     x, x_dot = torch.randn(2, 2, 40, size, size) + 3
     x[..., 0, 0] = 3 + sigmas

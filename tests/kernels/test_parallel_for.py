@@ -1,4 +1,4 @@
-"""The native threads (kernels/cpu/common/parallel.h), through operators that use them. A new process for each test."""
+"""Tests the native threads (kernels/cpu/common/parallel.h) by operators that use them, each in a new process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def threads():
 def in_child(function):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(30)  # a child that hangs dies by it
+        signal.alarm(30)  # ends a child that hangs
         os._exit(0 if function() else 1)
     return os.waitpid(pid, 0)[1] == 0
 """
@@ -86,7 +86,7 @@ assert len(blocked) >= 4 and sum(int(line.split()[1], 16) >> signal.SIGINT - 1 &
 
 
 def test_forks() -> None:
-    """A child, and a child's child."""
+    """In a child, and in a child of a child."""
     run(
         USE
         + """
@@ -125,7 +125,7 @@ assert len(results) >= 10 and all(results)
     )
 
 
-def test_turns_with_pytorch_start_no_threads() -> None:
+def test_alternating_with_pytorch_starts_no_threads() -> None:
     """libgomp ends the threads that a smaller team leaves idle, and starts new ones for the next larger team."""
     run("""
 assert native.module().thread_pool() == "openmp"
@@ -143,7 +143,7 @@ assert set().union(*(both() for _ in range(20))) == before
 """)
 
 
-def test_openmp_is_the_one_of_torch_although_others_are_loaded() -> None:
+def test_the_openmp_of_torch_is_used_although_others_are_loaded() -> None:
     run("""
 import ctypes, sklearn.utils._openmp_helpers
 from pathlib import Path
@@ -171,7 +171,7 @@ assert right() and threads() == before + 2
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("pool", ["", "pool"])
 def test_lack_of_memory_in_a_thread_is_a_memory_error(threads: int, pool: str) -> None:
-    """Each image needs 2 x 67 MB of transformed tiles; the process may take 40 MB more. The threads work afterwards."""
+    """Each image needs 2 x 67 MB of transformed tiles; the process may use only 40 MB more. Later calls work again."""
     run(
         f"""
 import resource

@@ -22,7 +22,7 @@ needs_native = pytest.mark.skipif(compiled is None, reason=native.reason())
 
 
 def truth(logits, labels):
-    """The five results in float64 NumPy and SciPy, for finite logits [N, C]."""
+    """Returns the five results in float64 by NumPy and SciPy, for finite logits [N, C]."""
     x, y = logits.double().numpy(), labels.numpy()
     p, log_p = softmax(x, -1), log_softmax(x, -1)
     ordered = np.sort(p, -1)
@@ -37,7 +37,7 @@ def random_case(rows, classes, seed=0, scale=3.0, label_dtype=torch.int64):
 
 
 def run_native(logits, labels, isa, threads):
-    """The compiled operator with a given instruction set (an index) and number of threads."""
+    """Runs the compiled operator with an instruction set (an index) and a number of threads."""
     out = empty_results(labels)
     fill_native(logits, labels, out, isa=isa, threads=threads)
     return out
@@ -68,7 +68,7 @@ def test_against_float64(operator, rows, classes):
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("classes", [10, 1000, 200_000])
 def test_no_less_accurate_than_pytorch(classes, scale):
-    """Three ways: our error against float64 stays within PyTorch's own in float32, plus 5e-6."""
+    """Our error against float64 is at most that of PyTorch in float32, plus 5e-6."""
     logits, labels = random_case(5, classes, scale=scale)
     expected = [torch.as_tensor(t) for t in truth(logits, labels)]
     ours, theirs = per_sample(logits, labels), per_sample_reference(logits, labels)
@@ -79,7 +79,7 @@ def test_no_less_accurate_than_pytorch(classes, scale):
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
 def test_exponential_and_logarithm_to_a_few_ulp(isa):
-    """Over two classes 0 and -d: confidence 1 / (1 + exp(-d)), and log(1 + exp(-d)) as the loss."""
+    """With logits 0 and -d, confidence is 1 / (1 + exp(-d)), loss log(1 + exp(-d)) and margin tanh(d / 2)."""
     d = torch.linspace(0, 100, 20_001)
     logits = torch.stack([torch.zeros_like(d), -d], 1)
     loss, confidence, _, margin, _ = run_native(logits, torch.zeros(len(d), dtype=torch.int64), isa, 1)
@@ -110,7 +110,7 @@ HARD_ROWS = [
 @pytest.mark.parametrize("width", [3, 11, 300])
 @pytest.mark.parametrize(("row", "label", "expected"), HARD_ROWS)
 def test_hard_values(operator, width, row, label, expected):
-    """Alone, and with classes of probability 0 before and after, among ordinary rows that must not be disturbed."""
+    """Alone, and with classes of probability 0 on both sides. Ordinary rows beside the hard one must not change."""
     before = (width - 3) // 2
     x = torch.tensor([-INF] * before + row + [-INF] * (width - 3 - before))
     logits, labels = random_case(20, width)
@@ -156,14 +156,14 @@ def test_every_instruction_set(isa, rows, classes):
 
 @needs_native
 def test_instruction_set_and_reference_can_be_forced():
-    """By the environment, read when the operators are first used."""
+    """Sets environment variables, which are read when an operator is first used."""
     script = "from tadperf.kernels import native, implementations as i; print(native.isa(), i()['per_sample']['cpu'])"
 
     def run(**variables):
         env = {**os.environ, **variables}
         return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
 
-    with ThreadPoolExecutor() as pool:  # each takes the seconds that importing torch takes
+    with ThreadPoolExecutor() as pool:  # each process takes seconds to import torch
         baseline = pool.submit(run, TADPERF_ISA="baseline")
         reference = pool.submit(run, TADPERF_KERNELS="reference")
         wrong = pool.submit(run, TADPERF_ISA="mmx").result()
@@ -198,7 +198,7 @@ def test_any_shape_stride_and_label(data):
     assert ((entropy >= 0) & (entropy <= np.log(classes) + 1e-5)).all()
 
 
-def test_float64_is_computed_in_itself():
+def test_float64_is_computed_in_float64():
     logits, labels = random_case(50, 10)
     results = per_sample(logits.double(), labels)
     assert results.loss.dtype == torch.float64
@@ -206,7 +206,7 @@ def test_float64_is_computed_in_itself():
 
 
 def every_half(dtype):
-    """All 65536 values of a half type, four to a row, in rows of 4 and one of all."""
+    """Returns all 65536 values of a half type, in rows of four and in a single row."""
     values = torch.arange(65536).sub(32768).to(torch.int16).view(dtype)
     return values.view(-1, 4), values.view(1, -1)
 
@@ -215,7 +215,7 @@ def every_half(dtype):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_read_exactly(isa, dtype):
-    """Bit for bit as if converted to float32 first: every value there is, also NaNs, infinities and denormals."""
+    """Every value, also NaNs, infinities and denormals, gives the bits of the same value in float32."""
     cases = [random_case(rows, classes) for rows, classes in [*SHAPES, (5, 1), (40, 5)] if classes > 1]
     cases += [(values, torch.arange(len(values)) % values.shape[1]) for values in every_half(dtype)]
     for logits, labels in cases:
@@ -234,7 +234,7 @@ def test_half_types_use_compiled_code_with_any_stride(dtype):
 
 @needs_native
 def test_negated_views_and_other_defaults():
-    """A lazily negated view is read with its sign; the default type and device do not change what outputs are."""
+    """A lazily negated view is read with its sign. The default type and device change no result."""
     logits, labels = random_case(20, 10)
     negated = torch.complex(logits, -logits).conj().imag
     assert negated.is_neg()
@@ -292,7 +292,7 @@ def test_gradient_is_softmax_minus_onehot(dtype, tolerance):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("rows", "classes"), SHAPES)
 def test_compiled_gradient_by_parts(isa, rows, classes, monkeypatch):
-    """All columns at once, and two ranges of them in place, against autograd through PyTorch in float64."""
+    """Compares all columns at once, and two ranges of them in place, with PyTorch's autograd in float64."""
     monkeypatch.setattr(native, "isa_index", lambda: isa)
     logits, labels = random_case(rows, classes)
     weights = torch.linspace(-1, 2, rows)
@@ -310,7 +310,7 @@ def test_compiled_gradient_by_parts(isa, rows, classes, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_second_derivatives(dtype):
-    """What matching gradients needs: a gradient of a gradient's norm, as PyTorch's own cross entropy has it."""
+    """Gradient matching differentiates the norm of a gradient. Compares with PyTorch's cross-entropy."""
     logits, labels = random_case(12, 7)
 
     def of_gradient_norm(loss_of):
@@ -339,7 +339,7 @@ def test_only_the_loss_has_a_gradient():
         assert not per_sample(logits, labels).loss.requires_grad
 
 
-def test_ignored_row_has_no_gradient_even_where_undefined():
+def test_an_ignored_row_has_no_gradient_even_if_undefined():
     logits = torch.tensor([[NAN, 0.0], [INF, 0.0], [0.0, 0.0]], requires_grad=True)
     per_sample(logits, torch.tensor([-1, -1, 0])).loss.sum().backward()
     assert logits.grad is not None
@@ -356,8 +356,8 @@ def test_opcheck(dtype):
     torch.library.opcheck(_operator, (logits.requires_grad_(), labels))
 
 
-def test_compiled_whole_equals_eager():
-    """Forward and backward through torch.compile(fullgraph=True), by the tracing front end without code generation."""
+def test_full_graph_equals_eager():
+    """Traces forward and backward by torch.compile(fullgraph=True), without code generation."""
 
     def step(logits, labels):
         results = per_sample(logits * 2, labels)

@@ -34,7 +34,7 @@ def random_case(rows, width, classes, seed=0, condition=30.0, offset=3.0):
 
 
 def tables(features, anchors, cholesky):
-    """Distances and similarities [N, C] in float64, by SciPy."""
+    """Returns distances and similarities [N, C] in float64, computed by SciPy."""
     z, mu, factor = (t.double().numpy() for t in (features, anchors, cholesky))
     inverse = np.linalg.inv(np.tril(factor))
     distances = cdist(z, mu, metric="mahalanobis", VI=inverse.T @ inverse)
@@ -42,9 +42,9 @@ def tables(features, anchors, cholesky):
 
 
 def errors(result, features, anchors, cholesky):
-    """Largest error of the values, and of what the chosen anchors truly have.
+    """Returns the largest error of the values, and of the true values of the chosen anchors.
 
-    Of distances it is relative to the smallest or, where that is more, to a tenth of the largest.
+    Errors of distances are relative to the sample's smallest distance or, if larger, a tenth of its largest one.
     """
     distances, similarities = tables(features, anchors, cholesky)
     worst = []
@@ -63,7 +63,7 @@ def errors(result, features, anchors, cholesky):
 
 
 def run_native(features, anchors, cholesky, isa, threads):
-    """The compiled operator with a given instruction set (an index) and number of threads."""
+    """Runs the compiled operator with an instruction set (an index) and a number of threads."""
     centre, directions = centre_and_directions(anchors, torch.float32)
     out = [torch.full((len(features),), 7, dtype=dtype) for dtype in (torch.int64, torch.float32) * 4]
     matrices = anchors.contiguous(), directions, centre, cholesky.contiguous()
@@ -97,7 +97,7 @@ def test_every_instruction_set(isa, rows, width, classes):
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize(("width", "condition"), [(64, 1e4), (600, 1e4), (600, 10.0)])
 def test_no_less_accurate_than_pytorch(width, condition, offset):
-    """Three ways: our error against float64 stays within that of PyTorch's usual form in float32, plus 1e-5."""
+    """Our error against float64 is at most that of the usual form in PyTorch in float32, plus 1e-5."""
     features, anchors, cholesky = random_case(200, width, 20, condition=condition, offset=offset)
     whitened = [torch.linalg.solve_triangular(cholesky, x.mT, upper=False).mT for x in (features, anchors)]
     distance, nearest = torch.cdist(*whitened).topk(2, largest=False)
@@ -111,7 +111,7 @@ def test_no_less_accurate_than_pytorch(width, condition, offset):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_sample_at_its_anchor_is_at_distance_0(operator):
-    """Where the expanded form |y|^2 - 2 y'v + |v|^2 would leave nothing but rounding errors."""
+    """There the expanded form |y|^2 - 2 y'v + |v|^2 would give rounding errors only."""
     _, anchors, cholesky = random_case(1, 200, 30, condition=1e4, offset=1000.0)
     result = operator(anchors, anchors, cholesky)
     assert result.nearest.tolist() == result.most_similar.tolist() == list(range(30))
@@ -123,7 +123,7 @@ def test_a_sample_at_its_anchor_is_at_distance_0(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("hard", [NAN, INF, -INF, 3e38])
 def test_features_without_a_distance(operator, hard):
-    """Class -1 and NaN, and not a bit of the other samples differs."""
+    """They get class -1 and NaN. No bit of the other samples changes."""
     features, anchors, cholesky = random_case(50, 33, 14)
     clean = operator(features, anchors, cholesky)
     features = features.clone()
@@ -152,7 +152,7 @@ def test_anchors_that_are_not_finite_are_never_chosen(operator, hard):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_one_anchor_has_no_runner_up(operator):
+def test_with_one_anchor_there_is_no_second_one(operator):
     result = operator(*random_case(20, 9, 1))
     assert (result.nearest == 0).all()
     assert (result.most_similar == 0).all()
@@ -166,7 +166,7 @@ def test_one_anchor_has_no_runner_up(operator):
 @pytest.mark.parametrize("copies", [2, 3, 40])
 @pytest.mark.parametrize("exact", [False, True])
 def test_lowest_index_among_equals(operator, copies, exact):
-    """The reference's matrix products may round equal columns differently: there only sums of one term are equal."""
+    """The matrix products of the reference may round equal columns differently, except for sums of one term."""
     features, anchors, cholesky = random_case(100, 21, 5)
     if exact:
         anchors, cholesky = torch.cat([torch.eye(5, 21), -torch.eye(5, 21)]), torch.eye(21) / 2
@@ -182,7 +182,7 @@ def test_lowest_index_among_equals(operator, copies, exact):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_length_0_is_similar_to_nothing(operator):
+def test_features_and_anchors_of_length_0_have_similarity_0(operator):
     features, anchors, cholesky = random_case(20, 8, 4)
     features[3], anchors[2] = 0, 0
     result = operator(features, anchors, cholesky)
@@ -194,7 +194,7 @@ def test_length_0_is_similar_to_nothing(operator):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_what_stands_above_the_diagonal_is_not_read(operator):
+def test_values_above_the_diagonal_are_not_read(operator):
     features, anchors, cholesky = random_case(20, 30, 4)
     dirty = cholesky + torch.full_like(cholesky, 7).triu(1)
     assert same_bits(operator(features, anchors, cholesky), operator(features, anchors, dirty))
@@ -207,7 +207,7 @@ def test_same_bits_for_any_number_of_threads(isa):
     one = run_native(*case, isa, 1)
     for threads in (2, 3, 7):
         assert same_bits(one, run_native(*case, isa, threads))
-    some = run_native(case[0][100:117], *case[1:], isa, 1)  # and in any company
+    some = run_native(case[0][100:117], *case[1:], isa, 1)  # and for a part of the samples
     assert same_bits([r[100:117] for r in one], some)
 
 
@@ -235,7 +235,7 @@ def test_any_shape_stride_and_type(data):
 
 @needs_native
 def test_half_types_are_read_exactly():
-    """Every bfloat16 and float16 number comes through as the float32 it stands for, subnormal ones too."""
+    """Every bfloat16 and float16 number, also a subnormal one, is read as the equal float32 number."""
     for dtype in (torch.bfloat16, torch.float16):
         features = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
         anchors, cholesky = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5]])
@@ -246,7 +246,7 @@ def test_half_types_are_read_exactly():
 
 @pytest.mark.parametrize(("size", "stride"), [((2, 40), (2**31, 1)), ((3, 2), (1, 2**31))])
 def test_offsets_beyond_32_bits(size, stride):
-    """Of 4 GB only the pages that are touched take memory."""
+    """Only the touched pages of the 4 GB take memory."""
     anchors, cholesky = random_case(1, size[1], 5)[1:]
     features = torch.empty(2**31 + 40, dtype=torch.bfloat16).as_strided(size, stride)
     features.copy_(torch.randn(size, generator=torch.Generator().manual_seed(0)))
@@ -324,7 +324,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @needs_native
 @pytest.mark.parametrize("shape", [(4000, 2048, 100), (30_000, 256, 1000)])
 def test_memory(shape):
-    """Below 64 MB at peak; the packed factor and the scratch take about 20. [30 000, 1000] floats would be 120 MB."""
+    """The peak is below 64 MB: packed factor and buffers take about 20. A [30 000, 1000] table would take 120 MB."""
     script = MEMORY.format(shape=shape)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 64
@@ -332,7 +332,7 @@ def test_memory(shape):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_rounding_exchanges_only_classes_that_are_nearly_equal(operator):
-    """Also if one anchor is very far away: the bound that the module states, in squared distances and in cosines."""
+    """Checks the bounds that the module states, for squared distances and cosines, also with one distant anchor."""
     random = torch.Generator().manual_seed(3)
     for case in range(300):
         rows, width, classes = (int(torch.randint(1, high, (1,), generator=random)) for high in (9, 20, 9))

@@ -28,7 +28,7 @@ def random_case(rows, width, classes, seed=0, condition=30.0, offset=3.0):
 
 
 def tables(features, anchors, cholesky):
-    """Distances and similarities [N, C] in float64, by SciPy."""
+    """Returns distances and similarities [N, C] in float64, computed by SciPy."""
     z, mu, factor = (t.double().numpy() for t in (features, anchors, cholesky))
     inverse = np.linalg.inv(np.tril(factor))
     distances = cdist(z, mu, metric="mahalanobis", VI=inverse.T @ inverse)
@@ -36,9 +36,9 @@ def tables(features, anchors, cholesky):
 
 
 def errors(result, features, anchors, cholesky):
-    """Largest error of the values, and of what the chosen anchors truly have.
+    """Returns the largest error of the values, and of the true values of the chosen anchors.
 
-    Of distances it is relative to the smallest or, where that is more, to a tenth of the largest.
+    Errors of distances are relative to the sample's smallest distance or, if larger, a tenth of its largest one.
     """
     distances, similarities = tables(features, anchors, cholesky)
     worst = []
@@ -72,7 +72,7 @@ def test_triton_against_scipy(rows, width, classes):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_as_the_reference(dtype):
+def test_triton_equals_the_reference(dtype):
     """In blocks of rows, with strides, hard values, and anchors that are equal, of length 0 and not finite."""
     from tadperf.kernels.gpu import reliability as module
 
@@ -89,7 +89,7 @@ def test_triton_as_the_reference(dtype):
         torch.testing.assert_close(ours, wanted, atol=2e-6, rtol=2e-6, equal_nan=True)
     equal = torch.cat([torch.eye(5, 19), -torch.eye(5, 19)]).repeat(
         4, 1
-    )  # sums of one term: NumPy, too, rounds by column
+    )  # sums of one term, because NumPy also rounds equal columns differently
     ties, wanted = (f(features, equal, torch.eye(19)) for f in (module.reliability, reliability))
     assert all(torch.equal(a, b) for a, b in zip(ties[::2], wanted[::2], strict=True))
     alone = module.reliability(features, anchors[:1], cholesky)
@@ -125,5 +125,5 @@ def test_triton_compiles_without_spills(aot, dtype):
     } | sizes
     signature |= {"first_value_ptr": "*fp32", "second_ptr": "*i64", "second_value_ptr": "*fp32", "n_classes": "i32"}
     for entry in launch_configs.shipped("reliability"):
-        for distance in (False, True) if dtype == "fp32" else (False,):  # what is whitened is always float32
+        for distance in (False, True) if dtype == "fp32" else (False,):  # whitened features are always float32
             no_spills(rank_kernel, signature, entry, DISTANCE=distance)

@@ -27,7 +27,7 @@ def random_case(rows, size, seed=0, dtype=torch.float32) -> tuple[Tensor, Tensor
 
 
 def truth(inputs, lengths):
-    """Distance, expert distance and ratio [B, S] in float64 NumPy."""
+    """Returns distance, expert distance and ratio [B, S], computed by NumPy in float64."""
     s, t, u = (np.atleast_2d(x.detach().double().numpy()) for x in inputs)
     rows = max(len(s), len(t), len(u))
     out = np.zeros((2, rows, len(lengths)))
@@ -79,8 +79,8 @@ def test_against_float64(operator, rows, size):
 
 
 @pytest.mark.parametrize("values", ["random", "large and small", "one large", "close", "tiny", "huge"])
-def test_error_is_what_the_module_states(values):
-    """64 rows of 320 010 parameters against float64: 1.3e-6 at worst, and 1e-7 on random values."""
+def test_errors_are_within_the_stated_bounds(values):
+    """On 64 rows of 320 010 parameters, the error against float64 is at most 1.3e-6, and 1e-7 on random values."""
     size = 320_010
     random = torch.Generator().manual_seed(0)
     base = torch.randn(3, size + 63 * 5, generator=random)
@@ -147,7 +147,7 @@ def test_same_bits_for_any_number_of_threads(isa):
 
 
 def finite_halves(dtype):
-    """Every finite value of a 16-bit type, subnormal ones among them."""
+    """Returns every value of a 16-bit type with a magnitude below 1e15, also the subnormal ones."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     return x[x.isfinite() & (x.float().abs() < 1e15)]
 
@@ -155,8 +155,8 @@ def finite_halves(dtype):
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_are_read_as_they_are(isa, dtype):
-    """Of all finite values, one to a segment, the same bits as from float32."""
+def test_half_types_are_read_exactly(isa, dtype):
+    """Each value, in a segment of its own, gives the same bits as in float32."""
     x = finite_halves(dtype).unsqueeze(0)
     zeros = torch.zeros_like(x)
     lengths = [1] * x.shape[1]
@@ -169,7 +169,7 @@ def test_half_types_are_read_as_they_are(isa, dtype):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_gradients_are_rounded_as_pytorch_does(isa, dtype):
-    """Halfway cases, overflow, subnormal results and infinities: the float32 gradient, then .to(dtype)."""
+    """Equals .to(dtype) of the float32 gradient, also for ties, overflow, subnormal results and infinities."""
     x = finite_halves(dtype).unsqueeze(0)
     size = x.shape[1]
     for factor in (1.0, 1 + 2.0**-8, 1 + 2.0**-11, 1 - 2.0**-11, 2.0**-9, 3.3, 1e-3, 1e5, -1e30, 3e38):
@@ -308,7 +308,7 @@ def test_wrong_use(operator, inputs, segments, message):
 
 
 @needs_native
-def test_compiled_code_refuses_what_does_not_fit():
+def test_compiled_code_refuses_tensors_that_do_not_fit():
     x, out = torch.zeros(2, 8), [torch.zeros(2, 1) for _ in range(3)]
     for inputs, lengths in (
         ([x.double(), x, x], [8]),
@@ -373,8 +373,8 @@ def test_opcheck(dtype):
 
 
 @pytest.mark.parametrize("segments", [None, (100, 157)])
-def test_compiled_whole_equals_eager(segments):
-    """Forward and backward through torch.compile(fullgraph=True), by the tracing front end without code generation."""
+def test_full_graph_equals_eager(segments):
+    """Traces forward and backward by torch.compile(fullgraph=True), without code generation."""
 
     def step(student, target, start):
         results = trajectory_distance(student * 2, target, start, segments)
