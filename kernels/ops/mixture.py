@@ -1,4 +1,4 @@
-"""Gaussian mixtures of two components, one for the losses of each group, all groups in one call.
+"""Fits a Gaussian mixture of two components to the losses of each group, all groups in one call.
 
 In a group the losses follow w_0 N(m_0, v_0) + w_1 N(m_1, v_1), fitted by EM (Dempster, Laird and Rubin, 1977). Samples
 with a wrong label gather in the component of the higher mean (DivideMix; Li, Socher and Hoi, 2020). One step of EM over

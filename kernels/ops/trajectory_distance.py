@@ -12,8 +12,8 @@ and its gradient is not finite. Differences and squares are float32, so differen
 sum is at most 1.3e-6 for any values, and within 1e-7 for random ones.
 
 Use it for scoring and for outer losses. A second derivative raises RuntimeError. An inner loop that is differentiated
-twice must use `trajectory_distance_reference`. This also holds under torch.compile: a custom operator
-inside such a loop gives wrong second derivatives.
+twice must use `trajectory_distance_reference`. This also holds under torch.compile: a custom operator inside such a
+loop gives wrong second derivatives.
 """
 
 from __future__ import annotations

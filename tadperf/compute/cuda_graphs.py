@@ -1,4 +1,4 @@
-"""A repeated step as a CUDA graph: one launch for all of its kernels."""
+"""Runs a repeated step as a CUDA graph, with one launch for all of its kernels."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _set_tf32(allowed: bool) -> None:
 
 
 def _tf32_restorer() -> Callable[[], None]:
-    """Returns a function that puts all TF32 switches back to their present values.
+    """Returns a function that sets all TF32 switches back to their current values.
 
     PyTorch has two sets of switches: `allow_tf32` and, since 2.9, `fp32_precision`. Writing an old one writes the new
     one too, but not the other way round. Reading an old one raises RuntimeError when the two disagree.

@@ -28,10 +28,10 @@ DRAW_CHUNK = 1 << 19
 
 
 class Recipe(NamedTuple):
-    """How a network is trained with SGD.
+    """The settings of a training with SGD.
 
-    decay: divides the learning rate by 10 after half of the epochs. rho, alpha: of `gsam_gradient`, which is used if
-    rho > 0 and costs a second pass.
+    decay: divides the learning rate by 10 after half of the epochs. rho, alpha: arguments of `gsam_gradient`, which is
+    used if rho > 0 and costs a second pass.
     """
 
     epochs: int
@@ -87,9 +87,9 @@ def summed_gradient(losses: Iterable[Tensor], parameters: tuple[Tensor, ...]) ->
 def cache_batch_size(module: nn.Module, pixels: int) -> int:
     """Returns how many images to train on at a time to keep the widest feature map in the CPU's caches (tadperf).
 
-    pixels: of one image. Two processes training the ConvNet of width 128 on 32 x 32 images in batches of 256 reach 245
-    images a second with whole batches and 420 in parts of 32. Running statistics need the whole batch; a GPU is faster
-    with it.
+    pixels: number of pixels of one image. Two processes training the ConvNet of width 128 on 32 x 32 images in batches
+    of 256 reach 245 images a second with whole batches and 420 in parts of 32. There is no limit on a GPU, which is
+    faster with whole batches, and for running statistics, which need them.
     """
     convolution = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
     if convolution is None or convolution.weight.is_cuda or next(module.buffers(), None) is not None:
@@ -141,7 +141,7 @@ def batches(
     """Yields (indices, augmented images) of each batch of one epoch: int64 [B] and [B, C, H, W], on the device.
 
     order: indices of the images [N]. drawn: the augmentation of each image of `order`. values: number of values of one
-    image; small batches are augmented many at a time.
+    image. Many small batches are augmented in one call.
     """
     chunk = batch * max(1, DRAW_CHUNK // (batch * values))
     for start in range(0, len(order), chunk):

@@ -148,8 +148,8 @@ class Run:
     def stage(self, name: str) -> Iterator[None]:
         """Measures the stage inside the block and saves its values in stages.json.
 
-        They are wall seconds, summed over resumed processes; the peak memory of the stage's largest process; and on
-        CUDA the peak memory that PyTorch allocated there.
+        The values are wall seconds, summed over resumed processes; the peak memory of the stage's largest process; and
+        with CUDA the peak memory that PyTorch allocated on one device.
         """
         assert self._stage is None, "stages do not nest"
         self._stage = stage = StageMeter(name, dict(self._stages.get(name, {})))

@@ -1,4 +1,4 @@
-"""Tools for Triton kernels on a machine without a GPU: compiling ahead of time for real ones, and the interpreter."""
+"""Tests Triton kernels without a GPU: compiles them ahead of time for several GPUs, or runs the interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel takes."""
+    """The resources that one compiled kernel needs."""
 
     registers: int
     shared: int  # bytes
@@ -31,9 +31,9 @@ class Resources(NamedTuple):
 
 @pytest.fixture(scope="session")
 def aot(tmp_path_factory):
-    """aot(kernel, signature, constexprs, num_warps=4): compiles for sm_80, sm_90, sm_100, gfx942; {name: Resources}.
+    """Gives aot(kernel, signature, constexprs, num_warps=4), which compiles for sm_80, sm_90, sm_100 and gfx942.
 
-    backend: "cuda" or "hip" leaves the others out, for what only one of them compiles.
+    It returns {name: Resources}. backend: "cuda" or "hip" compiles for these GPUs only.
     signature: Triton types by parameter name ("*fp32", "*bf16", "i64"), without the constexprs; constexprs: values.
     """
     triton = pytest.importorskip("triton")

@@ -22,7 +22,7 @@ SHAPES = [(0, 3, 2), (1, 1, 1), (3, 2, 2), (7, 3, 127), (33, 7, 12), (65, 129, 1
 
 
 def random_case(rows, width, classes, seed=0, condition=30.0, offset=3.0):
-    """Features around anchors, offset from the origin, and the factor of a covariance of the given condition number."""
+    """Returns features, anchors offset from the origin, and the Cholesky factor of a covariance of this condition."""
     random = torch.Generator().manual_seed(seed)
     q = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64)).Q
     covariance = (q * torch.logspace(0, -np.log10(condition), width, dtype=torch.float64)) @ q.mT
