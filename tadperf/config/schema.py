@@ -16,7 +16,7 @@ from tadperf.errors import UserError
 # A file without the key has version 0: it was written before versions were stored.
 SCHEMA = 1
 
-Backend = Literal["auto", "eager", "inductor", "cudagraphs", "tensorrt"]  # of compute.compile.compile_for_inference
+Backend = Literal["auto", "eager", "inductor", "cudagraphs", "tensorrt"]  # for compute.compile.compile_for_inference
 
 
 class Section(BaseModel):
@@ -43,7 +43,7 @@ class DataConfig(Section):
         default=None, description="parquet column of the labels; by default it is detected"
     )
     labels: str | None = Field(
-        default=None, description="file of labels that replace the given ones: CSV, .npy, CIFAR-N .pt (file.pt:key)"
+        default=None, description="file of labels to replace the given ones: CSV, JSON, .npy, CIFAR-N .pt (file.pt:key)"
     )
     noise: str = Field(
         default="none", description="label noise for studies: none, symmetric:P, asymmetric:P, instance:P"
@@ -76,7 +76,7 @@ class TrustConfig(Section):
     lr: float = Field(default=0.1, gt=0, description="learning rate of the proxies' SGD")
     mixup: bool = Field(default=True, description="train proxies on mixed pairs of images")
     consistency: float = Field(default=0.0, ge=0, description="weight of the KL divergence between two augmented views")
-    class_wise: bool = Field(default=True, description="split the losses of each class; false: of all classes together")
+    class_wise: bool = Field(default=True, description="one mixture of losses per class; false: one for all classes")
     dynamic_threshold: bool = Field(default=True, description="a threshold per class and round; false: posterior 0.5")
     recall: bool = Field(default=True, description="let untrusted samples return with their given label")
     relabel: bool = Field(default=True, description="let untrusted samples return with another label")
@@ -113,7 +113,7 @@ class ExpertConfig(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay of SGD")
     rho: float = Field(default=0.0, ge=0, description="GSAM's radius, relative to each weight; 0 is plain SGD")
-    alpha: float = Field(default=0.0, ge=0, description="GSAM's weight of the gap to the loss at that radius")
+    alpha: float = Field(default=0.0, ge=0, description="GSAM's weight of the gap: loss at that radius - loss")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of the stored snapshots")
     path: str | None = Field(
         default=None, description="use the experts of the run in this folder; by default they are trained"
@@ -158,7 +158,7 @@ class MatchConfig(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="decay of the moving average of the images (the result); 0 takes the last images",
+        description="decay of the images' moving average, which is the result; 0 returns the last images",
     )
     init: Literal["real", "kmeans", "noise"] = Field(
         default="real",
@@ -214,7 +214,7 @@ class DiffusionConfig(Section):
 
 
 class RefineConfig(Section):
-    """Images that a diffusion model makes from prototypes. Those that the detector rejects are made again."""
+    """Generates images from prototypes with a diffusion model, and regenerates those that the detector rejects."""
 
     source: str = Field(
         default="train",
@@ -228,7 +228,7 @@ class RefineConfig(Section):
     )
     prototypes: Literal["latents", "pixels"] = Field(
         default="latents",
-        description="k-means centres per class: latents, or the samples nearest to centres in pixel space",
+        description="k-means per class: centres of latents, or the samples nearest to centres in pixel space",
     )
     outliers: float = Field(
         default=0.0,
@@ -246,11 +246,11 @@ class RefineConfig(Section):
         default=0.7, ge=0, le=1, description="an image with the right label is rejected below this confidence"
     )
     candidates: int = Field(default=8, ge=1, description="N: candidates for each rejected image")
-    top_k: int = Field(default=3, ge=1, description="the least similar of this many most confident candidates is taken")
+    top_k: int = Field(default=3, ge=1, description="choose the least similar of this many most confident candidates")
     weight: float | None = Field(
         default=None,
         ge=0,
-        description="lambda: take the largest confidence + lambda * dissimilarity instead",
+        description="lambda: choose by confidence + lambda * dissimilarity instead",
     )
     rounds: int = Field(default=5, ge=0, description="largest number of refinement rounds; 0 keeps the first images")
     soft_labels: bool = Field(default=False, description="label the images with the detector's logits")
@@ -285,21 +285,21 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, description="random seed; equal seeds give equal results")
     synthesis: Literal["matching", "generative", "hybrid"] = Field(
         default="matching",
-        description="matching; generative: diffusion and refinement; hybrid: matching that starts from these",
+        description="matching; generative: diffusion and refinement; hybrid: matching from generated images",
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:i")
     tf32: bool = Field(
         default=True, description="on CUDA, compute float32 matrix products and convolutions in TensorFloat-32"
     )
-    data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
-    net: NetConfig = NetConfig()  # pyright: ignore[reportCallIssue]
-    trust: TrustConfig = TrustConfig()  # pyright: ignore[reportCallIssue]
-    experts: ExpertConfig = ExpertConfig()  # pyright: ignore[reportCallIssue]
-    match: MatchConfig = MatchConfig()  # pyright: ignore[reportCallIssue]
-    detector: DetectorConfig = DetectorConfig()  # pyright: ignore[reportCallIssue]
-    diffusion: DiffusionConfig = DiffusionConfig()  # pyright: ignore[reportCallIssue]
-    refine: RefineConfig = RefineConfig()  # pyright: ignore[reportCallIssue]
-    evaluate: EvalConfig = EvalConfig()  # pyright: ignore[reportCallIssue]
+    data: DataConfig = DataConfig()
+    net: NetConfig = NetConfig()
+    trust: TrustConfig = TrustConfig()
+    experts: ExpertConfig = ExpertConfig()
+    match: MatchConfig = MatchConfig()
+    detector: DetectorConfig = DetectorConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    refine: RefineConfig = RefineConfig()
+    evaluate: EvalConfig = EvalConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -331,7 +331,7 @@ def config_to_json(config: Config) -> dict[str, Any]:
 def config_from_json(text: bytes | str, field: str, file: Path | str) -> Config:
     """Reads the content of config.json, of this version or an older one.
 
-    field, file: what an error message names. Raises UserError if the file is damaged or has a newer version.
+    field, file: named in the error message. Raises UserError if the file is damaged or has a newer version.
     """
     try:
         values = json.loads(text)
@@ -346,4 +346,4 @@ def config_from_json(text: bytes | str, field: str, file: Path | str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(field, file, f"{name}: {first['msg']}; another tadperf or an editor wrote it") from None
+        raise UserError(field, file, f"{name}: {first['msg']}; restore it or use the tadperf that wrote it") from None

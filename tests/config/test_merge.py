@@ -122,12 +122,12 @@ def test_a_method_changes_its_preset_and_later_sources_win(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", ["mtt", "ftd", "datm"])
-def test_every_preset_takes_every_method(name, method):
+def test_every_preset_accepts_every_method(name, method):
     config = merge(name, options={"match.method": method})
     assert config.match.method == method
     assert (config.experts.rho > 0) == (method != "mtt")
     assert set(METHODS) <= set(PRESETS)
-    if name in ("quick", "digits", "digits-ipc1"):  # a longer average would hardly leave the start
+    if name in ("quick", "digits", "digits-ipc1"):  # a longer average would stay close to the initial images
         assert config.match.ema**config.match.iterations < 0.01 or config.match.ema == 0
 
 
@@ -142,7 +142,7 @@ def test_default_preset_follows_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("preset", [None, "digits", "digits-ipc1"])
-def test_a_preset_adds_noise_to_the_built_in_digits_alone(tmp_path, preset):
+def test_a_preset_adds_noise_to_the_built_in_digits_only(tmp_path, preset):
     assert merge(preset).data.noise == "asymmetric:0.4"
     assert merge(preset, options={"data.path": "mine.npz"}).data.noise == "none"
     assert merge(preset, options={"data.path": "mine.npz", "data.noise": "symmetric:0.1"}).data.noise == "symmetric:0.1"
@@ -166,10 +166,10 @@ def test_ipc_1_chooses_its_own_preset(ipc):
         ("data.labels=worse.csv", "worse.csv"),
         ('data.labels="a b"', "a b"),
         ("data.labels = a=b", "a=b"),
-        ("data.labels=a\nb=2", "a\nb=2"),  # TOML would take the second line for another key
+        ("data.labels=a\nb=2", "a\nb=2"),  # TOML would read the second line as another key
     ],
 )
-def test_set_reads_toml_or_else_text(text, value):
+def test_set_reads_toml_or_text(text, value):
     assert merge(sets=[text]).data.labels == value
 
 
@@ -239,10 +239,10 @@ def test_the_nearest_toml_key_is_suggested(tmp_path):
 
 @settings(max_examples=40)
 @given(path=st.text(min_size=1), noise=st.text(), seed=st.integers(0, 2**60), lr=st.floats(1e-30, 1e30))
-def test_toml_brings_back_the_same_config(tmp_path_factory, path, noise, seed, lr):
-    data = DataConfig(path=path, noise=noise, image_size=32)  # pyright: ignore[reportCallIssue]
-    match = MatchConfig(lr_img=lr, batch=5)  # pyright: ignore[reportCallIssue]
-    config = Config(seed=seed, device="cuda:1", data=data, match=match)  # pyright: ignore[reportCallIssue]
+def test_a_config_written_as_toml_is_read_back(tmp_path_factory, path, noise, seed, lr):
+    data = DataConfig(path=path, noise=noise, image_size=32)
+    match = MatchConfig(lr_img=lr, batch=5)
+    config = Config(seed=seed, device="cuda:1", data=data, match=match)
     file = tmp_path_factory.mktemp("toml") / "c.toml"
     file.write_text(to_toml(config), encoding="utf-8")
-    assert merge(toml_path=file, base=Config()) == config  # pyright: ignore[reportCallIssue]
+    assert merge(toml_path=file, base=Config()) == config

@@ -11,9 +11,14 @@ import pytest
 import torch
 
 VAE: dict[str, Any] = {
-    "block_out_channels": (4, 4), "norm_num_groups": 2, "sample_size": 8, "latent_channels": 4, "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-}  # fmt: skip
+    "block_out_channels": (4, 4),
+    "norm_num_groups": 2,
+    "sample_size": 8,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +27,16 @@ def dit_folder(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
-        patch_size=2, num_embeds_ada_norm=3, norm_num_groups=4,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+        norm_num_groups=4,
+    )
     vae = AutoencoderKL(**VAE)
     folder = tmp_path_factory.mktemp("checkpoints") / "dit"
     DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)  # pyright: ignore
@@ -39,21 +51,40 @@ def stable_folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoints")
     unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4,
+        sample_size=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        norm_num_groups=4,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     tokenizer = clip_tokenizer(folder)
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     vae = AutoencoderKL(**VAE)
     # As in SD 1.5: without Runge-Kutta steps, and with time steps shifted by one.
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear")
     pipe = StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, requires_safety_checker=False  # pyright: ignore
-    )  # fmt: skip
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,  # pyright: ignore
+    )
     pipe.save_pretrained(folder / "stable")
     return folder / "stable"
 

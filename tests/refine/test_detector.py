@@ -25,7 +25,7 @@ from tadperf.refine.detector import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = DetectorConfig(width=8, depth=2, epochs=4, batch=32, lr=0.1)  # pyright: ignore[reportCallIssue]
+SMALL = DetectorConfig(width=8, depth=2, epochs=4, batch=32, lr=0.1)
 NAMES = tuple(map(str, range(10)))
 
 
@@ -61,7 +61,7 @@ def detector(order: list[int] | None = None) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
 def test_features_are_the_input_of_the_last_layer(name):
-    config = DetectorConfig(name=name, width=4)  # pyright: ignore[reportCallIssue]
+    config = DetectorConfig(name=name, width=4)
     images = torch.randn(5, 3, 8, 8)
     module = build_detector(config, images, 7, 0).eval()
     logits, features = classify_images(module, images)
@@ -89,7 +89,7 @@ def test_classes_in_another_order_are_named():
     with pytest.raises(UserError) as all_moved:
         check_detector(detector([9, *range(9)]), *held_out, NAMES)
     assert str(all_moved.value).startswith("detector: 10 of 10 classes: predicts '0' as '1', '1' as '2'")
-    # The accuracy alone, about 0.8, would pass.
+    # The accuracy of about 0.8 would pass the other check.
     with pytest.raises(UserError, match=r"^detector: 2 of 10 classes: predicts '3' as '5', '5' as '3' .*order"):
         check_detector(detector([0, 1, 2, 5, 4, 3, 6, 7, 8, 9]), *held_out, NAMES)
 
@@ -104,7 +104,7 @@ def test_classes_in_another_order_are_named():
         ([[0, 0, 0], [0, 5, 0], [0, 0, 5]], [0, 1, 2]),  # the first class has no held-out sample
     ],
 )
-def test_permutation(rows, order):
+def test_class_permutation(rows, order):
     assert class_permutation(torch.tensor(rows)) == order
 
 

@@ -1,4 +1,4 @@
-"""Generative synthesis in small: its result, its errors, and its resume after a kill."""
+"""Generative synthesis of a few images: its result, its errors, and its resume after a kill."""
 
 from __future__ import annotations
 
@@ -28,11 +28,21 @@ from tadperf.task.samples import normalise_data, select_samples, training_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
-    "device": "cpu", "data.noise": "none", "match.ipc": 2,
-    "detector.depth": 1, "detector.width": 8, "detector.epochs": 2, "refine.steps": 4,
-    "refine.rounds": 2, "refine.candidates": 3, "refine.top_k": 2, "refine.beta": 0.6, "diffusion.width": 8,
-    "diffusion.iterations": 3, "diffusion.batch": 8,
-}  # fmt: skip
+    "device": "cpu",
+    "data.noise": "none",
+    "match.ipc": 2,
+    "detector.depth": 1,
+    "detector.width": 8,
+    "detector.epochs": 2,
+    "refine.steps": 4,
+    "refine.rounds": 2,
+    "refine.candidates": 3,
+    "refine.top_k": 2,
+    "refine.beta": 0.6,
+    "diffusion.width": 8,
+    "diffusion.iterations": 3,
+    "diffusion.batch": 8,
+}
 
 
 def config(**values: Any) -> Config:
@@ -106,7 +116,7 @@ def test_a_run_killed_in_a_round_resumes_to_the_same_result(finished, tmp_path, 
 
 def test_other_sources_soft_labels_and_no_rounds(tmp_path):
     folder = tmp_path / "checkpoint"
-    model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 10, 0)  # pyright: ignore[reportCallIssue]
+    model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 10, 0)
     unet.save(folder, model, unet.schedulers()[1])
     values = {"refine__source": str(folder), "refine__rounds": 0}
     result = run_refinement(tmp_path / "run", refine__soft_labels=True, refine__prototypes="pixels", **values)
@@ -116,7 +126,7 @@ def test_other_sources_soft_labels_and_no_rounds(tmp_path):
 
 
 def test_a_model_of_other_classes_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 7, 0)  # pyright: ignore[reportCallIssue]
+    model = unet.build(DiffusionConfig(width=8), (1, 8, 8), 7, 0)
     unet.save(tmp_path / "checkpoint", model, unet.schedulers()[1])
     monkeypatch.setattr(networks, "train_detector", None)
     with pytest.raises(UserError, match="the model has 7 classes, the data have 10"):
@@ -142,7 +152,7 @@ def test_only_anomalies_are_replaced_and_never_by_something_worse():
     assert images.max() == 0
 
 
-def test_candidates_have_their_own_seeds_their_images_prototype_and_more_noise_each_round():
+def test_candidates_share_the_prototype_of_their_image_with_new_seeds_and_more_noise_each_round():
     requests: list[tuple[float, int, float]] = []
     used_seeds: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""Diffusion models behind one interface: the same promises for all, and what each refuses."""
+"""Diffusion models behind one interface: what all guarantee, and what each refuses."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tadperf.refine.models.open import open_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE, NAMES = (3, 8, 8), ("ant", "bee", "cat")
 TARGET = Target(SHAPE, NAMES, torch.device("cpu"))
-TINY = DiffusionConfig(width=8)  # pyright: ignore[reportCallIssue]
+TINY = DiffusionConfig(width=8)
 KINDS = ["unet", "dit", "stable"]
 
 
 def config(**values: Any) -> RefineConfig:
     given: dict[str, Any] = {"steps": 4} | values
-    return RefineConfig(**given)  # pyright: ignore[reportCallIssue]
+    return RefineConfig(**given)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def test_an_image_depends_on_its_own_prototype_label_and_seed(folder):
     order = [3, 0, 4, 2, 1]
     turned = generate(model, prototypes[order], labels[order], [image_seeds[i] for i in order], 0.75, 4)
     assert torch.equal(turned, generated[order])
-    for batch in (1, 2, 3, 64):  # another order of sums: a value may round differently
+    for batch in (1, 2, 3, 64):  # the order of sums differs, so a value may round differently
         other = generate(model, prototypes, labels, image_seeds, 0.75, batch)
         assert (other.int() - generated.int()).abs().max() <= 1
 
@@ -93,14 +93,19 @@ def test_images_of_another_size_and_progress(folder):
     given = torch.nn.functional.interpolate(images(5).float(), 6).to(torch.uint8)
     seen = []
     generated = generate(
-        model, model.encode(given), torch.tensor([0, 1, 2, 0, 1]), list(range(5)), 0.75, 2,
+        model,
+        model.encode(given),
+        torch.tensor([0, 1, 2, 0, 1]),
+        list(range(5)),
+        0.75,
+        2,
         lambda stage, done, total, **_: seen.append((stage, done, total)),
-    )  # fmt: skip
+    )
     assert tuple(generated.shape) == (5, 3, 6, 6)
     assert seen == [("generate", done, 5) for done in (0, 2, 4, 5)]
 
 
-def test_compiled_by_inductor_the_images_are_the_same_up_to_rounding(tmp_path):
+def test_inductor_gives_the_same_images_up_to_rounding(tmp_path):
     """Compiles once for all strengths: time steps are tensors and batches are padded."""
     from torch._dynamo.utils import counters
 
@@ -139,7 +144,7 @@ def test_grey_images_pass_through_a_colour_model(folder):
 
 
 def test_the_dit_loop_equals_the_pipelines_loop(dit_folder, tmp_path, monkeypatch):
-    """From pure noise, ours gives the images of diffusers' loop, which has 1000 classes and no prototypes."""
+    """From pure noise, our loop gives the images of diffusers' loop, which has 1000 classes and no prototypes."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     pipe = DiTPipeline.from_pretrained(dit_folder)

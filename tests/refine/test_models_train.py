@@ -1,4 +1,4 @@
-"""Training the UNet: it learns, follows the weights, and a kill changes no bit."""
+"""Training the UNet: it learns, follows the weights, and gives the same bits after a kill."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tadperf.run.folder import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-TINY = DiffusionConfig(width=8, iterations=6, batch=8, ema=0.5)  # pyright: ignore[reportCallIssue]
+TINY = DiffusionConfig(width=8, iterations=6, batch=8, ema=0.5)
 
 
 def stripes() -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images of two classes: bright rows, bright columns."""
+    """Returns uint8 images of two classes (bright rows, bright columns) and their labels."""
     labels = torch.arange(40) % 2
     rows = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
     rows[:, :, ::2] = 230
@@ -30,7 +30,7 @@ def stripes() -> tuple[torch.Tensor, torch.Tensor]:
 
 def trained(place: Path, config: DiffusionConfig = TINY, weights=None, progress=silent, resume=False) -> Path:
     images, labels = stripes()
-    with Run.create(place, Config(device="cpu"), resume) as run:  # pyright: ignore[reportCallIssue]
+    with Run.create(place, Config(device="cpu"), resume) as run:
         (place / "checkpoints").mkdir(exist_ok=True)
         target = Target((1, 8, 8), ("rows", "columns"), CPU)
         train.train_diffusion_model(
@@ -66,7 +66,7 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "run", progress=stop, resume=(tmp_path / "run").exists())
-    (tmp_path / "run" / "diffusion.partial").mkdir()  # as a kill in the middle of saving leaves it
+    (tmp_path / "run" / "diffusion.partial").mkdir()  # like after a kill in the middle of saving
     assert contents(trained(tmp_path / "run", resume=True)) == expected
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -74,10 +74,10 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
     assert contents(trained(tmp_path / "run", resume=True)) == expected  # finished: nothing is trained again
 
 
-def test_it_learns_its_classes(tmp_path):
+def test_the_unet_learns_its_classes(tmp_path):
     config = TINY.model_copy(update={"iterations": 100, "batch": 16, "lr": 5e-3, "ema": 0.9})
     folder = trained(tmp_path / "run", config)
-    refine = RefineConfig(source=str(folder), steps=8)  # pyright: ignore[reportCallIssue]
+    refine = RefineConfig(source=str(folder), steps=8)
     model = open_model(refine, Target((1, 8, 8), ("rows", "columns"), CPU))
     labels = torch.arange(8) % 2
     images = generate(model, torch.zeros(8, 1, 8, 8), labels, list(range(8)), 1.0, 8)

@@ -1,4 +1,4 @@
-"""Prototypes: centres of every class, or samples near them, of trusted samples alone."""
+"""Prototypes: centres of every class or the samples nearest to them, from trusted samples only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NAMES = ("ant", "bee")
 
 
 def clusters(per: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images [N, 1, 4, 4]: of each of two classes two clusters, around four levels of grey."""
+    """Returns uint8 images [N, 1, 4, 4] and labels: two classes with two clusters each, around four grey levels."""
     levels = torch.tensor([20, 90, 160, 230]).repeat_interleave(per)
     noise = torch.randint(-4, 5, (4 * per, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     return (levels[:, None, None, None] + noise).to(torch.uint8), torch.arange(2).repeat_interleave(2 * per)
 
 
 def centres_of(images: torch.Tensor, labels: torch.Tensor, ipc: int = 2, **values) -> torch.Tensor:
-    config = RefineConfig(**values)  # pyright: ignore[reportCallIssue]
+    config = RefineConfig(**values)
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         return x.float() / 255
@@ -62,12 +62,12 @@ def test_samples_that_are_not_trusted_are_left_out():
         centres_of(images, partly_trusted)
 
 
-def test_outliers_are_those_far_from_their_neighbours():
+def test_points_far_from_their_neighbours_are_outliers():
     points = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     points[[5, 17]] += 30 * torch.tensor([[1.0, 0, 0], [0, -1.0, 0]])
     assert (~inliers(points, 0.05, 1)).nonzero()[:, 0].tolist() == [5, 17]
     assert inliers(points, 0.0, 1).all()
-    assert inliers(points, 0.4, 39).sum() == 39  # at least as many points as prototypes stay
+    assert inliers(points, 0.4, 39).sum() == 39  # keeps at least as many points as prototypes
     images, labels = clusters(40)
     images[3] = 255
     assert centres_of(images, labels, 3, outliers=0.02)[:3].max() < 0.5 < centres_of(images, labels, 3)[:3].max()

@@ -1,4 +1,4 @@
-"""The anomaly rule, the winner among candidates, and the diversity that is reported."""
+"""The anomaly rule, the choice among candidates, and the reported diversity."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**values) -> RefineConfig:
-    return RefineConfig(**values)  # pyright: ignore[reportCallIssue]
+    return RefineConfig(**values)
 
 
 def logits(*rows: tuple[float, ...]) -> torch.Tensor:
-    """Logits whose softmax is the rows."""
+    """Returns logits with the rows as softmax."""
     return torch.tensor(rows).log()
 
 

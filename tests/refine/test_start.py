@@ -1,4 +1,4 @@
-"""Starting from another run: which images stay, which files are taken over, and which runs are refused."""
+"""Starting from another run: which images stay, which files are copied, and which runs are refused."""
 
 from __future__ import annotations
 
@@ -24,17 +24,37 @@ from tadperf.trust.state import TrustState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
-    "device": "cpu", "match.ipc": 2, "net.width": 8, "net.depth": 1, "experts.count": 1, "match.iterations": 2,
-    "match.steps": 2, "match.max_start": 1, "match.expert_epochs": 1, "match.check_every": 2, "evaluate.epochs": 2,
-    "trust.rounds": 1, "trust.proxies": 2, "trust.epochs": 2, "detector.depth": 1, "detector.width": 8,
-    "detector.epochs": 3, "refine.steps": 4, "refine.rounds": 2, "refine.candidates": 3, "refine.top_k": 2,
-    "refine.beta": 0.6, "diffusion.width": 8, "diffusion.iterations": 3, "diffusion.batch": 8,
-}  # fmt: skip
+    "device": "cpu",
+    "match.ipc": 2,
+    "net.width": 8,
+    "net.depth": 1,
+    "experts.count": 1,
+    "match.iterations": 2,
+    "match.steps": 2,
+    "match.max_start": 1,
+    "match.expert_epochs": 1,
+    "match.check_every": 2,
+    "evaluate.epochs": 2,
+    "trust.rounds": 1,
+    "trust.proxies": 2,
+    "trust.epochs": 2,
+    "detector.depth": 1,
+    "detector.width": 8,
+    "detector.epochs": 3,
+    "refine.steps": 4,
+    "refine.rounds": 2,
+    "refine.candidates": 3,
+    "refine.top_k": 2,
+    "refine.beta": 0.6,
+    "diffusion.width": 8,
+    "diffusion.iterations": 3,
+    "diffusion.batch": 8,
+}
 
 
 def distilled(folder: Path, config: Config) -> dict[str, Any]:
     with Run.create(folder, config) as run:
-        return distill_task(prepare(config), run, tested=False)
+        return distill_task(prepare(config), run, evaluate=False)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +93,7 @@ def test_the_trusted_view_comes_from_the_run(matched, refined):
     assert not (refined / "trust").exists()
 
 
-def test_detector_and_diffusion_model_are_taken_over_if_their_config_is_the_same(refined, tmp_path, monkeypatch):
+def test_detector_and_diffusion_model_are_copied_if_their_config_is_the_same(refined, tmp_path, monkeypatch):
     from tadperf.refine.models import train
 
     monkeypatch.setattr(train, "initial_training", None)
@@ -130,8 +150,8 @@ def test_only_sections_of_refinement_may_differ(matched):
     assert stored_config(matched) != before  # generative, with refine.start set
 
 
-@pytest.mark.parametrize(("field", "taken"), [("refine.beta=0.9", True), ("seed=1", False)])
-def test_a_run_inherits_what_it_would_train_identically(tmp_path, field, taken):
+@pytest.mark.parametrize(("field", "kept"), [("refine.beta=0.9", True), ("seed=1", False)])
+def test_a_run_inherits_what_it_would_train_identically(tmp_path, field, kept):
     config = merge("digits", None, (), TINY | {"synthesis": "generative", "match.ipc": 1})
     other = merge("digits", None, [field], TINY | {"synthesis": "generative", "match.ipc": 1})
     distilled(tmp_path / "first", config)
@@ -140,8 +160,8 @@ def test_a_run_inherits_what_it_would_train_identically(tmp_path, field, taken):
         with Run.create(folder, other) as run:
             if folder.name == "heir":
                 start.inherit(tmp_path / "first", task, run)
-                assert all((folder / name).exists() == taken for name in ("trust", "diffusion", "detector.safetensors"))
-            distill_task(task, run, tested=False)
+                assert all((folder / name).exists() == kept for name in ("trust", "diffusion", "detector.safetensors"))
+            distill_task(task, run, evaluate=False)
         sets.append((folder / "distilled.safetensors").read_bytes())
     assert sets[0] == sets[1]
 

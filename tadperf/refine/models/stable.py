@@ -13,7 +13,7 @@ from tadperf.errors import UserError
 from tadperf.refine.models import sampling
 from tadperf.refine.models.base import DiffusionModel, Target, compile_part, load_pipeline
 
-LATENTS = 4  # with this number of channels, the pipeline takes an image for latents; with any other, it encodes it
+LATENTS = 4  # the pipeline treats an image with this number of channels as latents, and encodes any other
 
 
 def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
@@ -22,7 +22,7 @@ def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
     Latents are the scaled mean of its VAE. The safety checker is off: it turns 32 x 32 images black.
     """
     try:
-        import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import transformers  # noqa: F401
     except ImportError:
         remedy = "Stable Diffusion needs transformers; install tadperf[stable-diffusion]"
         raise UserError("refine.source", config.source, remedy) from None
