@@ -69,16 +69,16 @@ def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         # On Python 3.10 typing.get_type_hints would add Optional to every parameter with the default None.
         parameters = inspect.signature(function, eval_str=True).parameters
-        own = [name for name in names if name in parameters]
+        specific = [name for name in names if name in parameters]
         shared = [OPTIONS[name] for name in names if name not in parameters]
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            own_values = {name: values.pop(name) for name in own}
-            function(_shared_options(shared, values), **own_values)
+            specific_values = {name: values.pop(name) for name in specific}
+            function(_shared_options(shared, values), **specific_values)
 
         del run.__wrapped__  # typer would read the parameters of the function itself
-        by_name = {name: parameters[name] for name in own}
+        by_name = {name: parameters[name] for name in specific}
         by_name |= {option.name: _parameter(option) for option in shared}
         ordered = [by_name[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
         run.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportAttributeAccessIssue]

@@ -133,7 +133,7 @@ HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
 
 
 def without_samples(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the inputs of the same call without samples: every dimension of samples has length 0."""
+    """Returns the same inputs with zero samples."""
     samples = {"per_sample": 2, "mixture": 2, "trajectory_distance": 3, "reliability": 1}
     if name == "per_sample_linear":
         return inputs[0][:0], inputs[1], inputs[2][:0]

@@ -77,7 +77,7 @@ def compare_bits(first: Any, second: Any) -> str:
 
 
 def check_cuda_graph(bench: engine.Bench, size: engine.Size, device: torch.device) -> str:
-    """Captures a call, copies other values into its inputs, replays it, and compares it with a call on those values."""
+    """Captures a call, copies new values into its inputs, replays it, and compares the results with a direct call."""
     if device.type != "cuda":
         raise SkipError("CUDA graphs are for CUDA")
     inputs, others = (bench.inputs(size, torch.float32, device, seed) for seed in range(2))

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    """Returns x, weight, bias and the gradient of y. They are no inference tensors, which backward cannot save."""
+    """Returns x, weight, bias and the gradient of y as ordinary tensors: backward cannot save inference tensors."""
     images, channels, height, width = size
     generator = torch.Generator(device).manual_seed(seed)
     shapes = size, (channels,), (channels,), (images, channels, height // 2, width // 2)

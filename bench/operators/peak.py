@@ -23,7 +23,7 @@ TIMEOUT = 120.0  # seconds for all providers of one case; not tuned
 
 
 def measure_peaks(operator: str, size: Size, dtype: torch.dtype, providers: Sequence[str]) -> dict[str, float]:
-    """Returns MB by provider; an empty dict if the system cannot tell, or the process failed or took too long."""
+    """Returns MB by provider, or an empty dict if the peak cannot be reset, or the process fails or takes too long."""
     if not providers:
         return {}
     case = [operator, "x".join(map(str, size)), str(dtype).removeprefix("torch."), str(torch.get_num_threads())]

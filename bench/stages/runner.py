@@ -2,8 +2,8 @@
 
 The file of a stage has `SIZES` (its cases by name), `DEFAULT_SIZES` (if the default is not all of them),
 `measure(size, device, repeats)`, which returns rows from `make_row`, and `single_call(size, provider, device)`, which
-returns one complete call as a function: its peak memory is measured in a new process. Providers take turns in one
-process (`engine.interleaved`). "published" is the method as its authors wrote it, in the file of the stage.
+returns a function that makes one complete call, to measure its peak memory in a new process. Providers take turns in
+one process (`engine.interleaved`). "published" is the method as its authors implemented it; its code is in this folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Measures the evaluation: five new networks are trained on one distilled set and tested.
+"""Measures the evaluation, which trains five new networks on one distilled set and tests them.
 
 "published": MTT's evaluation by the loop of published_training.py, one network after another, one thread per core.
-tadperf: `nets.students.score_students`, on a CPU one network on each core. A few epochs stand for the 1000 of the
-protocol, because every epoch takes the same time.
+tadperf: `nets.students.score_students`, on a CPU one network on each core. A few epochs replace the protocol's 1000,
+because every epoch takes the same time.
 """
 
 from __future__ import annotations

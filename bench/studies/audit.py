@@ -82,9 +82,9 @@ def dual_loop_rounds(data: Dataset, config: Config) -> Iterator[tuple[ProxyOutpu
     state = as_given(data.labels, data.class_names)
     for number in range(1, config.trust.rounds + 1):
         seed = seeds.derive(config.seed, "trust", number)
-        seen = train_proxies(replace(problem, seed=seed), state.view(), config.trust, silent)
-        state = assign_verdicts(seen, state, number, config.trust, seed)
-        yield seen, state
+        outputs = train_proxies(replace(problem, seed=seed), state.view(), config.trust, silent)
+        state = assign_verdicts(outputs, state, number, config.trust, seed)
+        yield outputs, state
 
 
 def cleanlab_precision(labels: np.ndarray, probabilities: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
@@ -107,8 +107,8 @@ def quality(data: Dataset, config: Config) -> list[str]:
         "|" + " --- |" * (len(RANKINGS) + 5),
     ]
     begun = time.perf_counter()
-    for number, (seen, state) in enumerate(dual_loop_rounds(data, config), 1):
-        precision = cleanlab_precision(labels, seen.probabilities.double().numpy(), wrong)
+    for number, (outputs, state) in enumerate(dual_loop_rounds(data, config), 1):
+        precision = cleanlab_precision(labels, outputs.probabilities.double().numpy(), wrong)
         figures = compare_with_clean(state, data.clean_labels)
         cells = [
             str(number),

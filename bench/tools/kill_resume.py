@@ -137,19 +137,19 @@ def moments(kills: int, duration: float, seed: int) -> list[float]:
     return [(k + rng.random()) / kills * duration for k in range(kills)]
 
 
-def differences(folder: Path, whole: Path) -> list[str]:
+def differences(folder: Path, undisturbed: Path) -> list[str]:
     """Returns the files of a finished run that differ from the undisturbed run, except for times and paths."""
     names = {
         str(file.relative_to(place))
-        for place in (folder, whole)
+        for place in (folder, undisturbed)
         for file in place.rglob("*")
         if file.is_file() and file.name not in MEASURED_FILES
     }
-    differing = [name for name in sorted(names) if _bytes(folder / name) != _bytes(whole / name)]
-    if (whole / "result.json").exists():
-        differing += ["result.json"] * (_result(folder) != _result(whole))
-        differing += ["metrics.jsonl"] * (_records(folder) != _records(whole))
-        differing += ["evaluate.json"] * (_scores(folder) != _scores(whole))
+    differing = [name for name in sorted(names) if _bytes(folder / name) != _bytes(undisturbed / name)]
+    if (undisturbed / "result.json").exists():
+        differing += ["result.json"] * (_result(folder) != _result(undisturbed))
+        differing += ["metrics.jsonl"] * (_records(folder) != _records(undisturbed))
+        differing += ["evaluate.json"] * (_scores(folder) != _scores(undisturbed))
     return differing
 
 
@@ -174,8 +174,8 @@ def _records(folder: Path) -> list[str]:
 
 def run_job(job: str, kills: int, number: int, seed: int, place: Path) -> int:
     """Applies each kill to its own run, and all kills to one more run. Prints what differs. Returns how many differ."""
-    whole, chain = place / "whole", place / "all-kills"
-    duration = finish(job, whole)
+    undisturbed, chain = place / "undisturbed", place / "all-kills"
+    duration = finish(job, undisturbed)
     print(f"{job}: undisturbed {duration:.1f} s, {signal.Signals(number).name}", flush=True)
     times, wrong = moments(kills, duration, seed), 0
     for k, moment in enumerate(times):
@@ -183,7 +183,7 @@ def run_job(job: str, kills: int, number: int, seed: int, place: Path) -> int:
         try:
             stage = kill(job, folder, moment, number)
             finish(job, folder)
-            differing = differences(folder, whole)
+            differing = differences(folder, undisturbed)
         except RuntimeError as error:
             stage, differing = "failed", [str(error)]
         wrong += bool(differing)
@@ -191,7 +191,7 @@ def run_job(job: str, kills: int, number: int, seed: int, place: Path) -> int:
     try:
         stages = [kill(job, chain, moment, number) for moment in times]
         finish(job, chain)
-        differing = differences(chain, whole)
+        differing = differences(chain, undisturbed)
     except RuntimeError as error:
         stages, differing = [], [str(error)]
     print("one run, all kills:", ", ".join(stages), "-", "differs: " + ", ".join(differing) if differing else "equal")

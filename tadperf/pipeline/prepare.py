@@ -33,7 +33,7 @@ def prepare(config: Config, progress: Progress = silent) -> Task:
         progress=progress,
     )
     if test is None:
-        raise UserError("data", data.path, "has no test split; put test images in a folder test/ beside train/")
+        raise UserError("data", data.path, "has no test split; put test images in a folder test/ next to train/")
     _check_images(config, train)
     train = add_noise(train, data.noise, config.seed)
     if config.trust.mode == "oracle" and train.clean_labels is None:

@@ -21,7 +21,7 @@ def doubled(x):
     return {"y": 2 * x, "n": x.argmax()}
 
 
-def made(**others) -> engine.Bench:
+def make_bench(**others) -> engine.Bench:
     """Returns a bench whose operator doubles N numbers."""
     return engine.Bench(
         name="per_sample",  # a name that the process for peak memory knows
@@ -45,7 +45,7 @@ def light(monkeypatch):
 
 
 def test_rows_of_a_case(one_thread):
-    bench = made(eager=lambda x: {"y": x + x, "n": x.argmax()})
+    bench = make_bench(eager=lambda x: {"y": x + x, "n": x.argmax()})
     rows = measure_case(bench, (64, 4), torch.float32, CPU, list(bench.providers), 5)
     assert [row["provider"] for row in rows] == ["tadperf", "eager"]
     for row in rows:
@@ -67,7 +67,7 @@ def test_a_wrong_or_failing_provider_is_not_timed(one_thread):
     def broken(x):
         raise RuntimeError("no such thing\nsecond line")
 
-    bench = made(wrong=lambda x: {"y": 2.001 * x}, broken=broken, right=lambda x: {"y": 2 * x})
+    bench = make_bench(wrong=lambda x: {"y": 2.001 * x}, broken=broken, right=lambda x: {"y": 2 * x})
     rows = {row["provider"]: row for row in measure_case(bench, (64, 4), torch.float32, CPU, list(bench.providers), 3)}
     assert rows["wrong"]["error"].startswith("y: 63 of 64 differ, first at 1: 2.00")
     assert rows["broken"]["error"] == "RuntimeError: no such thing"
@@ -77,7 +77,7 @@ def test_a_wrong_or_failing_provider_is_not_timed(one_thread):
 
 
 def test_mismatch():
-    bench = made()
+    bench = make_bench()
     truth = {"y": torch.tensor([1.0, float("nan")]), "n": torch.zeros(20_000, dtype=torch.long)}
     few, many = torch.zeros(20_000, dtype=torch.long), torch.zeros(20_000, dtype=torch.long)
     few[:2], many[:3] = 1, 1
@@ -139,14 +139,14 @@ def test_every_provider_of_every_bench_agrees_with_the_reference(name, one_threa
 
 def test_peak_memory_counts_results_and_temporaries():
     peaks = MEASURE_PEAKS("trajectory_distance", (8, 320_010), torch.float32, ["tadperf", "eager"])
-    if peaks:  # a system that counts
+    if peaks:  # empty on a system that cannot reset the peak
         one = 8 * 320_010 * 4 / 2**20
         assert peaks["tadperf"] < 0.2 * one
         assert one < peaks["eager"] < 4 * one
 
 
 def test_report_and_picture(tmp_path, one_thread):
-    bench = made(eager=doubled)
+    bench = make_bench(eager=doubled)
     rows = measure_case(bench, (64, 4), torch.float32, CPU, list(bench.providers), 3)
     facts = report.facts("per_sample", CPU, 1, "tadperf bench")
     rows = [row | facts for row in rows]
@@ -169,7 +169,7 @@ def test_report_and_picture(tmp_path, one_thread):
 def test_tuning_descends_to_the_best_entry_and_avoids_failures():
     def cost(entry):
         if entry["block"] * entry["num_warps"] > 4096:
-            return float("inf")  # does not fit
+            return float("inf")  # needs too much memory
         return 1 + abs(np.log2(entry["block"] / 256)) + abs(np.log2(entry["num_warps"] / 4)) + entry["num_stages"] / 9
 
     start = {"block": 64, "num_warps": 16, "num_stages": 3, "odd": 5}

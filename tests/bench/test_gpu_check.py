@@ -23,15 +23,15 @@ def light(monkeypatch):
 @pytest.mark.parametrize("name", catalogue.NAMES)
 def test_hard_values_empty_inputs_and_gradients(name, one_thread):
     bench = catalogue.load(name)
-    made = bench.inputs(cases.SMALL[name], torch.float32, CPU, 0)
+    inputs = bench.inputs(cases.SMALL[name], torch.float32, CPU, 0)
     assert checks.check_hard_values(bench, CPU) == ""
-    assert checks.compare_with_reference(bench, cases.without_samples(name, made)) == ""
-    assert checks.compare_bits(checks.run_operator(bench, made), checks.run_operator(bench, made)) == ""
+    assert checks.compare_with_reference(bench, cases.without_samples(name, inputs)) == ""
+    assert checks.compare_bits(checks.run_operator(bench, inputs), checks.run_operator(bench, inputs)) == ""
     if name in cases.GRADIENTS:
-        assert checks.check_gradient(bench, made) == ""
+        assert checks.check_gradient(bench, inputs) == ""
     if name in cases.HUGE:
-        few = {key: value[-2:] for key, value in checks.run_operator(bench, made)._asdict().items()}
-        assert engine.mismatch(bench.reference(*cases.last_rows(name, made, 2)), few, bench) == ""
+        few = {key: value[-2:] for key, value in checks.run_operator(bench, inputs)._asdict().items()}
+        assert engine.mismatch(bench.reference(*cases.last_rows(name, inputs, 2)), few, bench) == ""
 
 
 def test_a_wrong_operator_fails_its_checks():
@@ -42,12 +42,12 @@ def test_a_wrong_operator_fails_its_checks():
             "tadperf": engine.Provider("tadperf", lambda: lambda *a: (r := right(*a))._replace(loss=1.01 * r.loss))
         }
     )
-    made = bench.inputs((50, 7), torch.float32, CPU, 0)
+    inputs = bench.inputs((50, 7), torch.float32, CPU, 0)
     assert checks.check_hard_values(wrong, CPU).startswith("loss: ")
-    assert checks.compare_with_reference(wrong, made).startswith("loss: ")
-    assert checks.check_gradient(wrong, made).startswith("relative error 1.0e-02")
-    negated = right(*made)._replace(margin=-right(*made).margin)
-    assert checks.compare_bits(right(*made), negated) == "bits differ: margin"
+    assert checks.compare_with_reference(wrong, inputs).startswith("loss: ")
+    assert checks.check_gradient(wrong, inputs).startswith("relative error 1.0e-02")
+    negated = right(*inputs)._replace(margin=-right(*inputs).margin)
+    assert checks.compare_bits(right(*inputs), negated) == "bits differ: margin"
 
 
 def test_a_failure_becomes_a_row():

@@ -25,6 +25,6 @@ def test_a_batch_gives_the_same_candidates_as_one_after_another(monkeypatch):
     assert [row["provider"] for row in rows] == ["tadperf", "published"]
     assert rows[0]["note"] in {f"2 x 3 candidates, pixels differ by {difference} of 255" for difference in (0, 1)}
     assert all(row["median_ms"] > 0 for row in rows)
-    made = refinement.make_round(small, "tadperf", torch.device("cpu"))()
-    assert tuple(made.shape) == (6, 1, 8, 8)
-    assert made.float().std() > 1
+    candidates = refinement.make_round(small, "tadperf", torch.device("cpu"))()
+    assert tuple(candidates.shape) == (6, 1, 8, 8)
+    assert candidates.float().std() > 1

@@ -52,7 +52,7 @@ def test_rows_of_experts():
     for row in rows:
         assert row["samples_s"] == pytest.approx(
             3 * 2 * 20 / row["median_ms"] * 1e3, rel=0.5
-        )  # samples_s uses the upper of two
+        )  # samples_s uses the larger one of two times
     assert rows[0]["over_published"] == pytest.approx(rows[1]["median_ms"] / rows[0]["median_ms"])
 
 

@@ -57,7 +57,7 @@ def tadperf(monkeypatch, capfd, tmp_path) -> Callable[..., Outcome]:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # the setting would stay for all later tests
-    monkeypatch.setattr(device, "hide_gpus", lambda: None)  # likewise
+    monkeypatch.setattr(device, "hide_gpus", lambda: None)  # this one too
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["tadperf", *map(str, arguments)])

@@ -74,7 +74,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 
 
 FLAGS = {"--compare", "--evaluate", "--resume", "--json", "--quiet", "--debug", "--schema", "--list", "--tune"}
-DEFAULTS = {  # of options that are neither a flag nor unset
+DEFAULTS = {  # the defaults of options that are not flags and have one
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
 }
 

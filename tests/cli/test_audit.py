@@ -32,7 +32,7 @@ def test_list_picture_and_summary(tadperf, tmp_path):
     refused = tadperf("audit", "digits", *FAST, "--out", "labels.csv")
     assert refused.code == 2
     assert refused.err == "tadperf: --out: labels.csv: exists already; choose another name\n"
-    text = tadperf("audit", "digits", *FAST, "--out", "labels.parquet")  # its picture has the name of the first one
+    text = tadperf("audit", "digits", *FAST, "--out", "labels.parquet")  # its picture would replace the first one
     assert text.code == 2
 
 

@@ -14,7 +14,7 @@ import os, signal, time
 from tadperf.cli import app
 
 class Dying:
-    def __del__(self):  # Python prints what is raised here, and goes on
+    def __del__(self):  # Python prints an exception that is raised here, and continues
         os.kill(os.getpid(), signal.SIGTERM)
 
 def job(**_):
@@ -104,7 +104,7 @@ def test_an_ignored_signal_stays_ignored():
     script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + CLEANUP.replace("SECONDS", "0")
     process = start(script)
     read_until(process, "ready")
-    process.send_signal(signal.SIGHUP)  # as after nohup
+    process.send_signal(signal.SIGHUP)  # nohup makes a program ignore it
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)

@@ -23,7 +23,7 @@ def test_plain_lines_come_at_the_start_at_the_end_and_every_10_seconds(capsys, m
     show("experts", 4, 4, loss=0.5)
     assert [line.split(", took ")[0] for line in lines(capsys)] == ["experts 0/4", "experts 4/4, loss 0.5"]
     monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
-    show("matching", 10, 30)  # resumed at 10: the time left follows what this process has done
+    show("matching", 10, 30)  # resumed at 10: the time left depends only on what this process has done
     show.clocks["matching"].start -= 100
     show("matching", 20, 30, step=3)
     assert lines(capsys)[1] == "matching 20/30, step 3, 1 min 40 s left"

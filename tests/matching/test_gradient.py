@@ -162,4 +162,4 @@ def test_memory_grows_only_by_the_stored_parameter_vectors():
     growth = peak("adjoint", 80, 4) - peak("adjoint", 10, 4)
     # 20 vectors of tolerance, because the holes in the heap vary by 20 MB. All 70 vectors would exceed the bound.
     assert growth <= (KEPT_VECTORS - 10 + 20) * 4 * 320_010
-    assert growth <= 0.15 * peak("adjoint", 1, 50)  # of one step with the usual batch at IPC 10
+    assert growth <= 0.15 * peak("adjoint", 1, 50)  # the peak of one step with the usual batch at IPC 10

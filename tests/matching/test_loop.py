@@ -293,7 +293,7 @@ def test_soft_labels_are_the_mean_over_the_experts_that_are_correct(experts):
 def test_the_backend_does_not_depend_on_the_iterations_that_are_left(experts):
     """A resumed run must use the same backend to the end: another backend would give other bytes."""
     net = FlatNet(build(NET.model_copy(update={"norm": "group", "width": 8}), SHAPE, CLASSES, 0))
-    iterations = 10**9  # enough that compiling pays
+    iterations = 10**9  # so many that compiling saves time
     problem = MatchProblem(net, experts, match(iterations=iterations), "none", 0)
     fresh = first(problem.config)
     names = [choose_gradient(replace(fresh, iteration=i), problem)[0].name for i in (0, iterations - 1)]

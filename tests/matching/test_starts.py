@@ -100,7 +100,7 @@ class Answers:
         ([0, 0, 0, 1, 1], [[0, 1, 1, 1, 0], [1, 0, 1, 0, 1], [3, 3, 3, 3, 3]], 2, [1, 1, 0, 1, 1], [0, 1]),
         # only class 0 is short after the first expert, so the second one sees class 0 alone
         ([0, 0, 0, 1, 1], [[0, 1, 1, 1, 1], [1, 0, 1, 0, 0], [3, 3, 3, 3, 3]], 2, [1, 1, 0, 1, 1], [0, 1]),
-        ([0, 0, 1, 1], [[0, 0, 2, 2], [0, 0, 3, 3]], 2, [1, 1, 1, 1], [0, 1]),  # no expert has class 1 right
+        ([0, 0, 1, 1], [[0, 0, 2, 2], [0, 0, 3, 3]], 2, [1, 1, 1, 1], [0, 1]),  # no expert classifies class 1 correctly
         ([-1, 0, 1, 1], [[0, 0, 1, 0]], 1, [0, 1, 1, 0], [0]),  # the first sample may not be returned
         ([-1, 0, 1, 1], [[3, 3, 1, 1]], 1, [0, 1, 1, 1], [0]),
     ],

@@ -168,10 +168,10 @@ def test_a_run_writes_all_its_files(whole):
     assert max(written.values()) == written[place / "DONE"]
     stages = [json.loads(line)["stage"] for line in (place / "metrics.jsonl").read_text().splitlines()]
     assert (stages.count("trust"), stages.count("matching"), stages.count("evaluate")) == (2, 6 + 2, 5)
-    made = artifact.load(place / "distilled.safetensors")
-    assert (made.ipc, made.num_classes, made.shape) == (1, 10, (1, 8, 8))
+    synthetic = artifact.load(place / "distilled.safetensors")
+    assert (synthetic.ipc, synthetic.num_classes, synthetic.shape) == (1, 10, (1, 8, 8))
     again = evaluate_file(place / "distilled.safetensors", device="cpu")
-    assert again["accuracy"] == result["accuracy"]  # the file alone is enough
+    assert again["accuracy"] == result["accuracy"]  # `evaluate` needs only the file
 
 
 def test_one_seed_gives_one_result(whole, tmp_path):
@@ -223,9 +223,9 @@ def test_images_of_a_diffusion_model(tmp_path, kind):
     }
     result = run(tmp_path / "run", **values)
     assert result["synthesis"] == kind
-    made, initial = (artifact.load(tmp_path / "run" / name) for name in ("distilled.safetensors", INITIAL))
-    assert torch.equal(made.images, initial.images) == (kind == "generative")
-    assert made.labels.is_floating_point() == (kind == "hybrid")  # matching learns soft labels
+    synthetic, initial = (artifact.load(tmp_path / "run" / name) for name in ("distilled.safetensors", INITIAL))
+    assert torch.equal(synthetic.images, initial.images) == (kind == "generative")
+    assert synthetic.labels.is_floating_point() == (kind == "hybrid")  # matching learns soft labels
     assert ("matching" in result["stages"], "refine" in result["stages"]) == (kind == "hybrid", True)
     record = json.loads((tmp_path / "run" / "refined.json").read_text())
     assert {"source", "detector", "rounds"} <= set(record)
@@ -246,10 +246,10 @@ def test_ftd_and_datm_run_and_share_no_experts_with_mtt(whole, tmp_path, method)
     values = {"match__method": method, "match__ema": 0.5}
     result = run(tmp_path / "run", **values)
     assert result["method"] == method
-    made, plain = (artifact.load(place / "distilled.safetensors") for place in (tmp_path / "run", whole[0]))
-    assert not (made.images == plain.images).all()
+    synthetic, plain = (artifact.load(place / "distilled.safetensors") for place in (tmp_path / "run", whole[0]))
+    assert not (synthetic.images == plain.images).all()
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "matching.safetensors", torch.device("cpu"))[2]
-    assert torch.equal(made.images, state.average)  # the average is kept, not the last images
+    assert torch.equal(synthetic.images, state.average)  # the average is kept, not the last images
     assert not torch.equal(state.average, state.images)
     with pytest.raises(UserError, match=r"its experts have rho = 0\.0, this run needs 0\.01"):
         prepare(config(experts__path=str(whole[0]), **values))

@@ -68,14 +68,14 @@ def test_malformed_axes_are_refused(text):
 
 
 def test_every_combination_has_its_own_folder():
-    made = plan("match.lr_img=1,.5", "evaluate.networks=[\"convnet\"],['alexnet','vgg11']", "data.path=a/b,a_b")
-    assert [tuple(cell.values.values()) for cell in made] == [
+    combinations = plan("match.lr_img=1,.5", "evaluate.networks=[\"convnet\"],['alexnet','vgg11']", "data.path=a/b,a_b")
+    assert [tuple(cell.values.values()) for cell in combinations] == [
         (lr, nets, path) for lr in (1.0, 0.5) for nets in (["convnet"], ["alexnet", "vgg11"]) for path in ("a/b", "a_b")
     ]
-    assert made[0].folder == "match.lr_img=1.0,evaluate.networks=convnet,data.path=a_b"
-    assert made[1].folder == made[0].folder + "~2"
-    assert len({cell.folder for cell in made}) == 8
-    assert all(cell.config.match.lr_img == cell.values["match.lr_img"] for cell in made)
+    assert combinations[0].folder == "match.lr_img=1.0,evaluate.networks=convnet,data.path=a_b"
+    assert combinations[1].folder == combinations[0].folder + "~2"
+    assert len({cell.folder for cell in combinations}) == 8
+    assert all(cell.config.match.lr_img == cell.values["match.lr_img"] for cell in combinations)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,8 @@ def test_a_wrong_cell_is_refused_before_the_first_run_starts(tmp_path):
 def test_the_axis_of_the_picture(tmp_path, values, expected):
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     assert choose_axis(list(values), rows) == expected
-    made = [{**row, "network": "convnet", "accuracy": 0.5, "std": 0.1} for row in rows]
-    save_curves(tmp_path / "c.png", list(values), made)
+    points = [{**row, "network": "convnet", "accuracy": 0.5, "std": 0.1} for row in rows]
+    save_curves(tmp_path / "c.png", list(values), points)
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
