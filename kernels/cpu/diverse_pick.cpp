@@ -1,8 +1,8 @@
 // Rows scaled to length 1, and the largest cosine of each row with any image of a set.
 //
 // Each lane adds up the cosine with its own image, so nothing is reduced across lanes. Tiles of rows by blocks of
-// images use each loaded vector for several products. The order of a cosine's sum does not depend on its place in a
-// tile: equal rows get equal cosines.
+// images use each loaded vector for several products. A cosine is added in the same order in every place of
+// a tile, so equal rows get equal cosines.
 #include "diverse_pick.h"
 
 #include "common/load_store.h"

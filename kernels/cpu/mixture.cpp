@@ -1,7 +1,6 @@
 // Passes over the losses of one group: their range, the part above a cut, one step of EM, and the posteriors.
 //
-// Everything is float64: EM is slow if the components overlap, and then a step's rounding error is amplified by up to
-// 1e4.
+// Everything is float64: if the components overlap, EM is slow and amplifies the rounding error of a step by up to 1e4.
 #include "mixture.h"
 
 #include <cmath>

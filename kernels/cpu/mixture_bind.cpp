@@ -135,7 +135,7 @@ void fit_group(const MixtureLoops &loops, const MixtureOptions &options, const S
   mixture_components(t, two);
   MixtureRange held{-1, 2};
   if (options.monotone && variance[0] != variance[1]) {
-    // The odds of component 0 turn at this loss, which does not lie between the means.
+    // The turning point of the odds of component 0. It does not lie between the means.
     double turn = (t[1] * variance[1] - t[2] * variance[0]) / (variance[1] - variance[0]);
     (variance[0] < variance[1] ? held.lowest : held.highest) = turn;
   }

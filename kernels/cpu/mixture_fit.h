@@ -125,7 +125,7 @@ class MixtureGroup {
             std::log(high_variance + variance_floor)};
   }
 
-  // Takes one step of EM from theta to next. Returns the mean log-density at theta.
+  // Takes one step of EM from theta to next. Returns the mean log-density at theta plus log(2 pi) / 2.
   double step(const MixtureTheta &theta, MixtureTheta &next) const {
     MixtureComponent two[2];
     mixture_components(theta, two);

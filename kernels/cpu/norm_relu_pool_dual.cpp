@@ -185,7 +185,7 @@ void reverse(const Group<VECTORS, WHOLE> &group) {
       du_dot_sum[v] += d * u_dot;
     }
   });
-  // Means of the gradient of u, and of that times u, and their tangents.
+  // Means of the gradient of u and of its product with u, and their tangents.
   f32 m0[VECTORS], m1[VECTORS], m0_dot[VECTORS], m1_dot[VECTORS];
   for (int v = 0; v < VECTORS; v++) {
     group.put(args.of_weight_dot + group.plane, v, d_dot_u_sum[v] + du_dot_sum[v]);

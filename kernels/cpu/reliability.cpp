@@ -202,7 +202,7 @@ inline void write_similarities(const Reliability &args, int64_t row, int64_t cou
                                const TopTwo &top) {
   f32 square = square_of_columns(samples, args.width);
   f32 length = square_root(square);
-  f32 scale = square > 0 ? 1.0f / length : square;  // NaN stays NaN; a sample of length 0 is similar to nothing
+  f32 scale = square > 0 ? 1.0f / length : square;  // NaN stays NaN; a sample of length 0 has similarity 0
   auto cosine = [&](f32 x) { return square < INF ? min(fill(1), max(fill(-1), x * scale)) : fill(NaN); };
   write(args.most_similar + row, args.similarity + row, cosine(top.best), top.best_class, count);
   write(args.second_similar + row, args.second_similarity + row, cosine(top.second), top.second_class, count);
