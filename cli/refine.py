@@ -34,8 +34,8 @@ def refine(options: SharedOptions, run_or_data: RunOrData = None, evaluate: Eval
 
     For DATA, this finds the trusted samples, trains the detector and the diffusion model, and generates the first
     images. For a RUN, finished or killed, it uses that run's trusted samples and images, and its detector and diffusion
-    model if it has them. Images that the detector accepts do not change. For a RUN, only refine.*, detector.*,
-    diffusion.*, evaluate.* and the device may be set.
+    model if it has them. Then only refine.*, detector.*, diffusion.*, evaluate.* and the device may be set. Images that
+    the detector accepts do not change.
     """
     from tadperf.cli.options import invocation
     from tadperf.pipeline.run_config import choose_refinement, choose_run, refine_folder

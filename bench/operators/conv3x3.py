@@ -1,4 +1,4 @@
-"""tadperf.kernels.conv3x3 against PyTorch's direct convolution.
+"""Compares tadperf.kernels.conv3x3 with PyTorch's direct convolution.
 
 `python -m tadperf.bench.operators.conv3x3 [--threads N]`.
 

@@ -1,4 +1,4 @@
-"""tadperf.kernels.diverse_pick against the loop that one would write: `tadperf bench diverse_pick`.
+"""Compares tadperf.kernels.diverse_pick with the usual loop in PyTorch: `tadperf bench diverse_pick`.
 
 Shapes: A rejected images, K candidates for each of them, D features, G classes with 50 qualified images each.
 """
@@ -34,7 +34,7 @@ def moved(size: Size, dtype: torch.dtype) -> int:
 def eager(
     candidates: Tensor, scores: Tensor, qualified: Tensor, classes: Tensor, qualified_classes: Tensor
 ) -> DiversePick:
-    """The published loop over the images: picks the candidate whose largest cosine to its class is the smallest."""
+    """Runs the published loop over images: picks the candidate whose largest cosine to its class is the smallest."""
     units, pool = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (candidates, qualified))
     members = {label: pool[qualified_classes == label] for label in qualified_classes.unique().tolist()}
     index, similarity = torch.empty_like(classes), units.new_empty(len(classes))

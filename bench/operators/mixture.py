@@ -1,4 +1,4 @@
-"""tadperf.kernels.mixture against EM in plain PyTorch and scikit-learn: `tadperf bench mixture`.
+"""Compares tadperf.kernels.mixture with EM in plain PyTorch and scikit-learn: `tadperf bench mixture`.
 
 N losses in G groups; three of four losses are clean. All providers run to convergence, except scikit-learn, which stops
 as its settings say.

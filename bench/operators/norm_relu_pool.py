@@ -1,4 +1,4 @@
-"""tadperf.kernels.norm_relu_pool against PyTorch's three layers and torch.compile: `tadperf bench norm_relu_pool`.
+"""Compares norm_relu_pool with PyTorch's three layers, eager and compiled: `tadperf bench norm_relu_pool`.
 
 Measures forward and backward together on contiguous maps [N, C, H, H]: those of the ConvNet of width 128 on 32 x 32
 images in batches of 256, and of width 32 on digits in batches of 64.

@@ -1,4 +1,4 @@
-"""tadperf.kernels.per_sample against eager PyTorch, torch.compile and cleanlab: `tadperf bench per_sample`.
+"""Compares tadperf.kernels.per_sample with eager PyTorch, torch.compile and cleanlab: `tadperf bench per_sample`.
 
 Computes all five results on random logits; cleanlab gives only the loss.
 """
@@ -37,7 +37,7 @@ def eager(logits: Tensor, labels: Tensor) -> PerSample:
 
 
 def max_twice(logits: Tensor, labels: Tensor) -> PerSample:
-    """The same without topk, which Inductor leaves to eager: masks the maximum to find the second one."""
+    """Computes the same without topk, which Inductor leaves to eager: masks the maximum to find the second one."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     top, index = p.max(-1)

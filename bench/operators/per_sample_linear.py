@@ -1,4 +1,4 @@
-"""per_sample_linear against code that stores all logits, eager and compiled: `tadperf bench per_sample_linear`.
+"""Compares per_sample_linear with code that stores all logits, eager and compiled: `tadperf bench per_sample_linear`.
 
 N samples of D features under a linear classifier of C classes.
 """
@@ -36,7 +36,7 @@ def max_twice(features: Tensor, weight: Tensor, labels: Tensor) -> PerSample:
 
 
 def per_sample_of_logits(features: Tensor, weight: Tensor, labels: Tensor) -> PerSample:
-    """Our operator per_sample on stored logits; shows the gain of not storing them."""
+    """Calls our operator per_sample on stored logits, to show the gain of not storing them."""
     return per_sample(torch.nn.functional.linear(features.float(), weight.float()), labels)
 
 

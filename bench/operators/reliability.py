@@ -1,4 +1,4 @@
-"""tadperf.kernels.reliability against plain PyTorch, torch.compile and scipy: `tadperf bench reliability`.
+"""Compares tadperf.kernels.reliability with plain PyTorch, torch.compile and scipy: `tadperf bench reliability`.
 
 N samples with D features around C anchors; the condition of the covariance is about 100.
 """
@@ -48,7 +48,7 @@ def eager(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
 
 
 def expanded(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
-    """The same with one product by the inverse of the factor, and the expanded square of the difference."""
+    """Computes the same by one product with the inverse of the factor, and by the expanded square of the difference."""
     features, anchors, cholesky = features.float(), anchors.float(), cholesky.float()
     eye = torch.eye(len(cholesky), device=cholesky.device)
     inverse = torch.linalg.solve_triangular(cholesky, eye, upper=False)

@@ -1,4 +1,4 @@
-"""tadperf.kernels.trajectory_distance against plain PyTorch and torch.compile: `tadperf bench trajectory_distance`.
+"""Compares trajectory_distance with plain PyTorch and torch.compile: `tadperf bench trajectory_distance`.
 
 B pairs of P parameters, each with its own start; 320 010 is the ConvNet of CIFAR-10, width 128 and depth 3.
 """
@@ -32,7 +32,7 @@ def eager(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
 
 
 def dot(student: Tensor, target: Tensor, start: Tensor) -> TrajectoryDistance:
-    """The same with dot products, which square and sum in one operation."""
+    """Computes the same with dot products, which square and sum in one operation."""
     a, b = student.float() - target.float(), start.float() - target.float()
     distance, expert_distance = torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
     return TrajectoryDistance(distance, expert_distance, distance / expert_distance)

@@ -1,4 +1,4 @@
-"""Gradient and second-order products of one inner step of the ConvNet with instance norm, as explicit formulas.
+"""Computes gradient and second-order products of one inner step of the ConvNet with instance norm, by formulas.
 
 A tangent `name_dot` is the derivative of `name` along lambda in parameter space. Gradients and h are those of the
 student's mean cross-entropy.

@@ -1,4 +1,4 @@
-"""The gradient of the matching loss with respect to synthetic images, labels and learning rate.
+"""Computes the gradient of the matching loss with respect to synthetic images, labels and learning rate.
 
     L = |theta_T - target|^2 / |theta_0 - target|^2,    theta_{i+1} = theta_i - lr * g_i,
     g_i = d loss(theta_i; A_i(x[B_i]), y[B_i]) / d theta                     (MTT; Cazenavette et al., 2022)

@@ -1,1 +1,1 @@
-"""Whole runs, from a config to a result: the commands distill, refine, sweep, experts and evaluate."""
+"""Runs complete jobs, from a config to a result: the commands distill, refine, sweep, experts, audit and evaluate."""

@@ -1,4 +1,4 @@
-"""`tadperf.distill`: a whole run from Python."""
+"""`tadperf.distill` runs a complete job from Python."""
 
 from __future__ import annotations
 

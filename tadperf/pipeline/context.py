@@ -1,4 +1,4 @@
-"""The values that all stages of a run share."""
+"""Makes the values that all stages of a run share."""
 
 from __future__ import annotations
 

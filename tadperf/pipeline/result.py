@@ -1,4 +1,4 @@
-"""The result of a run: what result.json holds."""
+"""Builds the result of a run, the content of result.json."""
 
 from __future__ import annotations
 

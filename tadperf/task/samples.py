@@ -1,4 +1,4 @@
-"""The samples that a run learns from, normalised and on the device."""
+"""Selects the samples that a run learns from, normalised and on the device."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class TrainingSamples:
 
     @property
     def confirmed_labels(self) -> Tensor:
-        """The labels of the confirmed samples; -1 for the others."""
+        """Returns the labels of the confirmed samples; -1 for the others."""
         return self.labels.where(self.confirmed, -1)
 
 
