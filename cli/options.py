@@ -109,7 +109,7 @@ def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedO
     """Collects the values of the shared options. Records which of them the user typed, for error messages."""
     by_option = {option: values[_parameter_name(option)] for option in options}
     given = {
-        option: str(value.resolve()) if isinstance(value, Path) else value  # a resumed run may start elsewhere
+        option: str(value.resolve()) if isinstance(value, Path) else value  # a resumed run may start in another folder
         for option, value in by_option.items()
         if option.field and value is not None and value != []
     }

@@ -79,7 +79,7 @@ def compare_bits(first: Any, second: Any) -> str:
 def check_cuda_graph(bench: engine.Bench, size: engine.Size, device: torch.device) -> str:
     """Captures a call, copies new values into its inputs, replays it, and compares the results with a direct call."""
     if device.type != "cuda":
-        raise SkipError("CUDA graphs are for CUDA")
+        raise SkipError("CUDA graphs need CUDA")
     inputs, others = (bench.inputs(size, torch.float32, device, seed) for seed in range(2))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -77,7 +77,7 @@ BENCH = Bench(
     inputs=inputs,
     moved=moved,
     reference=diverse_pick_reference,
-    # without torch.compile: the set of picked images changes its shape in each of a thousand steps
+    # no torch.compile: the set of picked images changes its shape in each of a thousand steps
     providers={
         "tadperf": Provider("tadperf", lambda: diverse_pick),
         "eager": Provider("eager", lambda: eager),

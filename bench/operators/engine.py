@@ -23,7 +23,7 @@ Row = dict[str, Any]
 FAMILIES = ("eager", "inductor", "peer")
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # bytes of the copied buffer: much larger than any cache
 MIN_TURN_MS = 1.0  # a turn repeats the provider's call to last about this long; not tuned
-# Seconds, not tuned. A provider that has used them up gets no more turns, but three at least. If its first call takes
+# Seconds, not tuned. A provider that has used them up gets no more turns, but at least three. If its first call takes
 # longer than this, that call is the only one.
 PATIENCE = 10.0
 

@@ -40,7 +40,7 @@ def working_providers(
                 errors[name] = wrong
             else:
                 functions[name] = function
-        except Exception as error:  # a provider that fails is a row; the others are measured
+        except Exception as error:  # a provider that fails becomes a row with an error; the others are measured
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return functions, errors
 

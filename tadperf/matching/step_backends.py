@@ -43,7 +43,7 @@ class StepBackend(NamedTuple):
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
     products: Callable[[Tensor, Tensor, Tensor, Tensor, bool], Products]
     name: str
-    cache: str | None = None  # the key of its compiled code; None if nothing is compiled
+    cache: str | None = None  # the key of its compiled code in the cache; None if there is nothing to save
 
 
 def student_loss(logits: Tensor, labels: Tensor) -> Tensor:

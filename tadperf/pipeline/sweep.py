@@ -110,7 +110,7 @@ def check_sweep_folder(out: Path) -> None:
 def stored_cells(out: Path) -> list[Cell]:
     """Returns the cells of the sweep in `out`. Raises UserError if there is no sweep, or if its file is damaged."""
     check_sweep_folder(out)
-    file, remedy = out / CELLS_FILE, "give the fields and values again, with --resume; finished runs are only read"
+    file, remedy = out / CELLS_FILE, "give the fields and values again, with --resume; finished runs are not repeated"
     stored = read_json(file, remedy)
     try:
         cells = [
