@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one stage; not tuned
+PLAIN_INTERVAL = 10.0  # seconds between two plain lines while a stage runs; not tuned
 STAGES = {  # stage -> words for the user
     "decode": "decoding images",
     "resize": "resizing images",
