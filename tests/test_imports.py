@@ -24,9 +24,11 @@ except SystemExit as end:
 sys.exit(code)
 """
 SMALL_AUDIT = [
-    "--noise=symmetric:0.2", "--device=cpu", "--quiet",
+    "--noise=symmetric:0.2",
+    "--device=cpu",
+    "--quiet",
     *(f"--set={s}" for s in ("trust.rounds=1", "trust.proxies=2", "trust.epochs=1", "net.width=4", "net.depth=1")),
-]  # fmt: skip
+]
 
 
 def imported_packages(script: str, folder: Path, *arguments: str) -> set[str]:
@@ -41,8 +43,16 @@ def test_kernels_import_torch_and_numpy_only(tmp_path: Path) -> None:
     packages = imported_packages(f"import json, sys, tadperf.kernels; {PRINT_PACKAGES}", tmp_path)
     assert {"tadperf", "torch", "numpy"} <= packages
     assert not packages & {
-        "diffusers", "matplotlib", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "transformers", "typer",
-    }  # fmt: skip
+        "diffusers",
+        "matplotlib",
+        "pyarrow",
+        "pydantic",
+        "rich",
+        "scipy",
+        "sklearn",
+        "transformers",
+        "typer",
+    }
 
 
 @pytest.mark.parametrize("data", ["digits", "small.npz"])

@@ -65,27 +65,14 @@ def segment_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    student_ptr,
-    target_ptr,
-    start_ptr,
-    of_distance_ptr,
-    of_expert_ptr,
-    grad_student_ptr,
-    grad_target_ptr,
-    grad_start_ptr,
-    blocks_ptr,
-    n_blocks,
-    n_segments,
-    n_rows,  # rows of one program: 1, or all rows if a gradient is a sum over them
-    student_stride,
-    target_stride,
-    start_stride,
-    NEED_S: tl.constexpr,  # 0: not needed; 1: one gradient per row; 2: the sum over the rows
-    NEED_T: tl.constexpr,
-    NEED_U: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Writes the gradients of one block, for one row or for all rows in order."""
+    student_ptr, target_ptr, start_ptr, of_distance_ptr, of_expert_ptr, grad_student_ptr, grad_target_ptr,
+    grad_start_ptr, blocks_ptr, n_blocks, n_segments, n_rows, student_stride, target_stride, start_stride,
+    NEED_S: tl.constexpr, NEED_T: tl.constexpr, NEED_U: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of one block, for n_rows rows in order: 1, or all if a gradient is a sum over the rows.
+
+    NEED_S, NEED_T, NEED_U: 0 if not needed, 1 for one gradient per row, 2 for the sum over the rows.
+    """
     program = tl.program_id(0).to(tl.int64)
     first, block = program // n_blocks * n_rows, program % n_blocks
     begin, end, segment = (

@@ -4,9 +4,9 @@ For each 4 x 4 tile d of a channel, the 2 x 2 output pixels of the tile are (Lav
 
     y = A^T [(G g G^T) * (B^T d B)] A,  with the sum over channels inside the brackets: 16 products instead of 36
 
-These are 16 matrix products over tiles and channels. The gradient of the input is the same convolution with
-the kernel rotated by 180 degrees. The gradient of the kernel is G^T [(B^T d B) * (A g_y A^T)] G, summed over the tiles.
-The error is a few 1e-7 of the largest value. An infinity makes its whole tile NaN.
+These are 16 matrix products over tiles and channels. The gradient of the input is the same convolution with the kernel
+rotated by 180 degrees. The gradient of the kernel is G^T [(B^T d B) * (A g_y A^T)] G, summed over the tiles. The error
+is a few 1e-7 of the largest value. An infinity makes its whole tile NaN.
 
 For first-order training only: a second derivative raises RuntimeError. Use torch.conv2d for anything that is
 differentiated twice.
@@ -155,6 +155,6 @@ def _kernel_transform(rotated: bool) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:
     """Computes a gradient with PyTorch: that of the input if which is 0, that of the kernel if which is 1."""
     mask = [which == 0, which == 1, False]
-    return torch.ops.aten.convolution_backward(
-        grad, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )[which]  # fmt: skip
+    return torch.ops.aten.convolution_backward(grad, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)[
+        which
+    ]

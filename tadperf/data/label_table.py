@@ -15,9 +15,18 @@ from tadperf.errors import UserError
 FIELD = "--labels"
 # Known words in a header, in lower case. The first of LABELS that a table has is its label column.
 LABELS = (
-    "label", "given_label", "labels", "noisy_label", "target", "targets", "class", "class_name", "class_id",
-    "category", "y",
-)  # fmt: skip
+    "label",
+    "given_label",
+    "labels",
+    "noisy_label",
+    "target",
+    "targets",
+    "class",
+    "class_name",
+    "class_id",
+    "category",
+    "y",
+)
 CLEAN = ("clean_label", "clean_labels", "true_label")
 FILES = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "image_path", "img", "name")
 INDICES = ("index", "idx", "")  # pandas writes its index without a name

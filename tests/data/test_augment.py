@@ -140,9 +140,13 @@ def touched(drawn: Draw) -> dict[str, Tensor]:
     assert hole is not None
     zoomed = (matrix[:, 1, 1] != 1) & (matrix[:, 1, 0] == 0)
     return {
-        "color": (color != torch.tensor([0.0, 1.0, 1.0])).any(1), "crop": (matrix[:, :, 2] != 0).any(1),
-        "cutout": ~hole.isnan().any(1), "flip": matrix[:, 0, 0] == -1, "scale": zoomed, "rotate": matrix[:, 1, 0] != 0,
-    }  # fmt: skip
+        "color": (color != torch.tensor([0.0, 1.0, 1.0])).any(1),
+        "crop": (matrix[:, :, 2] != 0).any(1),
+        "cutout": ~hole.isnan().any(1),
+        "flip": matrix[:, 0, 0] == -1,
+        "scale": zoomed,
+        "rotate": matrix[:, 1, 0] != 0,
+    }
 
 
 def test_each_image_gets_one_kind_and_all_kinds_come_equally_often():

@@ -1,4 +1,4 @@
-"""Winograd's convolution and its gradients, against PyTorch's own in float64."""
+"""Compares Winograd's convolution and its gradients with PyTorch's convolution in float64."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from tadperf.kernels.ops.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel, 
 
 compiled = pytest.mark.skipif(not native.available(), reason="the compiled part is not built")
 SHAPES = [  # images, channels in and out, height, width
-    (2, 32, 48, 5, 7), (3, 64, 32, 8, 8), (1, 32, 32, 1, 1), (7, 128, 128, 16, 16), (2, 32, 32, 2, 3),
-    (70, 48, 32, 3, 2), (1, 256, 32, 4, 4),
-]  # fmt: skip
+    (2, 32, 48, 5, 7),
+    (3, 64, 32, 8, 8),
+    (1, 32, 32, 1, 1),
+    (7, 128, 128, 16, 16),
+    (2, 32, 32, 2, 3),
+    (70, 48, 32, 3, 2),
+    (1, 256, 32, 4, 4),
+]
 
 
 def case(shape: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """x, kernel and grad in float64, and y with both gradients."""
+    """Returns x, kernel and grad in float64, and y with both gradients."""
     images, channels, out, height, width = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = (images, channels, height, width), (out, channels, 3, 3), (images, out, height, width)
@@ -55,11 +60,11 @@ def test_every_instruction_set_against_float64(shape, isa, monkeypatch):
     inputs, truth = case(shape)
     assert covers(last(inputs[0]), shape[1], shape[2])
     check([last(part) for part in inputs], truth)
-    check([part.float() for part in inputs], truth)  # contiguous maps are laid out first
+    check([part.float() for part in inputs], truth)  # contiguous maps are copied to channels_last
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 5, 5), (2, 40, 32, 4, 4), (1, 512, 32, 2, 2), (2, 16, 16, 4, 4)])
-def test_what_is_not_covered_is_pytorchs(shape):
+def test_other_maps_run_the_convolution_of_pytorch(shape):
     inputs, truth = case(shape)
     assert not covers(last(inputs[0]), shape[1], shape[2])
     check([last(part) for part in inputs], truth)
@@ -76,7 +81,7 @@ def test_any_shape(images, channels, out, height, width):
 
 
 @compiled
-def test_threads_change_no_bit():
+def test_same_bits_for_any_number_of_threads():
     inputs = [last(part) for part in case((40, 32, 32, 8, 8))[0]]
     before, found = torch.get_num_threads(), []
     try:
@@ -91,7 +96,7 @@ def test_threads_change_no_bit():
 
 
 @compiled
-def test_autograd_once_and_no_further():
+def test_first_derivatives_are_right_and_second_ones_raise():
     (x, kernel, grad), truth = case((2, 32, 32, 4, 6))
     x, kernel = last(x).requires_grad_(), last(kernel).requires_grad_()
     y = conv3x3(x, kernel)
@@ -110,15 +115,15 @@ def test_hard_values():
     x[1, 3, 2, 2] = float("nan")
     y = conv3x3(x, kernel)
     assert not y[0].any()
-    assert y[1, :, 1:4, 1:4].isnan().all()  # all that see the pixel
-    assert not y[1, :, 4:, :].isnan().any()  # no tile beside
+    assert y[1, :, 1:4, 1:4].isnan().all()  # all pixels that depend on it
+    assert not y[1, :, 4:, :].isnan().any()  # none in another tile
     assert conv3x3(x[:0], kernel).shape == (0, 32, 6, 6)
     assert not conv3x3_kernel(x[:0], x[:0]).any()
     with pytest.raises(ValueError, match="multiples of 16"):
         native.call("conv3x3", last(torch.zeros(1, 17, 1, 1)), torch.zeros(16, 17 * 16), last(torch.zeros(1, 16, 1, 1)))
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     x, kernel, grad = torch.zeros(2, 32, 4, 4), torch.zeros(48, 32, 3, 3), torch.zeros(2, 48, 4, 4)
     for other in (kernel[:, :16], kernel[..., :2], kernel.double(), kernel[0]):
         with pytest.raises(ValueError, match="kernel: "):

@@ -1,7 +1,7 @@
-"""Every Triton launcher, called as in a run: arguments, specialisation and compilation, but no launch.
+"""Calls every Triton launcher as a run does: arguments, specialisation and compilation, but no launch.
 
 Triton checks a launch in ways that the interpreter and a compilation ahead of time do not. For example it compares the
-constants of a kernel before each launch. This runs in a process of its own, because it replaces Triton's driver.
+constants of a kernel before each launch. The test runs in a new process, because it replaces Triton's driver.
 """
 
 from __future__ import annotations
@@ -69,10 +69,20 @@ for dtype in (torch.float32, torch.bfloat16):
 print(*sorted(set(launched)))
 '''
 KERNELS = {
-    "backward_kernel", "block_sums_kernel", "diverse_pick_kernel", "forward_kernel", "gradient_kernel", "linear_kernel",
-    "loss_gradient_kernel", "merge_kernel", "mixture_kernel", "per_sample_kernel", "rank_kernel", "segment_sums_kernel",
+    "backward_kernel",
+    "block_sums_kernel",
+    "diverse_pick_kernel",
+    "forward_kernel",
+    "gradient_kernel",
+    "linear_kernel",
+    "loss_gradient_kernel",
+    "merge_kernel",
+    "mixture_kernel",
+    "per_sample_kernel",
+    "rank_kernel",
+    "segment_sums_kernel",
     "whiten_kernel",
-}  # fmt: skip
+}
 
 
 def test_every_launcher_compiles_what_it_launches():

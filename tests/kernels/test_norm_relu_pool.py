@@ -16,11 +16,21 @@ ISAS = range(len(compiled.isas())) if compiled else ()
 needs_native = pytest.mark.skipif(compiled is None, reason=native.reason())
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# small and transposed; no channel group whole; a width of whole vectors, with an odd height; large and uneven; wide
+# Small planes (transposed), incomplete groups of channels, wide planes of odd height, large planes of odd size.
 SHAPES = [
-    (0, 3, 4, 4), (1, 1, 2, 2), (2, 3, 3, 5), (3, 5, 7, 7), (2, 20, 8, 8), (5, 33, 4, 4), (2, 17, 9, 16),
-    (2, 16, 32, 32), (1, 130, 2, 3), (1, 300, 9, 10), (2, 3, 33, 35), (1, 2, 7, 160),
-]  # fmt: skip
+    (0, 3, 4, 4),
+    (1, 1, 2, 2),
+    (2, 3, 3, 5),
+    (3, 5, 7, 7),
+    (2, 20, 8, 8),
+    (5, 33, 4, 4),
+    (2, 17, 9, 16),
+    (2, 16, 32, 32),
+    (1, 130, 2, 3),
+    (1, 300, 9, 10),
+    (2, 3, 33, 35),
+    (1, 2, 7, 160),
+]
 
 
 def random_case(shape, dtype=torch.float32, memory_format=CONTIGUOUS, seed=0):
@@ -31,7 +41,7 @@ def random_case(shape, dtype=torch.float32, memory_format=CONTIGUOUS, seed=0):
 
 
 def results(operator, inputs, pool, seed=1):
-    """y and the gradients of x, weight and bias, for one upstream gradient that every type holds exactly."""
+    """Returns y and the gradients of x, weight and bias, for an upstream gradient that every type holds exactly."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = operator(*inputs, pool=pool)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).mul(32).round().div(32).to(y.dtype)
@@ -45,7 +55,7 @@ def assert_close(found, expected, dtype=torch.float32):
 
 
 def truth(inputs, pool):
-    """In float64, through PyTorch's own layers and its autograd."""
+    """Returns the results of PyTorch's layers and autograd in float64."""
 
     def layers(x, weight, bias, pool):
         norm = nn.functional.instance_norm(x, weight=weight, bias=bias) if x.numel() else x
@@ -85,7 +95,7 @@ def test_without_compiled_code(shape, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_no_less_accurate_than_pytorch(scale):
-    """Three ways: our error against float64 stays within PyTorch's own in float32, plus 1e-6 of the largest value."""
+    """Our error against float64 is at most that of PyTorch in float32, plus 1e-6 of the largest value."""
     x, weight, bias = random_case((4, 8, 32, 32))
     inputs = x * scale + 3 * scale, weight, bias
     expected = truth(inputs, True)
@@ -96,7 +106,7 @@ def test_no_less_accurate_than_pytorch(scale):
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 20, 4, 4), (2, 20, 32, 32), (1, 3, 5, 7)])
 def test_constant_planes_have_no_variance(shape):
-    """Whatever their value, 1 x 1 among them: exactly max(0, bias), and no gradient for x but rounding."""
+    """For any constant, also in 1 x 1 planes: y is exactly max(0, bias), and the gradient of x is finite."""
     _, weight, bias = random_case(shape)
     for value in (0.0, 0.1, -3.3e6, 1e30):
         for memory_format in (CONTIGUOUS, LAST):
@@ -110,10 +120,10 @@ def test_constant_planes_have_no_variance(shape):
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, LAST])
 @pytest.mark.parametrize("side", [5, 32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_is_nan_in_its_own_plane_alone(bad, side, memory_format):
+def test_a_value_that_is_not_finite_makes_only_its_own_plane_nan(bad, side, memory_format):
     x, weight, bias = random_case((3, 20, side, side), memory_format=memory_format)
     clean = results(norm_relu_pool, (x, weight, bias), True)
-    x[1, 7, side - 1, side - 1] = bad  # the pool leaves it out where the side is odd
+    x[1, 7, side - 1, side - 1] = bad  # the pool drops it if the side is odd
     y, grad_x, *_ = results(norm_relu_pool, (x, weight, bias), True)
     for found, before in ((y, clean[0]), (grad_x, clean[1])):
         assert found[1, 7].isnan().all()
@@ -187,7 +197,7 @@ def test_parameters_of_other_types_and_upstream_of_other_strides():
 @pytest.mark.parametrize("other_path", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_second_derivative_raises(upstream, other_path, dtype):
-    """Also where the upstream gradient is a constant and another path would give a gradient without this one's part."""
+    """Also if the upstream gradient is a constant and another path alone would give a wrong gradient."""
     x, weight, bias = (t.to(dtype).requires_grad_() for t in random_case((2, 3, 4, 4)))
     for operator in (norm_relu_pool, lambda *inputs: module._operator(*inputs, 1e-5, True)[0]):
         y = operator(x, weight, bias)
@@ -211,8 +221,8 @@ def test_gradcheck_and_opcheck():
         torch.library.opcheck(module._operator, (x.requires_grad_(), weight.requires_grad_(), bias, 1e-5, True))
 
 
-def test_compiled_whole_equals_eager():
-    """Forward and backward through torch.compile(fullgraph=True), by the tracing front end without code generation."""
+def test_full_graph_equals_eager():
+    """Traces forward and backward by torch.compile(fullgraph=True), without code generation."""
 
     def step(x, weight, bias, pool):
         return norm_relu_pool(x, weight, bias, pool=pool) * 2
@@ -223,7 +233,7 @@ def test_compiled_whole_equals_eager():
         assert torch.equal(found, wanted)
 
 
-def test_backward_keeps_x_and_two_numbers_a_plane():
+def test_backward_saves_x_and_two_numbers_per_plane():
     x, weight, bias = random_case((4, 6, 8, 8))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -233,7 +243,7 @@ def test_backward_keeps_x_and_two_numbers_a_plane():
 
 
 def test_training_step_equals_separate_layers():
-    """A block of the ConvNet, one step of SGD; the bias before an instance norm has no gradient but rounding."""
+    """One step of SGD for one block of the ConvNet. The gradient of the convolution's bias is only rounding noise."""
     x, weight, bias = random_case((4, 6, 8, 8))
     conv = nn.Conv2d(6, 6, 3, padding=1)
     parameters = (*conv.parameters(), weight.requires_grad_(), bias.requires_grad_())

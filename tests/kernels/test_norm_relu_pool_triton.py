@@ -19,11 +19,17 @@ LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 @pytest.mark.parametrize(
     ("shape", "pool"),
     [
-        ((2, 3, 2, 2), True), ((1, 1, 3, 5), True), ((3, 5, 7, 7), True), ((2, 20, 8, 8), False),
-        ((1, 2, 33, 35), True), ((2, 3, 1, 1), False), ((0, 3, 4, 4), True), ((1, 40, 4, 4), True),
+        ((2, 3, 2, 2), True),
+        ((1, 1, 3, 5), True),
+        ((3, 5, 7, 7), True),
+        ((2, 20, 8, 8), False),
+        ((1, 2, 33, 35), True),
+        ((2, 3, 1, 1), False),
+        ((0, 3, 4, 4), True),
+        ((1, 40, 4, 4), True),
         ((1, 2, 17, 16), False),
     ],
-)  # fmt: skip
+)
 def test_against_float64(shape, pool, memory_format):
     from tadperf.kernels.gpu import norm_relu_pool as triton_kernels
 
@@ -61,7 +67,7 @@ def test_nan_and_constant_planes():
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("name", "entry", "chunks"), [("bf16", 0, 1), ("fp32", -1, 3)])
 def test_compiles_without_spills(aot, name, entry, chunks, last):
-    """The smallest planes in one chunk, and the largest in several."""
+    """Compiles for the smallest planes in one chunk, and for the largest in several."""
     from tadperf.kernels.gpu import norm_relu_pool as triton_kernels
 
     sizes = dict.fromkeys(("n_planes", "n_channels", "height", "width"), "i32")

@@ -31,13 +31,13 @@ def random_case(samples, classes, depth, dtype=torch.float32):
 
 
 def truth(features, weight, labels, bias=None):
-    """Results of float64 logits, by the reference that test_per_sample.py holds against SciPy."""
+    """Returns the results of float64 logits by the reference, which test_per_sample.py compares with SciPy."""
     logits = features.double() @ weight.double().t() + (0 if bias is None else bias.double())
     return per_sample_reference(logits, labels)
 
 
 def gradients(operator, features, weight, labels, bias):
-    """Of a weighted sum of losses with respect to features, weight and bias."""
+    """Returns the gradients of a weighted sum of the losses for features, weight and bias."""
     operands = f, w, b = [t.detach().clone().requires_grad_() for t in (features, weight, bias)]
     loss = operator(f, w, labels, b).loss
     return torch.autograd.grad((loss * torch.linspace(-1, 2, len(labels), dtype=loss.dtype)).sum(), operands)
@@ -51,7 +51,7 @@ def error(found, wanted):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_against_float64(shape, dtype, with_bias):
-    """Half types too: products of their values are summed in float32, and no logit is rounded."""
+    """Also for half types: their products are summed in float32, and no logit is rounded."""
     features, weight, labels, bias = random_case(*shape, dtype=dtype)
     bias = bias if with_bias else None
     wanted, results = truth(features, weight, labels, bias), per_sample_linear(features, weight, labels, bias)
@@ -75,7 +75,7 @@ def test_gradients_against_float64(shape, dtype, tolerance):
 @operators
 @pytest.mark.parametrize("labels", [[250, 3, 7, 299], [-1, -1, -1, -1]])
 def test_hard_values(operator, labels):
-    """Ties, classes of probability 0 by a bias of -inf, and what is undefined: as the logits themselves give it."""
+    """Ties, classes of probability 0 (a bias of -inf) and undefined rows give the results of the stored logits."""
     features, weight, bias = torch.eye(4), torch.zeros(2100, 4), torch.zeros(2100)
     weight[[100, 1250], 0] = 1
     bias[:200] = -INF
@@ -83,8 +83,11 @@ def test_hard_values(operator, labels):
     assert results.prediction.tolist() == [1250, 200, 200, 200]
     weight[:, 2] = INF
     weight[2000, 3] = NAN
-    for got, logits in zip(operator(features, weight, torch.tensor(labels), bias), per_sample_reference(
-        features @ weight.t() + bias, torch.tensor(labels)), strict=True):  # fmt: skip
+    for got, logits in zip(
+        operator(features, weight, torch.tensor(labels), bias),
+        per_sample_reference(features @ weight.t() + bias, torch.tensor(labels)),
+        strict=True,
+    ):
         torch.testing.assert_close(got, logits, equal_nan=True)
     nothing = operator(features, torch.zeros(2100, 4), torch.tensor(labels), torch.full((2100,), -INF))
     assert nothing.prediction.tolist() == [-1] * 4
@@ -93,7 +96,7 @@ def test_hard_values(operator, labels):
 @needs_native
 @pytest.mark.parametrize("classes", [10, 3000])
 def test_same_bits_for_any_number_of_threads_given_the_logits(classes):
-    """Small integers: every sum of products is exact, whatever order the matrix product takes."""
+    """With small integers every sum of products is exact, in any order."""
     random = torch.Generator().manual_seed(0)
     features, weight = (torch.randint(-2, 3, (n, 16), generator=random).float() for n in (9000, classes))
     labels = torch.randint(classes, (9000,), generator=random)
@@ -178,7 +181,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(_gradient, parts)
 
 
-def test_compiled_whole_equals_eager():
+def test_full_graph_equals_eager():
     def step(features, weight, labels, bias):
         return (per_sample_linear(features * 2, weight, labels, bias).loss * features.square().mean(1)).sum()
 
@@ -221,11 +224,11 @@ print(forward, peak() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in kB")
 @pytest.mark.parametrize(("dtype", "results_and_gradients"), [("float32", 6), ("bfloat16", 9)])
 def test_memory_does_not_hold_the_logits(dtype, results_and_gradients):
-    """1000 x 20 000 logits are 80 MB in float32, and their gradient as much again. Megabytes of peak memory."""
+    """1000 x 20 000 logits in float32 take 80 MB, and their gradient as much again. All limits are in MB."""
     command = [sys.executable, "-c", MEMORY, dtype]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     forward, both = map(float, result.stdout.split())
-    packed = 8  # what the matrix library lays out for itself
+    packed = 8  # buffers of the matrix library
     assert forward <= 8 + packed
     assert both <= 8 + packed + results_and_gradients

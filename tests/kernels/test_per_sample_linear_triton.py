@@ -22,10 +22,10 @@ def assert_close(results, expected, tolerance=5e-6):
 @pytest.mark.parametrize(
     ("rows", "classes", "depth"), [(0, 3, 2), (1, 2, 1), (70, 129, 33), (3, 507, 70), (2, 3000, 5)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter's dot takes bfloat16 for integers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter's dot reads bfloat16 as integers
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_per_sample_linear(rows, classes, depth, dtype, with_bias):
-    """Also where the classes are shared out over several programs, and with operands of any stride."""
+    """Also if several programs share the classes of a row, and with operands of any stride."""
     from tadperf.kernels.gpu.per_sample_linear import per_sample_linear
 
     labels = torch.randint(-1, classes, (rows,), generator=torch.Generator().manual_seed(rows + classes))
@@ -40,7 +40,7 @@ def test_per_sample_linear(rows, classes, depth, dtype, with_bias):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("labels", [[250, 3, 7, 299], [-1, -1, -1, -1]])
 def test_per_sample_linear_hard_values(labels):
-    """Ties between programs, classes of probability 0 by a bias of -inf, undefined rows: as the logits give it."""
+    """Ties between programs, classes of probability 0 (a bias of -inf) and undefined rows, as with stored logits."""
     from tadperf.kernels.gpu.per_sample_linear import per_sample_linear
 
     def check(features, weight, bias):
@@ -61,9 +61,12 @@ def test_per_sample_linear_hard_values(labels):
 
 
 KERNEL_RESULTS = {
-    "loss_ptr": "*fp32", "confidence_ptr": "*fp32", "prediction_ptr": "*i64", "margin_ptr": "*fp32",
+    "loss_ptr": "*fp32",
+    "confidence_ptr": "*fp32",
+    "prediction_ptr": "*i64",
+    "margin_ptr": "*fp32",
     "entropy_ptr": "*fp32",
-}  # fmt: skip
+}
 
 
 def no_spills(found):
@@ -73,7 +76,7 @@ def no_spills(found):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_per_sample_linear_compiles_without_spills(aot, name):
-    """With the launch entry that this type takes, and within the shared memory of the smallest of the GPUs."""
+    """Uses the launch entry of this type. The shared memory must fit into that of the smaller GPUs."""
     from tadperf.kernels.gpu.per_sample_linear import linear_kernel
 
     size = TYPES[name].itemsize

@@ -37,16 +37,27 @@ def test_per_sample(rows, classes, dtype):
 
 
 HARD = [
-    [0, 0, 0], [1, -INF, 1], [-INF, 5, -INF], [-INF, -INF, -INF], [INF, 0, 0], [0, NAN, 0], [0, 0, NAN],
-    [NAN, NAN, NAN], [3e38, -3e38, 0], [2, 5, 5], [-1000, 0, 0], [INF, INF, 0], [INF, -INF, NAN],
-]  # fmt: skip
+    [0, 0, 0],
+    [1, -INF, 1],
+    [-INF, 5, -INF],
+    [-INF, -INF, -INF],
+    [INF, 0, 0],
+    [0, NAN, 0],
+    [0, 0, NAN],
+    [NAN, NAN, NAN],
+    [3e38, -3e38, 0],
+    [2, 5, 5],
+    [-1000, 0, 0],
+    [INF, INF, 0],
+    [INF, -INF, NAN],
+]
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("width", [3, 40, 2100, 4500])
 @pytest.mark.parametrize("spread", [False, True])
 def test_per_sample_hard_values(width, spread):
-    """Side by side, or each in a chunk of its own, among classes of probability 0."""
+    """The logits are adjacent or each in its own chunk, among classes of probability 0."""
     from tadperf.kernels.gpu.per_sample import per_sample
 
     logits = torch.full((len(HARD), width), -INF)
@@ -91,9 +102,12 @@ def test_gradient(rows, classes, dtype):
 
 
 KERNEL_RESULTS = {
-    "loss_ptr": "*fp32", "confidence_ptr": "*fp32", "prediction_ptr": "*i64", "margin_ptr": "*fp32",
+    "loss_ptr": "*fp32",
+    "confidence_ptr": "*fp32",
+    "prediction_ptr": "*i64",
+    "margin_ptr": "*fp32",
     "entropy_ptr": "*fp32",
-}  # fmt: skip
+}
 
 
 def no_spills(found):

@@ -1,4 +1,4 @@
-"""The list of operators: every operator enters itself, with what runs it."""
+"""The list of operators: every operator registers itself, with its implementations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from tadperf.kernels import gpu, implementations, native, registry
 def test_all_operators_are_listed_and_public():
     names = set(implementations())
     assert names == {
-        "conv3x3", "diverse_pick", "mixture", "norm_relu_pool", "norm_relu_pool_dual", "per_sample",
-        "per_sample_linear", "reliability", "trajectory_distance",
-    }  # fmt: skip
+        "conv3x3",
+        "diverse_pick",
+        "mixture",
+        "norm_relu_pool",
+        "norm_relu_pool_dual",
+        "per_sample",
+        "per_sample_linear",
+        "reliability",
+        "trajectory_distance",
+    }
     assert names <= set(tadperf.kernels.__all__)
     assert all(hasattr(tadperf.kernels, name) for name in tadperf.kernels.__all__)
 
@@ -33,11 +40,11 @@ def test_implementations(monkeypatch, cuda, triton, compiled):
     assert found["conv3x3"]["cuda"] == ("reference" if cuda else "not available")
 
 
-def test_an_operator_enters_itself(monkeypatch):
+def test_an_operator_registers_itself(monkeypatch):
     monkeypatch.setattr(registry, "_operators", {})
     registry.register("sum", cuda="reference")
     assert list(implementations()) == ["sum"]
 
 
-def test_a_reason_is_given_exactly_where_compiled_code_is_absent():
+def test_a_reason_is_given_only_if_compiled_code_is_absent():
     assert native.available() == (native.reason() == "")

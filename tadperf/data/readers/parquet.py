@@ -22,9 +22,22 @@ if TYPE_CHECKING:
 # Known column names, the first match wins.
 IMAGES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
 LABELS = (
-    "label", "labels", "fine_label", "fine_labels", "target", "targets", "class", "classes", "y", "category",
-    "class_id", "class_label", "category_id", "label_id", "cls",
-)  # fmt: skip
+    "label",
+    "labels",
+    "fine_label",
+    "fine_labels",
+    "target",
+    "targets",
+    "class",
+    "classes",
+    "y",
+    "category",
+    "class_id",
+    "class_label",
+    "category_id",
+    "label_id",
+    "cls",
+)
 IDS = ("id", "ids", "index", "idx", "image_id", "width", "height", "__index_level_0__")  # numbers, but not labels
 BATCH = 1024  # rows read at a time; not tuned
 
