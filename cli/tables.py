@@ -158,7 +158,7 @@ def print_info(facts: Mapping[str, Any]) -> None:
     system.add_row("native code", str(native["isa"]) if native["available"] else f"not available: {native['reason']}")
     operators = _table("operator", "cpu", "cuda")
     for name, places in facts["operators"].items():
-        operators.add_row(name, places["cpu"], places["cuda"])
+        operators.add_row(name, *("none" if place == "not available" else place for place in places.values()))
     _show(system, operators)
 
 

@@ -317,7 +317,12 @@ def _inductor_folder() -> Iterator[None]:
         if before != os.path.abspath(default_cache_dir()):
             yield
             return
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
+    try:
+        folder = cache_folder("inductor")
+    except UserError:  # nothing can be kept; Inductor's default folder serves this process
+        yield
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     try:
         yield
     finally:
@@ -341,14 +346,25 @@ def load_compile_cache(key: str) -> bool:
     Call it before anything is compiled. PyTorch's artifacts do not contain the C++ objects that Inductor builds on a
     CPU, which take most of the compile time. These stay in the folder that `with_fallback` sets for both processes.
     """
-    file = _cache_file(key)
+    try:
+        file = _cache_file(key)
+    except UserError:  # without a cache folder, every process compiles again
+        return False
     with _inductor_folder():
         return file.exists() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
 
 
 def save_compile_cache(key: str) -> bool:
-    """Saves what this process compiled, for `load_compile_cache`; returns False if it compiled nothing."""
+    """Saves what this process compiled, for `load_compile_cache`. Returns whether anything was saved.
+
+    A cache folder that cannot be written costs a log message, not the run.
+    """
     artifacts = torch.compiler.save_cache_artifacts()
-    if artifacts is not None:
+    if artifacts is None:
+        return False
+    try:
         write_bytes(_cache_file(key), cast(bytes, artifacts[0]))
-    return artifacts is not None
+    except (UserError, OSError) as error:
+        log.warning("compiled code is not kept for the next process: %s", error)
+        return False
+    return True

@@ -70,7 +70,7 @@ class TrustState:
         for name, limit in limits.items():
             _check_values(name, getattr(self, name), lambda x, limit=limit: (x >= 0) & (x < limit), f"0..{limit - 1}")
         _check_values("reliability", self.reliability, lambda x: (x >= 0) & (x <= 1), "[0, 1]")
-        _check_values("score", self.score, torch.isfinite, "[0, 1]")
+        _check_values("score", self.score, lambda x: (x >= 0) & (x <= 1), "[0, 1]")
 
     def __len__(self) -> int:
         return len(self.given)

@@ -371,3 +371,14 @@ def test_on_cuda_results_outlive_the_next_call(backend):
         for (x, _), y in zip(pairs, results, strict=True):
             expected = eager(x, 5, class_labels=torch.arange(3, device="cuda"), return_dict=False)[0]
             torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_the_cache_only(tmp_path, monkeypatch, caplog):
+    """A file stands where the folder would be."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert load_compile_cache("key") is False
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", None))
+    assert save_compile_cache("key") is False
+    assert "compiled code is not kept for the next process" in caplog.text
