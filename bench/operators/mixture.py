@@ -77,8 +77,8 @@ def sklearn(scaled: bool = False, **settings: Any) -> Callable[[Tensor, Tensor, 
             members = (groups == group).nonzero().squeeze(1)
             x = losses[members].float().unsqueeze(1).numpy()
             x = (x - x.min()) / (x.max() - x.min()) if scaled else x
-            fitted = GaussianMixture(2, random_state=0, **settings).fit(x)
-            lower = fitted.means_.argmin()  # pyright: ignore[reportOptionalMemberAccess]
+            fitted: Any = GaussianMixture(2, random_state=0, **settings).fit(x)
+            lower = fitted.means_.argmin()
             clean[members] = torch.from_numpy(fitted.predict_proba(x)[:, lower]).float()
         return {"posterior": clean}
 

@@ -26,7 +26,7 @@ def dit_folder(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
+    transformer: Any = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=4,
         in_channels=4,
@@ -37,9 +37,10 @@ def dit_folder(tmp_path_factory) -> Path:
         num_embeds_ada_norm=3,
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(**VAE)
+    vae: Any = AutoencoderKL(**VAE)
+    scheduler: Any = DDIMScheduler(clip_sample=False)
     folder = tmp_path_factory.mktemp("checkpoints") / "dit"
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)  # pyright: ignore
+    DiTPipeline(transformer, vae, scheduler).save_pretrained(folder)
     return folder
 
 

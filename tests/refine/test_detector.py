@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -63,11 +64,11 @@ def detector(order: list[int] | None = None) -> torch.nn.Module:
 def test_features_are_the_input_of_the_last_layer(name):
     config = DetectorConfig(name=name, width=4)
     images = torch.randn(5, 3, 8, 8)
-    module = build_detector(config, images, 7, 0).eval()
+    module: Any = build_detector(config, images, 7, 0).eval()
     logits, features = classify_images(module, images)
     torch.testing.assert_close(logits, module(images))
     assert features.ndim == 2
-    torch.testing.assert_close(module[-1](features), logits)  # pyright: ignore[reportIndexIssue]
+    torch.testing.assert_close(module[-1](features), logits)
 
 
 def test_a_good_detector_is_accepted():

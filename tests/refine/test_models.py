@@ -149,8 +149,8 @@ def test_the_dit_loop_equals_the_pipelines_loop(dit_folder, tmp_path, monkeypatc
 
     pipe = DiTPipeline.from_pretrained(dit_folder)
     torch.manual_seed(0)
-    transformer = DiTTransformer2DModel.from_config({**pipe.transformer.config, "num_embeds_ada_norm": 1000})
-    DiTPipeline(transformer, pipe.vae, pipe.scheduler).save_pretrained(tmp_path)  # pyright: ignore[reportArgumentType]
+    transformer: Any = DiTTransformer2DModel.from_config({**pipe.transformer.config, "num_embeds_ada_norm": 1000})
+    DiTPipeline(transformer, pipe.vae, pipe.scheduler).save_pretrained(tmp_path)
     pipe: Any = DiTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     drawn = sampling.generators([7, 8, 9])
