@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t CHUNK = 64 * LANES;
 
 struct Squares {
-  f32 distance[4]{}, way[4]{};
+  f32 distance[4]{}, expert[4]{};
 };
 
 inline void add(Squares &squares, int part, const float *student, const float *target, const float *start,
@@ -26,7 +26,7 @@ inline void add(Squares &squares, int part, const float *student, const float *t
   memcpy(&z, start, 4 * count);
   f32 to_student = x - y, to_start = z - y;
   squares.distance[part] += to_student * to_student;
-  squares.way[part] += to_start * to_start;
+  squares.expert[part] += to_start * to_start;
 }
 
 inline f64 sum_parts(const f32 part[4]) {
@@ -49,7 +49,7 @@ void TADPERF_ISA::squared_distances(const TrajectoryDistance &args, int64_t row,
                                     double sums[2]) {
   const auto &[student_rows, target_rows, start_rows] = args;
   float buffers[3][CHUNK];
-  f64 distance{}, way{};
+  f64 distance{}, expert{};
   for (int64_t first = begin; first < end; first += CHUNK) {
     int64_t count = end - first < CHUNK ? end - first : CHUNK, i = 0;
     const float *student = read_floats(student_rows.row(row), student_rows.kind, first, count, buffers[0]);
@@ -66,14 +66,14 @@ void TADPERF_ISA::squared_distances(const TrajectoryDistance &args, int64_t row,
       i += LANES;
     }
     distance += sum_parts(squares.distance);
-    way += sum_parts(squares.way);
+    expert += sum_parts(squares.expert);
   }
   sums[0] = total(distance);
-  sums[1] = total(way);
+  sums[1] = total(expert);
 }
 
 void TADPERF_ISA::trajectory_gradients(const TrajectoryGradient &args, int64_t row, int64_t begin, int64_t end,
-                                       float of_distance, float of_way) {
+                                       float of_distance, float of_expert) {
   const auto &[student_rows, target_rows, start_rows] = args.inputs;
   float buffers[3][CHUNK], of_student[CHUNK], of_start[CHUNK], of_target[CHUNK];
   bool needs_student = args.grads.student.data || args.grads.target.data;
@@ -87,7 +87,7 @@ void TADPERF_ISA::trajectory_gradients(const TrajectoryGradient &args, int64_t r
     }
     if (needs_start) {
       const float *start = read_floats(start_rows.row(row), start_rows.kind, first, count, buffers[2]);
-      for (int64_t i = 0; i < count; i++) of_start[i] = of_way * (start[i] - target[i]);
+      for (int64_t i = 0; i < count; i++) of_start[i] = of_expert * (start[i] - target[i]);
     }
     if (args.grads.student.data) put(args.grads.student, row, first, count, of_student);
     if (args.grads.start.data) put(args.grads.start, row, first, count, of_start);

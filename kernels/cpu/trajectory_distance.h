@@ -17,10 +17,10 @@ struct TrajectoryGradient {
 // Squared distances of student and of start from target, over the elements begin..end of one row.
 using SquaredDistances = void(const TrajectoryDistance &, int64_t row, int64_t begin, int64_t end, double sums[2]);
 
-// The gradients of elements begin..end of one row. Student: of_distance * (student - target). Start: of_way * (start -
-// target). Target: minus the sum of the two.
+// The gradients of elements begin..end of one row. Student: of_distance * (student - target). Start: of_expert * (start
+// - target). Target: minus the sum of the two.
 using TrajectoryGradients = void(const TrajectoryGradient &, int64_t row, int64_t begin, int64_t end, float of_distance,
-                                 float of_way);
+                                 float of_expert);
 
 namespace baseline {
 SquaredDistances squared_distances;

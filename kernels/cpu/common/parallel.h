@@ -22,11 +22,11 @@ std::string thread_pool();
 void run_on_threads(int team, int shares, void (*work)(void *), void *arg);
 
 // Calls body(begin, end) for consecutive blocks of 0..n on up to `threads` threads, the caller's among them. `threads`
-// is PyTorch's number of threads, or 1. A loop with fewer than 2 * `worth` blocks runs on the caller's thread.
-// Threads claim blocks one by one, so a delayed thread delays no other. Throws the first exception of `body`; the
-// blocks that are not yet claimed are then skipped.
+// is PyTorch's number of threads, or 1. A loop with fewer than 2 * `blocks_per_thread` blocks runs on the caller's
+// thread. Threads claim blocks one by one, so a delayed thread delays no other. Throws the first exception of `body`;
+// the blocks that are not yet claimed are then skipped.
 template <class Body>
-void parallel_for(int64_t n, int64_t block, int threads, Body body, int64_t worth = 2) {
+void parallel_for(int64_t n, int64_t block, int threads, Body body, int64_t blocks_per_thread = 2) {
   struct Loop {
     Body &body;
     int64_t n, block;
@@ -45,7 +45,7 @@ void parallel_for(int64_t n, int64_t block, int threads, Body body, int64_t wort
       }
     }
   } loop{body, n, block};
-  int shares = int(std::min<int64_t>(threads, n / block / worth));
+  int shares = int(std::min<int64_t>(threads, n / block / blocks_per_thread));
   if (shares < 2) return loop.run();
   run_on_threads(threads, shares, [](void *arg) { static_cast<Loop *>(arg)->run_and_keep_error(); }, &loop);
   if (loop.error) std::rethrow_exception(loop.error);
