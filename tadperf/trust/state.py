@@ -68,9 +68,9 @@ class TrustState:
         limits = {"given": len(self.class_names), "verdict": len(VERDICTS)}
         limits |= {"working": limits["given"], "suggested": limits["given"]}
         for name, limit in limits.items():
-            _check_values(name, getattr(self, name), lambda x, limit=limit: (x >= 0) & (x < limit), f"0..{limit - 1}")
-        _check_values("reliability", self.reliability, lambda x: (x >= 0) & (x <= 1), "[0, 1]")
-        _check_values("score", self.score, lambda x: (x >= 0) & (x <= 1), "[0, 1]")
+            _check_values(name, getattr(self, name), lambda x, limit=limit: (x >= 0) & (x < limit), f"in 0..{limit - 1}")
+        _check_values("reliability", self.reliability, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+        _check_values("score", self.score, torch.isfinite, "a finite number")
 
     def __len__(self) -> int:
         return len(self.given)
@@ -190,7 +190,7 @@ def _check_values(name: str, values: Tensor, valid: Callable[[Tensor], Tensor], 
     wrong = ~valid(values)
     if wrong.any():
         first = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}: {values[first].item()} at sample {first}: must be in {expected}")
+        raise ValueError(f"{name}: {values[first].item()} at sample {first}: must be {expected}")
 
 
 def _csv(table: dict[str, list[Any]]) -> bytes:
