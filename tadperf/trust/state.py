@@ -68,7 +68,8 @@ class TrustState:
         limits = {"given": len(self.class_names), "verdict": len(VERDICTS)}
         limits |= {"working": limits["given"], "suggested": limits["given"]}
         for name, limit in limits.items():
-            _check_values(name, getattr(self, name), lambda x, limit=limit: (x >= 0) & (x < limit), f"in 0..{limit - 1}")
+            expected = f"in 0..{limit - 1}"
+            _check_values(name, getattr(self, name), lambda x, limit=limit: (x >= 0) & (x < limit), expected)
         _check_values("reliability", self.reliability, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
         _check_values("score", self.score, torch.isfinite, "a finite number")
 

@@ -69,7 +69,7 @@ def norm_cases() -> dict[str, Case]:
     affine = {name: draws.normal(32) for name in ("weight", "bias", "weight_dot", "bias_dot")}
     dual_inputs = {"x": draws.maps(3, 32, 6, 5), "x_dot": draws.maps(3, 32, 6, 5), **affine}
     pooled = {"grad_value": draws.normal(3, 32, 3, 2), "grad_dot": draws.normal(3, 32, 3, 2)}
-    _, moments = tk.norm_relu_pool_moments(*planes.values())
+    _, moments = tk.norm_relu_pool_moments(planes["x"], planes["weight"], planes["bias"])
     _, dual_moments = as_dual(tk.norm_relu_pool_dual)(*dual_inputs.values())
     gradient_inputs = {"grad_y": draws.normal(3, 5, 3, 3), **planes, "moments": moments}
     dual_gradient_inputs = {**pooled, **dual_inputs, "moments": dual_moments}

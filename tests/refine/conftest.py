@@ -76,7 +76,8 @@ def stable_folder(tmp_path_factory) -> Path:
     vae = AutoencoderKL(**VAE)
     # As in SD 1.5: without Runge-Kutta steps, and with time steps shifted by one.
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear")
-    pipe = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline
+    pipe = pipeline(
         vae,
         CLIPTextModel(text),
         tokenizer,
@@ -84,7 +85,7 @@ def stable_folder(tmp_path_factory) -> Path:
         scheduler,
         None,
         None,
-        requires_safety_checker=False,  # pyright: ignore
+        requires_safety_checker=False,
     )
     pipe.save_pretrained(folder / "stable")
     return folder / "stable"
