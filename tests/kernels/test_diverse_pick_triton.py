@@ -9,47 +9,11 @@ import torch
 from tadperf.kernels import diverse_pick_reference
 from tadperf.kernels.gpu import launch_configs
 
+from .test_diverse_pick import random_case, truth
+
 pytest.importorskip("triton")
 INF, NAN = float("inf"), float("nan")
 AXES = torch.eye(4)
-
-
-def random_case(anomalies, choices, size, held, classes, seed=0, dtype=torch.float32):
-    random = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(anomalies, choices, size, generator=random).to(dtype),
-        torch.rand(anomalies, choices, generator=random),
-        torch.randn(held, size, generator=random).to(dtype),
-        torch.randint(classes, (anomalies,), generator=random),
-        torch.randint(classes, (held,), generator=random),
-    )
-
-
-def truth(candidates, scores, qualified, classes, qualified_classes, top_k=None, weight=None):
-    """Returns index, similarity and the smallest lead of a winner, in float64 NumPy; for finite, nonzero features."""
-    x, q, scores = candidates.double().numpy(), qualified.double().numpy(), scores.double().numpy()
-    x, q = x / np.linalg.norm(x, axis=-1, keepdims=True), q / np.linalg.norm(q, axis=-1, keepdims=True)
-    held = {
-        c: [u for u, label in zip(q, qualified_classes.tolist(), strict=True) if label == c]
-        for c in set(classes.tolist())
-    }
-    index, similarity, gap = [], [], INF
-    for anomaly, label in enumerate(classes.tolist()):
-        order = sorted(range(x.shape[1]), key=lambda k: (-scores[anomaly, k], k))
-        pool = order[:top_k]
-        largest = {k: max((float(x[anomaly, k] @ u) for u in held[label]), default=-INF) for k in pool}
-        if not held[label]:
-            value = {k: scores[anomaly, k] for k in pool}
-        elif weight is None:
-            value = {k: 1 - largest[k] for k in pool}
-        else:
-            value = {k: scores[anomaly, k] + weight * (1 - largest[k]) for k in pool}
-        best = max(sorted(pool), key=value.__getitem__)
-        gap = min([gap] + [value[best] - value[k] for k in pool if k != best])
-        index.append(best)
-        similarity.append(largest[best])
-        held[label].append(x[anomaly, best])
-    return np.array(index, np.int64), np.array(similarity), gap
 
 
 @pytest.mark.interpreter

@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from scipy.spatial.distance import cdist
 
 from tadperf.kernels import reliability, reliability_reference
 from tadperf.kernels.gpu import launch_configs
 
+from .test_reliability import errors, random_case
+
 pytest.importorskip("triton")
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(0, 3, 2), (1, 1, 1), (3, 2, 2), (7, 3, 127), (33, 7, 12), (65, 129, 13), (30, 130, 140)]
-
-
-def random_case(rows, width, classes, seed=0, condition=30.0, offset=3.0):
-    """Returns features, anchors offset from the origin, and the Cholesky factor of a covariance of this condition."""
-    random = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64)).Q
-    covariance = (q * torch.logspace(0, -np.log10(condition), width, dtype=torch.float64)) @ q.mT
-    cholesky = torch.linalg.cholesky(covariance)
-    anchors = torch.randn(classes, width, generator=random) + offset
-    noise = (torch.randn(rows, width, generator=random, dtype=torch.float64) @ cholesky.mT).float()
-    features = anchors[torch.randint(classes, (rows,), generator=random)] + noise
-    return features, anchors, cholesky.float()
-
-
-def tables(features, anchors, cholesky):
-    """Returns distances and similarities [N, C] in float64, computed by SciPy."""
-    z, mu, factor = (t.double().numpy() for t in (features, anchors, cholesky))
-    inverse = np.linalg.inv(np.tril(factor))
-    distances = cdist(z, mu, metric="mahalanobis", VI=inverse.T @ inverse)
-    return torch.as_tensor(distances), torch.as_tensor(1 - cdist(z, mu, metric="cosine"))
-
-
-def errors(result, features, anchors, cholesky):
-    """Returns the largest error of the values, and of the true values of the chosen anchors.
-
-    Errors of distances are relative to the sample's smallest distance or, if larger, a tenth of its largest one.
-    """
-    distances, similarities = tables(features, anchors, cholesky)
-    worst = []
-    for table, (first, first_value, second, second_value), sign in (
-        (distances, result[:4], 1),
-        (similarities, result[4:], -1),
-    ):
-        ordered = (sign * table).sort(-1).values * sign
-        scale = torch.maximum(ordered[:, 0], ordered[:, -1] / 10) if sign > 0 else 1
-        for place, (index, value) in enumerate(((first, first_value), (second, second_value))):
-            if place < table.shape[1]:
-                worst.append(((value - ordered[:, place]).abs() / scale).max().item())
-                worst.append(((table.gather(1, index[:, None])[:, 0] - ordered[:, place]).abs() / scale).max().item())
-        assert (first != second).all()
-    return max(worst)
 
 
 @pytest.mark.interpreter
