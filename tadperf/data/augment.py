@@ -38,6 +38,17 @@ class Draw(NamedTuple):
         """Returns the draw of images start to stop - 1."""
         return Draw(*(None if field is None else field[start:stop] for field in self))
 
+    def to(self, device: torch.device) -> Draw:
+        """Returns the draw on a device. Its fields travel in one copy, and the CPU does not wait for a copy to CUDA."""
+        fields = [field for field in self if field is not None]
+        if all(field.device == device for field in fields):
+            return self
+        packed = torch.cat([field.reshape(-1) for field in fields])
+        upload = packed.is_cpu and device.type == "cuda"
+        packed = (packed.pin_memory() if upload else packed).to(device, non_blocking=upload)
+        parts = iter(packed.split([field.numel() for field in fields]))
+        return Draw(*(None if field is None else next(parts).view(field.shape) for field in self))
+
 
 def parse(strategy: str) -> tuple[str, ...]:
     """Splits a strategy such as "color_crop_flip" into its kinds. Raises UserError on an unknown kind."""
