@@ -43,8 +43,8 @@ class Table(NamedTuple):
     rows: int
 
 
-def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list[str] | None]:
-    """Returns the labels and, if there are any, the clean labels of a CSV file in the order of the samples.
+def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list[str] | None, bool]:
+    """Returns the labels of a CSV file in the order of the samples, its clean labels, and if rows name their samples.
 
     The file has one column of labels without a header, or a header and these columns: a label (LABELS), optionally a
     clean label (CLEAN), and optionally the sample of the row, as a file name (FILES), an index 0..N-1 (INDICES) or
@@ -65,7 +65,8 @@ def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list
         raise UserError(FIELD, spec, remedy)
     order = _order(table, spec, dataset)
     clean = next((columns[name] for name in CLEAN if name in columns), None)
-    return [columns[label][k] for k in order], None if clean is None else [clean[k] for k in order]
+    named = any(name in columns for name in (*FILES, *IDS, *INDICES) if name)
+    return [columns[label][k] for k in order], None if clean is None else [clean[k] for k in order], named
 
 
 def _parse(path: Path, spec: str, dataset: Dataset) -> Table:

@@ -25,13 +25,18 @@ from tadperf.errors import UserError
 
 FIELD = "--labels"
 SUFFIXES = (".csv", ".tsv", ".json", ".npy", ".pt", ".pth")
+MIN_KAPPA = 0.05  # between clean and given labels in one order; not tuned
 
 
 class GivenLabels(NamedTuple):
-    """The content of a file: labels [N], integers or class names, and the clean labels [N] if it has them."""
+    """The content of a file: labels [N], integers or class names, and the clean labels [N] if it has them.
+
+    names_samples: whether the file says which sample each row belongs to; otherwise only the order of the rows does.
+    """
 
     labels: Sequence[Any] | np.ndarray
     clean: Sequence[Any] | np.ndarray | None = None
+    names_samples: bool = False
 
 
 def replace_labels(dataset: Dataset, spec: str) -> Dataset:
@@ -41,8 +46,9 @@ def replace_labels(dataset: Dataset, spec: str) -> Dataset:
     spec: `file.csv` (see `label_table.read_table`), `file.json` (a list), `file.npy` (integers), or `file.pt:key` (a
     dict of arrays, as CIFAR-N publishes; the key is optional if only one fits).
     Raises UserError on a missing or damaged file, an unknown column or key, a wrong number of labels, or a label that
-    is not a class. Clean labels in the file must equal those of the set, or its old labels if it has none: a difference
-    is refused as another order of the rows.
+    is not a class. Clean labels in the file must equal those of the set: a difference is refused as another order of
+    the rows. If the set has none and the file does not name the samples, they must agree with the old labels, which may
+    be wrong in part, more often than by chance.
     """
     path, key = _split_key(spec)
     if not path.is_file():
@@ -55,7 +61,10 @@ def replace_labels(dataset: Dataset, spec: str) -> Dataset:
     clean = dataset.clean_labels
     if given.clean is not None:
         clean = _class_numbers(given.clean, dataset, "clean labels", spec)
-        _require_same_order(clean, dataset.labels if dataset.clean_labels is None else dataset.clean_labels, spec)
+        if dataset.clean_labels is not None:
+            _require_equal(clean, dataset.clean_labels, spec)
+        elif not given.names_samples:
+            _require_same_order(clean, dataset.labels, dataset.num_classes, spec)
     resolved = str(path.absolute()) + (f":{key}" if key else "")
     return replace(dataset, labels=labels, clean_labels=clean, source={**dataset.source, "labels": resolved})
 
@@ -170,9 +179,22 @@ def _numbers_of_names(array: np.ndarray, class_names: tuple[str, ...], spec: str
         raise UserError(FIELD, spec, remedy) from None
 
 
-def _require_same_order(clean: Tensor, known: Tensor, spec: str) -> None:
+def _require_equal(clean: Tensor, known: Tensor, spec: str) -> None:
     differ = (clean != known).nonzero().squeeze(1)
     if len(differ):
         count = f"{len(differ)} of {len(known)} samples, first at index {int(differ[0])}"
         remedy = f"its clean labels differ from those of the set in {count}: the rows are in another order"
         raise UserError(FIELD, spec, remedy)
+
+
+def _require_same_order(clean: Tensor, labels: Tensor, classes: int, spec: str) -> None:
+    """Raises UserError if clean labels agree with the given labels no better than rows in a random order would.
+
+    The measure is Cohen's kappa: 0 for a random order, 1 for equal labels, 0.11 for 10 classes with 80 % random labels.
+    """
+    agreement = float((clean == labels).double().mean())
+    shares = [x.bincount(minlength=classes) / len(labels) for x in (clean, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    if agreement < 1 and agreement - chance < MIN_KAPPA * (1 - chance):
+        remedy = f"its clean labels agree with {agreement:.0%} of the set's labels, {chance:.0%} do by chance: the rows"
+        raise UserError(FIELD, spec, f"{remedy} are in another order; add a column file or index")

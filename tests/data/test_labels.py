@@ -169,8 +169,37 @@ def test_pt_that_runs_code_is_refused_and_does_not_run(tmp_path, dataset):
 def test_another_order_is_refused(tmp_path, dataset):
     torch.save({"clean_label": OWN.flip(0), "worse_label": NOISY}, tmp_path / "human.pt")
     differ = (OWN.flip(0) != OWN).nonzero()
+    known = dataset.with_labels(NOISY, OWN)
     with pytest.raises(UserError, match=f"in {len(differ)} of 12 samples, first at index {int(differ[0])}"):
+        replace_labels(known, f"{tmp_path / 'human.pt'}:worse_label")
+    words = "clean labels agree with 33% of the set's labels, 33% do by chance: the rows are in another order"
+    with pytest.raises(UserError, match=words):
         replace_labels(dataset, f"{tmp_path / 'human.pt'}:worse_label")
+
+
+CORRECTED = torch.where(torch.arange(12) < 3, (OWN + 1) % 3, OWN)  # differs from OWN in three samples
+
+
+@pytest.mark.parametrize("columns", ["label,clean_label", "index,label,clean_label"])
+def test_clean_labels_may_differ_from_old_labels_that_are_not_known_to_be_clean(tmp_path, dataset, columns):
+    values = {"index": range(12), "label": NOISY.tolist(), "clean_label": CORRECTED.tolist()}
+    (tmp_path / "corrected.csv").write_text(table(columns, *(values[name] for name in columns.split(","))))
+    replaced = replace_labels(dataset, str(tmp_path / "corrected.csv"))
+    assert replaced.clean_labels is not None
+    assert torch.equal(replaced.clean_labels, CORRECTED)
+    with pytest.raises(UserError, match="differ from those of the set in 3 of 12 samples, first at index 0"):
+        replace_labels(dataset.with_labels(NOISY, OWN), str(tmp_path / "corrected.csv"))
+
+
+def test_rows_with_an_index_may_have_any_clean_labels(tmp_path, dataset):
+    clean = OWN.flip(0).tolist()
+    (tmp_path / "a.csv").write_text(table("index,label,clean_label", range(12), NOISY.tolist(), clean))
+    replaced = replace_labels(dataset, str(tmp_path / "a.csv"))
+    assert replaced.clean_labels is not None
+    assert replaced.clean_labels.tolist() == clean
+    (tmp_path / "a.csv").write_text(table(",label,clean_label", range(12), NOISY.tolist(), clean))
+    with pytest.raises(UserError, match="another order; add a column file or index"):
+        replace_labels(dataset, str(tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize(
