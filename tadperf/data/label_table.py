@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tadperf.data.dataset import Dataset
 from tadperf.data.parsing import is_lfs_pointer
@@ -37,10 +37,10 @@ SNIFFED_ROWS = 20
 
 
 class Table(NamedTuple):
-    """Columns by their names in lower case."""
+    """Columns by their names in lower case, and the line of the file on which each row ends."""
 
     columns: dict[str, list[str]]
-    rows: int
+    lines: list[int]
 
 
 def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list[str] | None, bool]:
@@ -73,7 +73,8 @@ def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
     try:
         text = path.read_bytes().decode("utf-8-sig")
         separator = _separator(text)
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if row]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        lines, rows = _rows_with_lines(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(FIELD, spec, f"not a CSV file in UTF-8 ({error})") from None
     except OSError as error:
@@ -83,20 +84,27 @@ def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
     if not rows:
         raise UserError(FIELD, spec, "is empty")
     header = [cell.strip().lower() for cell in rows[0]]
-    if not _is_header(header, rows, dataset):
-        if len(header) > 1:
-            raise UserError(FIELD, spec, "has several columns and no header; name them label, file, index, clean_label")
-        header, rows = ["label"], [["label"], *rows]
-    elif len(header) == 1:
+    has_header = _is_header(header, rows, dataset)
+    if not has_header and len(header) > 1:
+        raise UserError(FIELD, spec, "has several columns and no header; name them label, file, index, clean_label")
+    for line, row in zip(lines, rows, strict=True):
+        if len(row) != len(header):
+            first = "header" if has_header else "first line"
+            raise UserError(FIELD, spec, f"line {line} has {len(row)} columns; the {first} has {len(header)}")
+    if len(header) == 1:
         header = ["label"]
-    wide = next((k for k, row in enumerate(rows) if len(row) != len(header)), None)
-    if wide is not None:
-        raise UserError(FIELD, spec, f"line {wide + 1} has {len(rows[wide])} columns; the header has {len(header)}")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(FIELD, spec, f"has two columns named {twice!r}; remove one")
-    columns = {name: [row[k].strip() for row in rows[1:]] for k, name in enumerate(header)}
-    return Table(columns, len(rows) - 1)
+    if has_header:
+        lines, rows = lines[1:], rows[1:]
+    return Table({name: [row[k].strip() for row in rows] for k, name in enumerate(header)}, lines)
+
+
+def _rows_with_lines(reader: Any) -> tuple[list[int], list[list[str]]]:
+    """Returns the rows of a csv.reader that are not empty, and the lines on which they end."""
+    numbered = [(reader.line_num, row) for row in reader if row]
+    return [line for line, _ in numbered], [row for _, row in numbered]
 
 
 def _separator(text: str) -> str:
@@ -132,14 +140,14 @@ def _order(table: Table, spec: str, dataset: Dataset) -> list[int]:
     for name, values in table.columns.items():
         by_file = name in FILES or (name in IDS and dataset.file_names is not None and not _is_index(values))
         if by_file:
-            orders[name] = _rows_by_file(values, name, spec, dataset)
+            orders[name] = _rows_by_file(table, name, spec, dataset)
         elif name in IDS or name in INDICES:
             orders[name] = _rows_by_index(values, name, spec)
-    if len(orders) > 1 and orders.get("") == list(range(table.rows)):
+    if len(orders) > 1 and orders.get("") == list(range(len(table.lines))):
         del orders[""]  # pandas' row numbers say nothing about the samples
     first = next(iter(orders), None)
     if first is None:
-        return list(range(table.rows))
+        return list(range(len(table.lines)))
     other = next((name for name, order in orders.items() if order != orders[first]), None)
     if other is not None:
         raise UserError(FIELD, spec, f"columns {first!r} and {other!r} name different samples; remove one of them")
@@ -163,7 +171,7 @@ def _rows_by_index(values: list[str], column: str, spec: str) -> list[int]:
     return [row[k] for k in range(len(values))]
 
 
-def _rows_by_file(values: list[str], column: str, spec: str, dataset: Dataset) -> list[int]:
+def _rows_by_file(table: Table, column: str, spec: str, dataset: Dataset) -> list[int]:
     """Returns the row of each sample from a column of file names.
 
     A name is a path or the end of a path, with or without suffix. It must match exactly one file.
@@ -171,6 +179,7 @@ def _rows_by_file(values: list[str], column: str, spec: str, dataset: Dataset) -
     if dataset.file_names is None:
         remedy = f"column {column!r} names files, but {dataset.name} has no file names; use a column index"
         raise UserError(FIELD, spec, remedy)
+    values, lines = table.columns[column], table.lines
     names = [PurePosixPath(nfc(value.replace("\\", "/"))) for value in values]
     row: dict[int, int] = {}
     tables: dict[tuple[int, bool], dict[str, list[int]]] = {}
@@ -180,9 +189,10 @@ def _rows_by_file(values: list[str], column: str, spec: str, dataset: Dataset) -
         if len(samples) != 1:
             files = [dataset.file_names[i] for i in samples[:2]]
             problem = f"could be {' or '.join(files)}; write the folder too" if samples else "is no training image"
-            raise UserError(FIELD, spec, f"row {k + 1}: file {values[k]!r} {problem}")
+            raise UserError(FIELD, spec, f"line {lines[k]}: file {values[k]!r} {problem}")
         if samples[0] in row:
-            raise UserError(FIELD, spec, f"rows {row[samples[0]] + 1} and {k + 1} name the same file {values[k]!r}")
+            pair = f"lines {lines[row[samples[0]]]} and {lines[k]}"
+            raise UserError(FIELD, spec, f"{pair} name the same file {values[k]!r}")
         row[samples[0]] = k
     missing = next((i for i in range(len(dataset)) if i not in row), None)
     if missing is not None:

@@ -350,7 +350,7 @@ CORPUS: dict[str, Odd] = {
     "labels: a row twice": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p},{shifted(p)}" for p in [*paths, paths[0]])])),
         CSV,
-        refused="rows 1 and 10 name the same file",
+        refused="lines 2 and 11 name the same file",
     ),
 }
 
