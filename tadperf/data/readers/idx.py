@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, cast
@@ -69,9 +70,20 @@ def _read_images(file: Path, progress: Progress) -> Tensor:
         return from_array(_read_array(file, 3), str(file))
     with _parsing(file), _open(file) as stream:
         count, height, width = _read_header(stream, file, 3)
-        sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-        parts = (np.frombuffer(bytearray(stream.read(n * height * width)), np.uint8) for n in sizes)
-        return stack_parts((part.reshape(-1, height, width) for part in parts), count, str(file), file, progress)
+        return stack_parts(_parts(stream, file, (count, height, width)), count, str(file), file, progress)
+
+
+def _parts(stream: IO[bytes], file: Path, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """Yields the images in parts of CHUNK, and checks that the file ends after the last one."""
+    count, height, width = shape
+    for start in range(0, count, CHUNK):
+        n = min(CHUNK, count - start)
+        data = bytearray(stream.read(n * height * width))
+        if len(data) < n * height * width:
+            raise _wrong_size(file, start * height * width + len(data), shape)
+        if start + n == count and stream.read(1):
+            raise _wrong_size(file, math.prod(shape) + 1, shape)
+        yield np.frombuffer(data, np.uint8).reshape(n, height, width)
 
 
 def _read_array(file: Path, ndim: int) -> np.ndarray:
@@ -80,10 +92,15 @@ def _read_array(file: Path, ndim: int) -> np.ndarray:
         shape = _read_header(stream, file, ndim)
         data = bytearray(stream.read(math.prod(shape) + 1))
     if len(data) != math.prod(shape):
-        amount = "too many" if len(data) > math.prod(shape) else f"{len(data)}"
-        sides = " x ".join(map(str, shape))
-        raise UserError("data", file, f"{amount} bytes; the header declares {sides}; copy the file again")
+        raise _wrong_size(file, len(data), shape)
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _wrong_size(file: Path, size: int, shape: tuple[int, ...]) -> UserError:
+    """size: the bytes that were read after the header."""
+    amount = "too many" if size > math.prod(shape) else f"{size}"
+    sides = " x ".join(map(str, shape))
+    return UserError("data", file, f"{amount} bytes; the header declares {sides}; copy the file again")
 
 
 def _read_header(stream: IO[bytes], file: Path, ndim: int) -> tuple[int, ...]:

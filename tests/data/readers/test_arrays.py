@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tadperf.data import mapped
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
@@ -190,7 +191,12 @@ def test_idx(tmp_path, pixels, classes, dot, packed):
     assert torch.equal(test.images, train.images[2:5])
 
 
-def test_idx_errors(tmp_path, pixels, classes):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_idx_errors(tmp_path, pixels, classes, monkeypatch, in_parts):
+    if in_parts:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(mapped, "is_large", lambda shape: True)
+        monkeypatch.setattr("tadperf.data.readers.idx.CHUNK", 5)
     images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
 
     def refuse(words, data=idx(pixels[..., 0]), cut=None):  # noqa: B008
@@ -205,6 +211,7 @@ def test_idx_errors(tmp_path, pixels, classes):
     for cut in (-5, 100, 12):
         refuse("not a valid gzip file", cut=cut)
     refuse("700 bytes; the header declares 12 x 8 x 8", whole[: 16 + 700])
+    refuse("too many bytes; the header declares 12 x 8 x 8", whole + b"0")
     refuse("does not start as an idx3", whole[:10])
     refuse("does not start as an idx3", idx(classes))
     refuse("11 images but 12 labels", idx(pixels[1:, ..., 0]))
