@@ -70,16 +70,29 @@ def fill_images(shape: tuple[int, int, int, int], name: str, fill: Callable[[np.
             _require_space(folder, math.prod(shape))
             pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
             if (channels := fill(pixels)) < shape[1]:
-                wide, partial = pixels, partial.with_suffix(".narrow")
-                pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (shape[0], channels, *shape[2:]))
-                for start in range(0, shape[0], ROWS):
-                    pixels[start : start + ROWS] = wide[start : start + ROWS, :channels]
-                complete.with_suffix(".part").unlink()
+                _cut_channels(partial, pixels, channels)
             pixels.flush()
             os.replace(partial, complete)
     images = cached_images(name)
     assert images is not None
     return images
+
+
+def _cut_channels(file: Path, pixels: np.memmap, channels: int) -> None:
+    """Removes all channels but the first ones from a mapped .npy file, in place, so that it needs no more disk space.
+
+    The pixels of an image move towards the start of the file, never beyond the images that are still to be moved.
+    """
+    count, _, height, width = pixels.shape
+    flat, size = pixels.reshape(-1), channels * height * width
+    for start in range(0, count, ROWS):
+        rows = pixels[start : start + ROWS, :channels].copy()
+        flat[start * size : start * size + rows.size] = rows.reshape(-1)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, channels, height, width)}
+    with open(file, "r+b") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        assert stream.tell() == pixels.offset, "a header of another length"
+        stream.truncate(pixels.offset + count * size)
 
 
 def _folder(create: bool) -> Path:
@@ -89,7 +102,5 @@ def _folder(create: bool) -> Path:
 def _require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
-        remedy = (
-            f"{size / 2**30:.1f} GB needed for decoded images, {free / 2**30:.1f} GB free; set XDG_CACHE_HOME to a "
-        )
-        raise UserError("cache folder", folder, remedy + "larger disk")
+        sizes = f"{size / 2**30:.1f} GB needed for decoded images, {free / 2**30:.1f} GB free"
+        raise UserError("cache folder", folder, f"{sizes}; set XDG_CACHE_HOME to a larger disk")

@@ -80,7 +80,7 @@ def test_the_same_pixels_from_a_mapped_file(tmp_path, cache, monkeypatch, make, 
         assert images.is_contiguous()
     assert seen[-1][1] == seen[-1][2] == 7
     assert sum(done == total for _, done, total in seen) == len(list(cache.glob("*.npy")))  # once for each file
-    assert not list(cache.glob("*.part")) + list(cache.glob("*.narrow"))
+    assert not list(cache.glob("*.part"))
 
 
 def test_a_changed_source_is_read_again_and_a_partial_file_is_overwritten(tmp_path, cache, monkeypatch):
@@ -104,6 +104,28 @@ def test_writing_into_a_mapped_set_changes_no_file(cache, monkeypatch):
     again = mapped.cached_images("set")
     assert again is not None
     assert (again == 7).all()
+
+
+@pytest.mark.parametrize(("count", "size", "channels"), [(1, 4, 1), (7, 5, 1), (1025, 3, 1), (2049, 2, 2)])
+def test_channels_are_cut_off_in_place(cache, monkeypatch, count, size, channels):
+    monkeypatch.setattr(mapped, "is_large", lambda shape: True)
+    shape = (count, 3, size, size)
+    expected = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    files: list[str] = []
+
+    def fill(pixels: np.ndarray) -> int:
+        pixels[:] = expected
+        return channels
+
+    def replace(partial: Path, complete: Path) -> None:
+        files.extend(file.name for file in partial.parent.iterdir())
+        os.rename(partial, complete)
+
+    monkeypatch.setattr(mapped.os, "replace", replace)
+    images = mapped.fill_images(shape, "set", fill)
+    assert np.array_equal(images.numpy(), expected[:, :channels])
+    assert sorted(files) == ["set.lock", "set.part"]  # a second file of pixels would need more space than was checked
+    assert (cache / "set.npy").stat().st_size < 200 + count * channels * size**2
 
 
 def test_only_one_of_two_processes_fills_the_file(tmp_path, cache, monkeypatch):
