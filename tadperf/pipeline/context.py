@@ -27,7 +27,11 @@ class RunContext:
 
 
 def open_context(task: Task, run: Run, progress: Progress, data: NormalisedData | None = None) -> RunContext:
-    """Runs the stages data and trust. If `data`, the normalised data of the task, is given, runs trust alone."""
+    """Runs the stages data and trust. If `data`, the normalised data of the task, is given, runs trust alone.
+
+    The progress of all stages also saves their time, so that a killed stage keeps it.
+    """
+    progress = run.saving_time(progress)
     data = data or load_data(task, run, progress)
     selection, rounds = trusted_samples(task, data, run, progress)
     return RunContext(task, run, progress, data, rounds, selection, training_samples(data, selection))

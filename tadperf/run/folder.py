@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,13 @@ from tadperf.config import Config
 from tadperf.config.schema import config_from_json, config_to_json, flatten_sections
 from tadperf.errors import UserError
 from tadperf.files import has_write_access, to_json_value, write_bytes, write_json
+from tadperf.progress import Progress
 from tadperf.run.environment import describe_environment
 from tadperf.run.stage_meter import StageMeter
 
 FREE_FIELDS = {"experts.workers"}  # may differ in a resumed run, because they change no result
-SAVE_STAGES_EVERY = 10.0  # seconds; `log` saves the measured time this often, a kill loses the time since the last save
+# Seconds; `log` and the calls of progress save the measured time this often. A kill loses the time since the last save.
+SAVE_STAGES_EVERY = 10.0
 
 
 def check_run_folder(path: Path | str, resume: bool) -> None:
@@ -83,6 +86,7 @@ class Run:
         self._metrics: TextIO | None = None
         self._stages: dict[str, dict[str, float]] = {}
         self._stage: StageMeter | None = None
+        self._saving = threading.Lock()
         if lock is not None:
             stages = path / "stages.json"
             if stages.exists():
@@ -131,8 +135,21 @@ class Run:
                 self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
             except OSError as error:  # a full disk; the error of `write` has no file name
                 raise OSError(error.errno, error.strerror, self._metrics.name) from None
-        if self._stage is not None and time.monotonic() - self._stage.saved > SAVE_STAGES_EVERY:
-            self._save_stage(self._stage)
+        self._save_time()
+
+    def saving_time(self, progress: Progress) -> Progress:
+        """Returns `progress` so that its calls also save the time of the running stage, at most every 10 s."""
+
+        def report(stage: str, done: int, total: int, **values: object) -> None:
+            progress(stage, done, total, **values)
+            self._save_time()
+
+        return report
+
+    def _save_time(self) -> None:
+        stage = self._stage
+        if stage is not None and time.monotonic() - stage.saved > SAVE_STAGES_EVERY:
+            self._save_stage(stage)
 
     def rewind(self, stage: str, step: int) -> None:
         """Deletes the records of `stage` after `step`, because a resumed stage writes them again."""
@@ -160,8 +177,9 @@ class Run:
             self._stage = None
 
     def _save_stage(self, stage: StageMeter) -> None:
-        self._stages[stage.name] = stage.measured()
-        write_json(self.path / "stages.json", self._stages)
+        with self._saving:  # a thread may report progress while this one ends the stage
+            self._stages[stage.name] = stage.measured()
+            write_json(self.path / "stages.json", self._stages)
 
     def stages(self) -> dict[str, dict[str, float]]:
         """Returns, per stage so far: seconds, peak_memory_mb and, if CUDA was used, peak_cuda_mb (MB = 2**20 bytes)."""
