@@ -1,13 +1,16 @@
-"""`per_sample` in Triton: each program handles ROWS rows, in chunks of BLOCK classes.
+"""`per_sample` in Triton: each program handles ROWS rows, in chunks of STEPS x LANES classes. Reads the logits once.
 
-Each lane handles one column of every chunk. It keeps a running maximum, second maximum, argmax and sums (the online
-softmax, with one exponential per logit). The lanes are merged once, after the last chunk. The logits are read once.
+A tile of logits is [STEPS, ROWS, LANES], because Triton gives the last dimensions to threads. So the logits of one step
+are adjacent, a thread reduces its own steps without a shuffle, and only the few threads of a row exchange values. Rows
+of up to 16 classes take one thread each. The chunks of a long row are merged by the online softmax.
 """
 
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
@@ -22,36 +25,26 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def first_logits(x, column):
-    """Returns the running state (top, second, argmax, total, weighted) of lanes after their first logit."""
-    return x, tl.full(x.shape, -INF, tl.float32), column, tl.where(x == -INF, 0.0, 1.0), tl.zeros(x.shape, tl.float32)
+def add_logits(top, second, argmax, total, weighted, x, column):
+    """Returns the state of each row after more logits x [STEPS, ROWS, LANES] of the classes `column`.
 
-
-@triton.jit
-def next_logits(top, second, argmax, total, weighted, x, column):
-    """Returns the state after one more logit. total adds up e = exp(x - top), weighted e * (x - top)."""
-    higher = x > top  # strictly higher: the first column of equal logits stays
-    d = tl.where((x == -INF) | (top == -INF), -INF, -tl.abs(x - top))
+    With e = exp(x - top), total is the sum of e and weighted that of e * (x - top). A row of -inf has total 0.
+    """
+    here = tl.max(tl.max(x, 0), 1)
+    columns = tl.where(x == here[None, :, None], column, 2147483647)
+    here_argmax = tl.min(tl.min(columns, 0), 1)  # the first of equal logits
+    others = tl.where(column == here_argmax[None, :, None], -INF, x)
+    second = tl.maximum(tl.maximum(second, tl.max(tl.max(others, 0), 1)), tl.minimum(top, here))
+    argmax = tl.where(here > top, here_argmax, argmax)
+    new_top = tl.maximum(top, here)
+    base = tl.where(new_top == -INF, 0.0, new_top)
+    d = x - base[None, :, None]
     e = tl.exp(d)
-    de = tl.where(d == -INF, 0.0, d * e)
-    weighted = tl.where(higher, weighted * e + total * de, weighted + de)
-    total = tl.where(higher, total * e + 1, total + e)
-    total = tl.where(x != x, x, total)
-    second = tl.maximum(second, tl.minimum(x, top))
-    return tl.where(higher, x, top), second, tl.where(higher, column, argmax), total, weighted
-
-
-@triton.jit
-def merge_lanes(top, second, argmax, total, weighted):
-    """Merges the states of all lanes of a row. Each result is [ROWS, 1]."""
-    row_top = tl.max(top, 1, keep_dims=True)
-    row_argmax = tl.min(tl.where(top == row_top, argmax, 2147483647), 1, keep_dims=True)
-    row_second = tl.max(tl.where(argmax == row_argmax, second, top), 1, keep_dims=True)
-    drop = tl.where(top == -INF, 0.0, top - row_top)
+    drop = tl.where(top == -INF, 0.0, top - base)
     scale = tl.exp(drop)
-    here = tl.where(scale == 0, 0.0, (weighted + total * drop) * scale)  # `drop` may be -inf
-    row_weighted = tl.sum(here, 1, keep_dims=True)
-    return row_top, row_second, row_argmax, tl.sum(total * scale, 1, keep_dims=True), row_weighted
+    weighted = tl.where(scale == 0, 0.0, (weighted + total * drop) * scale)  # `drop` may be -inf
+    weighted += tl.sum(tl.sum(e * tl.maximum(d, -1e30), 0), 1)  # a class of probability 0 adds 0
+    return new_top, second, argmax, total * scale + tl.sum(tl.sum(e, 0), 1), weighted
 
 
 @triton.jit
@@ -87,27 +80,29 @@ def write_results(
 @triton.jit
 def per_sample_kernel(
     logits_ptr, labels_ptr, loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr,
-    n_rows, n_classes, row_stride, class_stride, label_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    n_rows, class_vectors, row_vectors, class_stride, label_stride,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ONE_CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Writes all five results of ROWS rows per program, in one read of their logits."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
+    """Writes all five results of ROWS rows per program, in one read of their logits.
+
+    class_vectors and row_vectors are the number of classes and the stride of a row, divided by VECTOR.
+    """
+    n_classes = class_vectors * VECTOR
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < n_rows
-    row_ptrs = logits_ptr + row * row_stride
-    column64 = column.to(tl.int64)
-    x = tl.load(row_ptrs + column64 * class_stride, mask & (column < n_classes), other=-INF).to(tl.float32)
-    columns = tl.zeros([ROWS, BLOCK], tl.int32) + column
-    top, second, argmax, total, weighted = first_logits(x, columns)
-    if not ONE_CHUNK:
-        for begin in range(BLOCK, n_classes, BLOCK):
-            here = mask & (column < n_classes - begin)
-            x = tl.load(row_ptrs + (column64 + begin) * class_stride, here, other=-INF).to(tl.float32)
-            top, second, argmax, total, weighted = next_logits(top, second, argmax, total, weighted, x, columns + begin)
-    top, second, argmax, total, weighted = merge_lanes(top, second, argmax, total, weighted)
+    row_ptrs = logits_ptr + row * row_vectors * VECTOR
     label = tl.load(labels_ptr + row * label_stride, mask, other=-1).to(tl.int64)
     valid = mask & (label >= 0) & (label < n_classes)
     label_logit = tl.load(row_ptrs + label * class_stride, valid, other=0).to(tl.float32)
+    lane = tl.arange(0, STEPS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    top, second = tl.full([ROWS], -INF, tl.float32), tl.full([ROWS], -INF, tl.float32)
+    total, weighted = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    argmax = tl.zeros([ROWS], tl.int32)
+    for begin in range(0, STEPS * LANES if ONE_CHUNK else n_classes, STEPS * LANES):
+        column = begin + lane
+        x_ptrs = row_ptrs[None, :, None] + column.to(tl.int64) * class_stride
+        x = tl.load(x_ptrs, mask[None, :, None] & (column < n_classes), other=-INF).to(tl.float32)
+        top, second, argmax, total, weighted = add_logits(top, second, argmax, total, weighted, x, column)
     write_results(
         top, second, argmax, total, weighted, label_logit, label, n_classes,
         loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr, row, mask,
@@ -117,21 +112,34 @@ def per_sample_kernel(
 @triton.jit
 def loss_gradient_kernel(
     logits_ptr, labels_ptr, top_ptr, confidence_ptr, scale_ptr, out_ptr,
-    n_rows, n_columns, first, n_classes, row_stride, class_stride, label_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    n_rows, column_vectors, first, n_classes, row_vectors, class_stride, label_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes (softmax - one-hot) * scale, ROWS x BLOCK per program; 0 if ignored, NaN for a label out of range."""
+    n_columns = column_vectors * VECTOR
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = row < n_rows
     here = mask & (column < n_columns)
-    x = tl.load(logits_ptr + row * row_stride + column * class_stride, here, other=-INF).to(tl.float32)
+    x_ptrs = logits_ptr + row * row_vectors * VECTOR + column.to(tl.int64) * class_stride
+    x = tl.load(x_ptrs, here, other=-INF).to(tl.float32)
     label = tl.load(labels_ptr + row * label_stride, mask, other=-1).to(tl.int64)
     wrong = (label < -1) | (label >= n_classes)
     p = tl.exp(x - tl.load(top_ptr + row, mask, other=0)) * tl.load(confidence_ptr + row, mask, other=0)
     gradient = (p - (column + first == label).to(tl.float32)) * tl.load(scale_ptr + row, mask, other=0)
     gradient = tl.where(label == -1, 0.0, tl.where(wrong, float("nan"), gradient))
     tl.store(out_ptr + row * n_columns + column, gradient.to(out_ptr.dtype.element_ty), here)
+
+
+def vector_size(x: Tensor) -> int:
+    """Returns how many adjacent elements of x [N, C] one instruction can load: a power of two, at most 16 bytes.
+
+    Triton knows of a number only whether it is a multiple of 16. The kernels get numbers divided by the vector size and
+    multiply them, so that Triton knows this factor, too.
+    """
+    if x.stride(1) != 1 or x.data_ptr() % 16:
+        return 1
+    return math.gcd(16 // x.element_size(), x.shape[1], x.stride(0))
 
 
 def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
@@ -141,12 +149,15 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
     if rows == 0:
         return out
     config = launch_config("per_sample", logits.device, classes)
-    block = min(config["block"], max(16, triton.next_power_of_2(classes)))
-    per_program = max(1, config["tile"] // block)
+    vector, padded = vector_size(logits), triton.next_power_of_2(classes)
+    threads = min(32, max(1, padded // config["values"]))  # of a row, in one warp
+    steps = max(1, min(padded // threads, config["values"]) // vector)
+    per_program = 32 * config["num_warps"] // threads
     with on_device(logits):
         per_sample_kernel[(triton.cdiv(rows, per_program),)](
-            logits, labels, *out, rows, classes, *logits.stride(), labels.stride(0),
-            ROWS=per_program, BLOCK=block, ONE_CHUNK=classes <= block, num_warps=config["num_warps"],
+            logits, labels, *out, rows, classes // vector, logits.stride(0) // vector, logits.stride(1),
+            labels.stride(0), ROWS=per_program, STEPS=steps, LANES=threads * vector, VECTOR=vector,
+            ONE_CHUNK=classes <= steps * threads * vector, num_warps=config["num_warps"],
         )  # fmt: skip
     return out
 
@@ -166,11 +177,13 @@ def loss_gradient(
     if rows == 0:
         return out
     config = launch_config("per_sample_gradient", logits.device, columns)
+    vector = math.gcd(vector_size(logits), vector_size(out))
     block = min(config["block"], max(16, triton.next_power_of_2(columns)))
     per_program = max(1, config["tile"] // block)
     with on_device(logits):
         loss_gradient_kernel[(triton.cdiv(rows, per_program), triton.cdiv(columns, block))](
-            logits, labels, top, confidence, scale, out, rows, columns, first, classes or columns,
-            *logits.stride(), labels.stride(0), ROWS=per_program, BLOCK=block, num_warps=config["num_warps"],
+            logits, labels, top, confidence, scale, out, rows, columns // vector, first, classes or columns,
+            logits.stride(0) // vector, logits.stride(1), labels.stride(0),
+            ROWS=per_program, BLOCK=block, VECTOR=vector, num_warps=config["num_warps"],
         )  # fmt: skip
     return out

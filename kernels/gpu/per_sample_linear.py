@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
-from tadperf.kernels.gpu.per_sample import INF, merge_lanes, write_results
+from tadperf.kernels.gpu.per_sample import INF, write_results
 from tadperf.kernels.shared import empty_results
 
 PROGRAMS = 512  # about four for each multiprocessor of an H100 or H200; not tuned
@@ -50,7 +50,7 @@ def linear_tile(
 
 @triton.jit
 def add_tile(top, second, argmax, total, weighted, x, column):
-    """Returns the state of each row [ROWS] after a tile of logits. See next_logits."""
+    """Returns the state of each row [ROWS] after a tile of logits. See add_logits of per_sample."""
     tile_top = tl.max(x, 1)
     columns = tl.broadcast_to(column.to(tl.int32)[None, :], x.shape)
     tile_argmax = tl.min(tl.where(x == tile_top[:, None], columns, 2147483647), 1)
@@ -104,6 +104,19 @@ def linear_kernel(
 
 
 @triton.jit
+def merge_splits(top, second, argmax, total, weighted):
+    """Merges the states of all splits of a row. Each result is [ROWS, 1]."""
+    row_top = tl.max(top, 1, keep_dims=True)
+    row_argmax = tl.min(tl.where(top == row_top, argmax, 2147483647), 1, keep_dims=True)
+    row_second = tl.max(tl.where(argmax == row_argmax, second, top), 1, keep_dims=True)
+    drop = tl.where(top == -INF, 0.0, top - row_top)
+    scale = tl.exp(drop)
+    here = tl.where(scale == 0, 0.0, (weighted + total * drop) * scale)  # `drop` may be -inf
+    row_weighted = tl.sum(here, 1, keep_dims=True)
+    return row_top, row_second, row_argmax, tl.sum(total * scale, 1, keep_dims=True), row_weighted
+
+
+@triton.jit
 def merge_kernel(
     state_ptr, labels_ptr, loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr, tops_ptr,
     n_rows, n_classes, label_stride, n_splits,
@@ -122,7 +135,7 @@ def merge_kernel(
     weighted = tl.load(state + 4 * n_rows, here, other=0)
     label_logit = tl.sum(tl.load(state + 5 * n_rows, here, other=0), 1, keep_dims=True)
     label = tl.load(labels_ptr + row * label_stride, mask, other=-1).to(tl.int64)
-    top, second, argmax, total, weighted = merge_lanes(top, second, argmax, total, weighted)
+    top, second, argmax, total, weighted = merge_splits(top, second, argmax, total, weighted)
     write_results(
         top, second, argmax, total, weighted, label_logit, label, n_classes,
         loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr, row, mask,

@@ -69,6 +69,38 @@ def test_per_sample_hard_values(width, spread):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("classes", [10, 12, 100, 1000, 1004])
+@pytest.mark.parametrize("dtype", TYPES.values())
+def test_per_sample_with_vector_loads(classes, dtype):
+    """Rows of many alignments: adjacent, columns of a wider table, from an odd address. Compared with float64."""
+    from tadperf.kernels.gpu.per_sample import loss_gradient, per_sample
+
+    wide, labels = random_case(37, classes + 8, dtype)
+    labels = labels % classes
+    for logits in (wide[:, :classes].contiguous(), wide[:, :classes], wide[:, 1 : classes + 1]):
+        results = per_sample(logits, labels)
+        expected = per_sample_reference(logits.double(), labels)
+        assert_close(results, [x if x.dtype == torch.int64 else x.float() for x in expected])
+        top, scale = logits.float().amax(1), torch.ones(37)
+        found = loss_gradient(logits, labels, top, results.confidence, scale, torch.empty(37, classes, dtype=dtype))
+        wanted = logits.double().softmax(1) - torch.nn.functional.one_hot(labels, classes)
+        torch.testing.assert_close(found, wanted.to(dtype), atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_vector_size():
+    """The vector size divides the number of columns, the stride and the address, and is at most 16 bytes."""
+    from tadperf.kernels.gpu.per_sample import vector_size
+
+    wide = torch.zeros(3, 1016)
+    assert [vector_size(torch.zeros(3, c)) for c in (10, 7, 100, 1000)] == [2, 1, 4, 4]
+    assert [vector_size(torch.zeros(3, c, dtype=torch.bfloat16)) for c in (10, 100, 1000)] == [2, 4, 8]
+    assert [vector_size(wide[:, a:b]) for a, b in ((0, 1000), (4, 14), (1, 1001), (8, 1000))] == [4, 2, 1, 4]
+    assert vector_size(torch.zeros(3, 1018)[:, :1000]) == 2
+    assert vector_size(wide.t()) == 1
+    assert vector_size(wide[:, ::2]) == 1
+
+
+@pytest.mark.interpreter
 def test_per_sample_strides_and_labels_out_of_range():
     from tadperf.kernels.gpu.per_sample import per_sample
 
@@ -122,15 +154,10 @@ def test_per_sample_compiles_without_spills(aot, name, how, chunks):
     from tadperf.kernels.gpu.per_sample import per_sample_kernel
 
     signature = {"logits_ptr": f"*{name}", "labels_ptr": "*i64", **KERNEL_RESULTS}
-    signature |= {
-        "n_rows": "i32",
-        "n_classes": "i32",
-        "row_stride": "i32",
-        "class_stride": "i32",
-        "label_stride": "i32",
-    }
-    constants = {"ROWS": how["tile"] // how["block"], "BLOCK": how["block"], "ONE_CHUNK": chunks == "one"}
-    no_spills(aot(per_sample_kernel, signature, constants, num_warps=how["num_warps"]))
+    sizes = ["n_rows", "class_vectors", "row_vectors", "class_stride", "label_stride"]
+    signature |= dict.fromkeys(sizes, "i32")
+    constants = {"ROWS": how["num_warps"], "STEPS": how["values"], "LANES": 32, "VECTOR": 1}
+    no_spills(aot(per_sample_kernel, signature, constants | {"ONE_CHUNK": chunks == "one"}, num_warps=how["num_warps"]))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -145,7 +172,7 @@ def test_gradient_compiles_without_spills(aot, name, how):
         "confidence_ptr": "*fp32",
         "scale_ptr": "*fp32",
     }
-    signature |= {"out_ptr": f"*{name}", "n_rows": "i32", "n_columns": "i32", "first": "i32", "n_classes": "i32"}
-    signature |= {"row_stride": "i32", "class_stride": "i32", "label_stride": "i32"}
-    constants = {"ROWS": how["tile"] // how["block"], "BLOCK": how["block"]}
+    signature |= {"out_ptr": f"*{name}", "n_rows": "i32", "column_vectors": "i32", "first": "i32", "n_classes": "i32"}
+    signature |= {"row_vectors": "i32", "class_stride": "i32", "label_stride": "i32"}
+    constants = {"ROWS": how["tile"] // how["block"], "BLOCK": how["block"], "VECTOR": 1}
     no_spills(aot(loss_gradient_kernel, signature, constants, num_warps=how["num_warps"]))
