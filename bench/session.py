@@ -68,8 +68,8 @@ class Measurement(NamedTuple):
 def plan(request: Request) -> Plan:
     """Checks a request. Raises UserError, which names the wrong option."""
     benches, stages = _by_kind(request.words)
-    if not benches:
-        _refuse_operator_options(request)
+    if stages:
+        _refuse_operator_options(request, mixed=bool(benches))
     device = resolve_device(request.device)
     if request.tune and device.type != "cuda":
         raise UserError("--tune", device.type, "needs a CUDA device; use --device cuda")
@@ -84,10 +84,9 @@ def plan(request: Request) -> Plan:
         )
         for bench in benches
     ]
-    stage_sizes = None if benches else request.sizes
     return Plan(
         operators,
-        {name: runner.sizes(runner.load(name), stage_sizes) for name in stages},
+        {name: runner.sizes(runner.load(name), request.sizes) for name in stages},
         device,
         None if request.threads is None else _count("--threads", request.threads),
         _count("--repeats", request.repeats),
@@ -187,8 +186,11 @@ def _by_kind(words: Sequence[str]) -> tuple[list[Bench], list[str]]:
     return catalogue.load_benches(operators) if operators or not words else [], stages
 
 
-def _refuse_operator_options(request: Request) -> None:
-    """Raises UserError for an option that has no meaning for a stage."""
+def _refuse_operator_options(request: Request, mixed: bool) -> None:
+    """Raises UserError for an option that has no meaning for a stage.
+
+    mixed: the request also names operators. Then it refuses sizes too: operators and stages have no size in common.
+    """
     options = {
         "--base": request.base,
         "--plot": request.plot_file,
@@ -198,6 +200,9 @@ def _refuse_operator_options(request: Request) -> None:
     for name, value in options.items():
         if value:
             raise UserError(name, value, "is for operators only; leave it out for a stage")
+    if mixed and request.sizes:
+        remedy = "operators and stages have other sizes; measure them in two calls, or leave it out"
+        raise UserError("--sizes", request.sizes, remedy)
 
 
 def _count(option: str, text: str) -> int:
