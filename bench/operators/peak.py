@@ -17,6 +17,7 @@ import torch
 
 from tadperf.bench.operators import catalogue
 from tadperf.bench.operators.engine import Size
+from tadperf.bench.processes import run_with_limit
 from tadperf.run.stage_meter import process_peak, reset_peak
 
 TIMEOUT = 120.0  # seconds for all providers of one case; not tuned
@@ -30,10 +31,11 @@ def measure_peaks(operator: str, size: Size, dtype: torch.dtype, providers: Sequ
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "tadperf.bench.operators.peak", *case, *providers]
     try:
-        out = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT, check=True, text=True)
+        done = run_with_limit(command, TIMEOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        done.check_returncode()
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         return {}
-    return json.loads(out.stdout)
+    return json.loads(done.stdout)
 
 
 def resident() -> int:

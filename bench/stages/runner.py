@@ -20,6 +20,7 @@ import torch
 
 from tadperf.bench.operators import report
 from tadperf.bench.operators.engine import Row
+from tadperf.bench.processes import run_with_limit
 from tadperf.compute.device import resolve_device
 from tadperf.errors import UserError
 from tadperf.run.stage_meter import cuda_peak, process_peak
@@ -126,10 +127,11 @@ def peak_memory(stage: str, size: str, provider: str, device: torch.device) -> f
     command = [sys.executable, "-m", "tadperf.bench.stages.runner", stage, size, provider, str(device)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     try:
-        out = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT, check=True, text=True)
+        done = run_with_limit(command, TIMEOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        done.check_returncode()
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         return None
-    return float(out.stdout.split()[-1])
+    return float(done.stdout.split()[-1])
 
 
 def facts(stage: str, device: torch.device, threads: int, command: str) -> Row:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tadperf.bench.operators import catalogue, checks, report
+from tadperf.bench.processes import run_with_limit
 from tadperf.bench.tools import gpu_stages
 
 SECONDS = 450.0  # for everything; not tuned
@@ -31,10 +32,13 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def run_process(arguments: Sequence[str], limit: float) -> tuple[list[dict[str, Any]], str]:
-    """Runs a process. Returns the rows that it printed within the limit, and its failure: empty if it succeeded."""
+    """Runs a process. Returns the rows that it printed within the limit, and its failure: empty if it succeeded.
+
+    The limit also holds for the processes that it starts.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         try:
-            code = subprocess.run(arguments, stdout=out, stderr=log, timeout=limit, check=False).returncode
+            code = run_with_limit(arguments, limit, stdout=out, stderr=log).returncode
             ended = "" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {limit:.0f} s"

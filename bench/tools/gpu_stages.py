@@ -8,7 +8,6 @@ everything is done. With --device cpu it runs the same steps on digits.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tadperf.bench.processes import run_with_limit
 from tadperf.bench.stages import runner
 
 Row = dict[str, Any]
@@ -76,20 +76,16 @@ def measure_phase(phase: str, device: str, folder: Path, end: float) -> bool:
         if (left := end - time.monotonic()) < STOP:
             return False
         command = [sys.executable, "-m", "tadperf.bench.tools.gpu_stages", stage, case, device]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         try:
-            out, words = process.communicate(timeout=left)
+            done = run_with_limit(command, left, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # it has child processes
-            process.communicate()
             print(f"{phase} {case}: did not end within {left:.0f} s", file=sys.stderr)
             return False
-        if process.returncode:
-            last = (words.strip().splitlines() or ["silent"])[-1]
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["silent"])[-1]
             rows = [runner.make_row(stage, case, "tadperf", "tadperf", error=last)]
         else:
-            rows = json.loads(out.splitlines()[-1])
+            rows = json.loads(done.stdout.splitlines()[-1])
         file.write_text(json.dumps(mark_missed_bars(phase, rows), indent=1))
     return True
 
