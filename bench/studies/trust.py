@@ -3,7 +3,7 @@
 Run `python -m tadperf.bench.studies.trust --noise asymmetric:0.4 --seeds 5`. It uses the digits with added noise and
 the preset's ConvNet. Rows: the complete loop, and the loop without one part. Columns: the final state compared with the
 true labels, as mean and sample deviation over the seeds. average precision: how well the score finds wrong labels.
-accuracy: test accuracy of a network trained on the trusted samples.
+accuracy: test accuracy of a network trained on the trusted samples with their weights.
 """
 
 from __future__ import annotations
@@ -87,12 +87,15 @@ def run_dual_loop(data: Dataset, config: Config) -> tuple[TrustState, float]:
 
 
 def student_accuracy(state: TrustState, train: Dataset, test: Dataset, config: Config) -> float:
-    """Returns the test accuracy of a network that learns the trusted samples by the recipe of the baselines."""
+    """Returns the test accuracy of a network that learns the trusted samples, with their weights.
+
+    It uses the recipe of the baseline "full_trusted" of a run.
+    """
     normaliser, view, e = fit_normaliser(train.images, config.data.normalise), state.view(), config.evaluate
     recipe = Recipe(e.full_epochs, e.batch, e.real_lr, e.momentum, e.weight_decay, config.data.augment)
     images = normalise_images(normaliser, train.images)[view.index]
     device = torch.device("cpu")
-    examples = Examples(images, view.labels)
+    examples = Examples(images, view.labels, view.weights)
     network = train_student(examples, train.num_classes, config.net, recipe, config.seed, device)
     return accuracy(network, normalise_images(normaliser, test.images), test.labels)
 
