@@ -68,8 +68,9 @@ def _refine(options: SharedOptions, config: Config, out: Path, evaluate: bool) -
 
     if options.resume and (result := finished_result(out, config)) is not None:
         return result
-    task = prepare(config)
-    with Run.create(out, config, options.resume) as run, display(options.quiet) as progress:
-        if not options.resume and not config.refine.start:
-            common.print_preset(options.sources, options.quiet)
-        return distill_task(task, run, progress, evaluate=evaluate)
+    with display(options.quiet) as progress:
+        task = prepare(config, progress)
+        with Run.create(out, config, options.resume) as run:
+            if not options.resume and not config.refine.start:
+                common.print_preset(options.sources, options.quiet)
+            return distill_task(task, run, progress, evaluate=evaluate)

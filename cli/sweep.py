@@ -47,7 +47,8 @@ def _sweep(plan: SweepPlan, quiet: bool) -> dict[str, Any]:
     from tadperf.cli.progress import display
     from tadperf.pipeline.sweep import check_cells, run_sweep
 
-    check_cells(plan.cells, plan.out)
+    with display(quiet) as progress:
+        check_cells(plan.cells, plan.out, progress)
     if not quiet:
         for note in plan.notes:
             common.print_note(note)

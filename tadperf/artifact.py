@@ -25,6 +25,7 @@ from tadperf.errors import UserError
 from tadperf.files import load_tensors, save_tensors, to_json_value
 from tadperf.nets.students import Examples, train_student
 from tadperf.nets.training import Recipe, accuracy
+from tadperf.progress import Progress, silent
 
 SCHEMA = 1  # version of the metadata; increased when older versions of tadperf would misread a new file
 SECTIONS = {  # the sections of the metadata, and their JSON types
@@ -181,7 +182,7 @@ class DistilledSet:
         chunks = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
         return sum(accuracy(net, self.normaliser(x), y) * len(y) for x, y in chunks) / len(labels)
 
-    def test_split(self, path: Path | str | None = None) -> Dataset:
+    def test_split(self, path: Path | str | None = None, progress: Progress = silent) -> Dataset:
         """Opens the test split at `path`, by default that of the distilled data, without reading training images.
 
         Raises UserError if there is no test split, or if its shape or the order of its classes does not fit the set.
@@ -192,7 +193,7 @@ class DistilledSet:
         if path is None:
             raise UserError("test", path, "the set does not name its data; give the path of a test set")
         columns = {name: source.get(name) for name in ("image_size", "image_column", "label_column")}
-        test = open_data(path, format=format, need_train=False, **columns).test
+        test = open_data(path, format=format, need_train=False, progress=progress, **columns).test
         if test is None:
             raise UserError("test", path, "has no test split; choose a data set with one")
         return self._check_test(test)

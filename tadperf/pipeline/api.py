@@ -20,7 +20,7 @@ def distill(config: Config, out: Path | str, resume: bool = False, progress: Pro
     killed run continues and a finished run is read. Raises UserError if anything in the config or the data is wrong.
     """
     if not (resume and finished_result(out, config)):
-        task = prepare(config)
+        task = prepare(config, progress)
         with Run.create(out, config, resume) as run:
             distill_task(task, run, progress)
     return artifact.load(Path(out) / "distilled.safetensors")

@@ -36,7 +36,7 @@ def compare_trust_modes(config: Config, out: Path, progress: Progress = silent) 
         folder = out / "compare" / mode
         result = _finished_sibling(folder, mode_config)
         if result is None:
-            task = task or prepare(config)
+            task = task or prepare(config, progress)
             if mode == "oracle" and task.train.clean_labels is None:
                 continue
             data = data or normalise_data(task)

@@ -32,7 +32,7 @@ def evaluate_file(
     """
     distilled = artifact.load(path)
     target = resolve_device(device)
-    test = distilled.test_split(data)
+    test = distilled.test_split(data, progress)
     config = Config.model_validate(distilled.config)
     evaluate = config.evaluate
     students = distilled_students(distilled, networks or evaluate.networks, repeats or evaluate.repeats, target)

@@ -124,11 +124,11 @@ def stored_cells(out: Path) -> list[Cell]:
     return cells
 
 
-def check_cells(cells: Sequence[Cell], out: Path) -> None:
+def check_cells(cells: Sequence[Cell], out: Path, progress: Progress = silent) -> None:
     """Checks the config and the data of every cell that is not finished. Raises UserError if one is wrong."""
     for cell in cells:
         if _finished(out / cell.folder, cell.config) is None:
-            prepare(cell.config)
+            prepare(cell.config, progress)
 
 
 def run_sweep(cells: Sequence[Cell], out: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _run_cell(cell: Cell, folders: Sequence[Path], out: Path, progress: Progress
     def report(stage: str, done: int, total: int, **values: object) -> None:
         progress(f"{cell.folder}: {stage}", done, total, **values)
 
-    task = prepare(cell.config)
+    task = prepare(cell.config, report)
     if folder.exists() and stored_config(folder) is not None:
         task = replace(task, config=_stored_form(folder, cell.config))
     elif not cell.config.experts.path:
