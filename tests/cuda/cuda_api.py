@@ -1,0 +1,123 @@
+"""Replaces the functions of torch.cuda that tadperf uses by those of the twin."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from counters import WAIT, counters
+from graphs import Graph, record, refuse_while_recording
+from torch import Tensor
+
+NAME = "NVIDIA H100 80GB HBM3"
+
+
+class Properties:
+    """The device properties of an H100."""
+
+    name, major, minor, multi_processor_count, warp_size = NAME, 9, 0, 132, 32
+    L2_cache_size, total_memory, max_threads_per_multi_processor = 50 << 20, 80 << 30, 2048
+
+
+class Stream:
+    """Replaces torch.cuda.Stream. There is no order to keep, because the twin computes at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _wait("Stream.synchronize")
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Event()
+
+    def query(self) -> bool:
+        return True
+
+
+class Event:
+    """Replaces torch.cuda.Event."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        _wait("Event.synchronize")
+
+
+def _wait(name: str, *_: Any) -> None:
+    counters.add(WAIT, name)
+    refuse_while_recording(f"{name} waits for the device")
+
+
+def replace_torch_cuda() -> None:
+    """Makes torch.cuda describe one H100 whose streams, events and graphs are the twin's."""
+    functions: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": NAME,
+        "get_device_capability": (9, 0),
+        "get_device_properties": Properties(),
+        "mem_get_info": (70 << 30, 80 << 30),
+        "max_memory_allocated": 0,
+        "memory_allocated": 0,
+        "current_stream": Stream(),
+        "default_stream": Stream(),
+        "stream": contextlib.nullcontext(),
+        "device": contextlib.nullcontext(),
+        "device_of": contextlib.nullcontext(),
+    }
+    for name in ("_lazy_init", "init", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        functions[name] = None
+    replaced = {name: _constant(value) for name, value in functions.items()} | {
+        "synchronize": lambda *_: _wait("synchronize"),
+        "is_current_stream_capturing": lambda: Graph.recording is not None,
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": record,
+    }
+    for name, value in replaced.items():
+        setattr(torch.cuda, name, value)
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def replace_tensor_functions() -> None:
+    """torch.tensor(..., device="cuda") would make memory on a real device; here it copies a CPU tensor."""
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
+        setattr(owner, name, _made_on_cpu(getattr(owner, name), owner is Tensor))
+
+
+def _made_on_cpu(make: Callable[..., Tensor], method: bool) -> Callable[..., Tensor]:
+    def made(*args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
+        if method and args[0].is_cuda:
+            device, args = device or args[0].device, (torch.empty(0, dtype=args[0].dtype), *args[1:])
+        elif not method and isinstance(args[0], Tensor) and device is None:
+            device = args[0].device
+        data = make(*args, **kwargs)
+        data = data if device is None else data.to(device)
+        return data.requires_grad_() if requires_grad else data
+
+    return made

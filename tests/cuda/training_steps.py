@@ -1,0 +1,89 @@
+"""What one training step asks of a CUDA device: python tests/cuda/run_twin.py tests/cuda/training_steps.py
+
+Prints the counts of 8 steps, of the images on the device and on the CPU, and how far the weights are from those of a
+CPU. Each training records its graphs first, so two trainings of different length are subtracted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from counters import counters
+
+from tadperf.config import NetConfig
+from tadperf.data.images import ImageSubset, LazyImages
+from tadperf.data.normalise import fit_normaliser
+from tadperf.experts.train import train_expert
+from tadperf.nets import training
+from tadperf.nets.architectures import build
+from tadperf.nets.flat import FlatNet
+from tadperf.nets.problem import Problem
+from tadperf.nets.training import Recipe
+
+NET = NetConfig.model_validate({"width": 4, "depth": 1})
+RECIPE = Recipe(2, 5, 0.05, 0.9, 5e-4, "color_crop_cutout_flip_scale_rotate", decay=False)
+COUNT = 20  # 4 batches of 5
+PIXELS = torch.randint(0, 256, (COUNT + 1, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+LABELS, WEIGHTS = torch.arange(COUNT) % 3, torch.arange(1.0, COUNT + 1)
+
+
+def case(name: str, device: str) -> dict[str, Any]:
+    """Returns the images, labels and weights of a case."""
+    normaliser, rows = fit_normaliser(PIXELS), torch.arange(COUNT) + 1
+    images = normaliser(PIXELS).to(device)
+    values: dict[str, Any] = {"images": images[1:], "labels": LABELS, "weights": None}
+    if name == "weights":
+        values |= {"weights": WEIGHTS}
+    if name == "soft":
+        values |= {"labels": torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(1))}
+    if name == "subset":
+        values |= {"images": ImageSubset(images, rows)}
+    if name == "pixels on the device":
+        values |= {"images": LazyImages(normaliser, PIXELS[1:].to(device), device)}
+    if name == "pixels on the CPU":
+        values |= {"images": LazyImages(normaliser, PIXELS[1:], device)}
+    return values
+
+
+def train(name: str, device: str, epochs: int) -> tuple[torch.Tensor, dict[str, int]]:
+    """Returns the weights after some epochs, and the counts of the training."""
+    recipe, values = RECIPE._replace(epochs=epochs, rho=0.1 if name == "gsam" else 0.0, alpha=0.3), case(name, device)
+    module = build(NET, (3, 8, 8), 3, 0).to(device)
+    counters.reset()
+    training.fit(module, values["images"], values["labels"], recipe, 0, weights=values["weights"])
+    counts = dict(counters.counts)
+    return FlatNet(module).flatten().cpu(), counts
+
+
+def steps(name: str) -> dict[str, Any]:
+    """Returns the counts of the last 8 steps of 16 (2 epochs of 4), and the error of the weights."""
+    training.DEVICE_DRAWS = COUNT  # an upload for every epoch
+    (_, short), (weights, counts), (expected, _) = train(name, "cuda", 2), train(name, "cuda", 4), train(name, "cpu", 4)
+    return {"counts": difference(counts, short), "error": float((weights - expected).norm() / expected.norm())}
+
+
+def difference(counts: dict[str, int], others: dict[str, int]) -> dict[str, int]:
+    return {kind: counts[kind] - others.get(kind, 0) for kind in counts}
+
+
+def expert() -> dict[str, Any]:
+    """Returns the counts of 2 epochs of an expert, whose snapshots go to the CPU, and the error of the snapshots."""
+    found = {}
+    for device, epochs in (("cuda", 2), ("cuda", 4), ("cpu", 4)):
+        images = case("plain", device)["images"]
+        problem = Problem(images, LABELS, ("a", "b", "c"), NET, RECIPE.augment, 0, torch.device(device))
+        counters.reset()
+        snapshots, accuracy = train_expert(problem, RECIPE._replace(epochs=epochs), 0)
+        found[device, epochs] = snapshots, accuracy, dict(counters.counts)
+    (ours, score, counts), (exact, expected, _) = found["cuda", 4], found["cpu", 4]
+    assert score == expected
+    error = float((ours - exact).norm() / exact.norm())
+    return {"counts": difference(counts, found["cuda", 2][2]), "error": error}
+
+
+CASES = ("plain", "weights", "soft", "gsam", "subset", "pixels on the device", "pixels on the CPU")
+
+if __name__ == "__main__":
+    print(json.dumps({name: steps(name) for name in CASES} | {"expert": expert()}))
