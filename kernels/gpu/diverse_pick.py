@@ -1,4 +1,16 @@
-"""`diverse_pick` in Triton: one program handles the anomalies of one class in order."""
+"""`diverse_pick` in Triton: matrix products give the cosines, and a short scan picks the winners of a class in order.
+
+The anomalies of a class are handled in panels. The order of the picks matters within a panel only:
+
+    join_kernel   raises the largest cosine of each candidate by its cosines with the qualified images of its class
+    gram_kernel   writes the cosines of the candidates of a panel with each other
+    scan_kernel   picks the winners of the panel, one program for each class; a pick reads the cosines of K candidates
+                  with the earlier winners of the panel
+    join_kernel   raises the largest cosines of the candidates of later panels by their cosines with these winners
+
+All classes run at the same time. No sum depends on the grid, so every run gives the same bits. The candidates of one
+anomaly meet an image in the same kernel, so equal candidates have equal cosines.
+"""
 
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
 # pyright: reportCallIssue=false
@@ -12,114 +24,168 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tadperf.kernels.gpu import on_device
+from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.shared import unit_rows
 
+GRAM = 2**26  # cosines of candidates with each other in memory at a time, 256 MB; not tuned
+
 
 @triton.jit
-def largest_cosines(
-    row_ptrs, row_mask, units_ptr, others, other_mask, largest, n_features,
-    ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr,
+def cosine_tile(
+    units_ptr, row, row_mask, others_ptr, other, other_mask, n_features,
+    ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns `largest` [ROWS], updated with each unit row's cosines with the rows `others` of `units_ptr`."""
+    """Returns the dot products [ROWS, OTHERS] of the rows `row` of units with the rows `other` of others."""
     cosines = tl.zeros((ROWS, OTHERS), tl.float32)
     for start in range(0, n_features, DEPTH):
         feature = start + tl.arange(0, DEPTH)
         inside = feature < n_features
-        a = tl.load(row_ptrs[:, None] + feature[None, :], mask=row_mask[:, None] & inside[None, :], other=0)
-        b_ptrs = units_ptr + others[None, :] * n_features + feature[:, None]
+        a_ptrs = units_ptr + row[:, None] * n_features + feature[None, :]
+        b_ptrs = others_ptr + other[None, :] * n_features + feature[:, None]
+        a = tl.load(a_ptrs, mask=row_mask[:, None] & inside[None, :], other=0)
         b = tl.load(b_ptrs, mask=other_mask[None, :] & inside[:, None], other=0)
-        cosines = tl.dot(a, b, cosines, input_precision="ieee")
-    return tl.maximum(largest, tl.max(tl.where(other_mask[None, :], cosines, float("-inf")), 1))
+        cosines = tl.dot(a, b, cosines, input_precision=PRECISION)
+    return cosines
 
 
 @triton.jit
-def best_candidate(
-    anomaly, begin, end, first, place, units_ptr, scores_ptr, pooled_ptr, qualified_ptr, usable_ptr, rows_ptr, weight,
-    n_candidates, n_features, ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Returns the row and the similarity of the winner of one anomaly; the row is -1 if there is no winner.
-
-    The class holds the qualified images begin..end, and the winners of the anomalies first..place.
-    """
-    best = tl.full((), -1, tl.int64)
-    best_value = tl.full((), float("-inf"), tl.float64)
-    similarity = tl.full((), float("nan"), tl.float32)
-    for start in range(0, n_candidates, ROWS):
-        candidate = start + tl.arange(0, ROWS)
-        row = anomaly * n_candidates + candidate
-        valid = candidate < n_candidates
-        valid = valid & (tl.load(pooled_ptr + row, mask=valid, other=0) != 0)
-        row_ptrs = units_ptr + row * n_features
-        largest = tl.full((ROWS,), float("-inf"), tl.float32)
-        for base in range(begin, end, OTHERS):
-            other = base + tl.arange(0, OTHERS)
-            usable = tl.load(usable_ptr + other, mask=other < end, other=0) != 0
-            largest = largest_cosines(
-                row_ptrs, valid, qualified_ptr, other, usable, largest, n_features, ROWS, OTHERS, DEPTH
-            )
-        for base in range(first, place, OTHERS):
-            winner = base + tl.arange(0, OTHERS)
-            other = tl.load(rows_ptr + winner, mask=winner < place, other=-1)
-            largest = largest_cosines(
-                row_ptrs, valid, units_ptr, tl.maximum(other, 0), other >= 0, largest, n_features, ROWS, OTHERS, DEPTH
-            )
-        score = tl.load(scores_ptr + row, mask=valid, other=float("-inf"))
-        distance = 1 - largest.to(tl.float64)
-        value = tl.where(weight != weight, distance, score + weight * distance)
-        empty_class = tl.max(largest) == float("-inf")
-        value = tl.where(valid, tl.where(empty_class, score, value), float("-inf"))
-        highest = tl.max(value)
-        lowest_row = tl.min(tl.where(value == highest, row, row + ROWS))  # among equal values
-        better = highest > best_value
-        best = tl.where(better, lowest_row, best)
-        similarity = tl.where(better, tl.max(tl.where(row == lowest_row, largest, float("-inf"))), similarity)
-        best_value = tl.where(better, highest, best_value)
-    return best, similarity
-
-
-@triton.jit
-def diverse_pick_kernel(
+def join_kernel(
     units_ptr,  # unit rows of the candidates, float32 [A, K, D]
-    scores_ptr,  # float64 [A, K]; -inf and NaN never win
-    pooled_ptr,  # int8 [A, K]: whether a candidate is in the pool
     order_ptr,  # int64 [A]: anomalies sorted by class, and by index within a class
-    classes_ptr,  # int64 [A], sorted
-    qualified_ptr,  # unit rows, float32 [Q, D], sorted by class
-    usable_ptr,  # int8 [Q]
-    begins_ptr,  # int64 [A]: where the qualified images of the class begin
-    ends_ptr,  # int64 [A]: where they end
-    rows_ptr,  # int64 [A], in sorted order: row of the winner, -1 if there is none
-    index_ptr,
-    similarity_ptr,
-    weight_ptr,  # float64 [1]; NaN ignores the score
-    n_anomalies,
+    begins_ptr,  # int64 [classes]: where the anomalies of a class begin in this order
+    ends_ptr,
+    others_ptr,  # unit rows, float32 [Q or A K, D]
+    table_ptr,  # int64: rows of others, sorted by class; -1 is no row
+    other_begins_ptr,  # int64 [classes]: where the part of a class begins in the table
+    other_ends_ptr,
+    largest_ptr,  # float32 [A, K]: the largest cosine of each candidate
+    first_place,  # the first anomaly of a class that is updated
+    first_other,  # the first entry of the part of a class that is read
+    n_others,  # the number of entries that are read
     n_candidates,
     n_features,
     ROWS: tl.constexpr,
     OTHERS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Handles all anomalies of a class, if anomaly `program_id` is the first of its class. Otherwise does nothing."""
-    first = tl.program_id(0).to(tl.int64)
-    label = tl.load(classes_ptr + first)
-    if tl.load(classes_ptr + first - 1, mask=first > 0, other=label - 1) != label:
-        begin, end, weight = tl.load(begins_ptr + first), tl.load(ends_ptr + first), tl.load(weight_ptr)
-        place = first
-        same_class = True
-        while same_class:
-            anomaly = tl.load(order_ptr + place)
-            best, similarity = best_candidate(  # pyright: ignore[reportGeneralTypeIssues]
-                anomaly, begin, end, first, place, units_ptr, scores_ptr, pooled_ptr, qualified_ptr, usable_ptr,
-                rows_ptr, weight, n_candidates, n_features, ROWS, OTHERS, DEPTH,
-            )  # fmt: skip
-            tl.store(index_ptr + anomaly, tl.where(best < 0, best, best - anomaly * n_candidates))
-            tl.store(similarity_ptr + anomaly, similarity)
-            tl.store(rows_ptr + place, best)
-            tl.debug_barrier()  # other threads of this program read the row for the next anomaly
-            place += 1
-            same_class = tl.load(classes_ptr + place, mask=place < n_anomalies, other=label - 1) == label
+    """Raises `largest` of ROWS candidates of one class by their cosines with entries of the table."""
+    label = tl.program_id(1)
+    begin = tl.load(begins_ptr + label) + first_place
+    candidate = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = begin + candidate // n_candidates
+    row_mask = place < tl.load(ends_ptr + label)
+    row = tl.load(order_ptr + place, row_mask, other=0) * n_candidates + candidate % n_candidates
+    other_begin = tl.load(other_begins_ptr + label) + first_other
+    other_end = tl.minimum(other_begin + n_others, tl.load(other_ends_ptr + label))
+    if begin + tl.program_id(0) * ROWS // n_candidates < tl.load(ends_ptr + label):
+        largest = tl.full((ROWS,), -float("inf"), tl.float32)
+        for base in range(other_begin, other_end, OTHERS):
+            entry = base + tl.arange(0, OTHERS)
+            other = tl.load(table_ptr + entry, entry < other_end, other=-1)
+            cosines = cosine_tile(
+                units_ptr, row, row_mask, others_ptr, other, other >= 0, n_features, ROWS, OTHERS, DEPTH, PRECISION
+            )
+            largest = tl.maximum(largest, tl.max(tl.where((other >= 0)[None, :], cosines, -float("inf")), 1))
+        largest = tl.maximum(largest, tl.load(largest_ptr + row, row_mask, other=0))
+        tl.store(largest_ptr + row, largest, row_mask)
+
+
+@triton.jit
+def gram_kernel(
+    units_ptr, order_ptr, begins_ptr, ends_ptr, gram_ptr, first_place, n_places, n_candidates, n_features,
+    ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of gram [classes, P K, P K]: the cosines of the candidates of a panel with those after them."""
+    label = tl.program_id(2).to(tl.int64)
+    begin = tl.load(begins_ptr + label) + first_place
+    size = n_places * n_candidates
+    filled = tl.minimum(tl.load(ends_ptr + label) - begin, n_places) * n_candidates
+    first, last = tl.program_id(0) * ROWS, tl.program_id(1) * OTHERS + OTHERS - 1
+    if (first < last) & (first < filled) & (tl.program_id(1) * OTHERS < filled):
+        a, b = first + tl.arange(0, ROWS), tl.program_id(1) * OTHERS + tl.arange(0, OTHERS)
+        row = tl.load(order_ptr + begin + a // n_candidates, a < filled, other=0) * n_candidates + a % n_candidates
+        other = tl.load(order_ptr + begin + b // n_candidates, b < filled, other=0) * n_candidates + b % n_candidates
+        cosines = cosine_tile(
+            units_ptr, row, a < filled, units_ptr, other, b < filled, n_features, ROWS, OTHERS, DEPTH, PRECISION
+        )
+        to = gram_ptr + label * size * size + a[:, None].to(tl.int64) * size + b[None, :]
+        tl.store(to, cosines, (a < size)[:, None] & (b < size)[None, :])  # the rest is 0 and is not read
+
+
+@triton.jit
+def best_candidate(
+    anomaly, place, winners, gram_ptr, largest_ptr, scores_ptr, pooled_ptr, weight, size, n_candidates,
+    CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Returns the index and the similarity of the winner of one anomaly; the index is -1 if there is no winner.
+
+    place: of the anomaly in its panel. winners [PLACES]: rows of the earlier winners in gram [P K, P K], or -1.
+    """
+    best = tl.full((), -1, tl.int32)
+    best_value = tl.full((), float("-inf"), tl.float64)
+    similarity = tl.full((), float("nan"), tl.float32)
+    for start in range(0, n_candidates, CANDIDATES):
+        candidate = start + tl.arange(0, CANDIDATES)
+        inside = candidate < n_candidates
+        at = anomaly * n_candidates + candidate
+        gram_ptrs = gram_ptr + winners[:, None].to(tl.int64) * size + (place * n_candidates + candidate)[None, :]
+        cosines = tl.load(gram_ptrs, (winners >= 0)[:, None] & inside[None, :], other=float("-inf"))
+        largest = tl.maximum(tl.load(largest_ptr + at, inside, other=float("-inf")), tl.max(cosines, 0))
+        valid = inside & (tl.load(pooled_ptr + at, mask=inside, other=0) != 0)
+        largest = tl.where(valid, largest, float("-inf"))
+        score = tl.load(scores_ptr + at, mask=valid, other=float("-inf"))
+        distance = 1 - largest.to(tl.float64)
+        value = tl.where(weight != weight, distance, score + weight * distance)
+        empty_class = tl.max(largest) == float("-inf")
+        value = tl.where(valid, tl.where(empty_class, score, value), float("-inf"))
+        highest = tl.max(value)
+        lowest = tl.min(tl.where(value == highest, candidate, n_candidates))  # among equal values
+        better = highest > best_value
+        best = tl.where(better, lowest, best)
+        similarity = tl.where(better, tl.max(tl.where(candidate == lowest, largest, float("-inf"))), similarity)
+        best_value = tl.where(better, highest, best_value)
+    return best, similarity
+
+
+@triton.jit
+def scan_kernel(
+    gram_ptr,  # float32 [classes, P K, P K]
+    largest_ptr,  # float32 [A, K], without the winners of this panel
+    scores_ptr,  # float64 [A, K]; -inf and NaN never win
+    pooled_ptr,  # int8 [A, K]: whether a candidate is in the pool
+    order_ptr,
+    begins_ptr,
+    ends_ptr,
+    rows_ptr,  # int64 [A], in sorted order: row of the winner, -1 if there is none
+    index_ptr,
+    similarity_ptr,
+    weight_ptr,  # float64 [1]; NaN ignores the score
+    first_place,
+    n_places,
+    n_candidates,
+    PLACES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """Picks the winners of one panel of one class, one anomaly after another."""
+    label = tl.program_id(0).to(tl.int64)
+    begin = tl.load(begins_ptr + label) + first_place
+    size = n_places * n_candidates
+    gram_ptr += label * size * size
+    weight = tl.load(weight_ptr)
+    winners = tl.full((PLACES,), -1, tl.int32)
+    for place in range(0, tl.minimum(tl.load(ends_ptr + label) - begin, n_places).to(tl.int32)):
+        anomaly = tl.load(order_ptr + begin + place)
+        best, similarity = best_candidate(  # pyright: ignore[reportGeneralTypeIssues]
+            anomaly, place, winners, gram_ptr, largest_ptr, scores_ptr, pooled_ptr, weight, size, n_candidates,
+            CANDIDATES,
+        )  # fmt: skip
+        tl.store(index_ptr + anomaly, best.to(tl.int64))
+        tl.store(similarity_ptr + anomaly, similarity)
+        tl.store(rows_ptr + begin + place, tl.where(best < 0, -1, anomaly * n_candidates + best))
+        row = tl.where(best < 0, -1, place * n_candidates + best)
+        winners = tl.where(tl.arange(0, PLACES) == place, row, winners)
 
 
 def _pool(scores: Tensor, usable: Tensor, top_k: int | None) -> Tensor:
@@ -131,6 +197,11 @@ def _pool(scores: Tensor, usable: Tensor, top_k: int | None) -> Tensor:
     return torch.zeros_like(usable).scatter_(-1, ranked[:, :top_k], True) & usable
 
 
+def panel_size(largest_class: int, classes: int, choices: int, limit: int) -> int:
+    """Returns the number of anomalies of each class in a panel: at most `limit`, and its cosines fit into GRAM."""
+    return max(1, min(largest_class, limit, math.isqrt(GRAM // classes) // choices))
+
+
 def diverse_pick(
     candidates: Tensor,
     scores: Tensor,
@@ -140,39 +211,49 @@ def diverse_pick(
     top_k: int | None,
     weight: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns index and similarity [A]. A, K and D must be 1 or more."""
-    count, choices, size = candidates.shape
+    """Returns index and similarity [A]. A, K and D must be 1 or more. Waits for the device to read the class sizes."""
+    count, choices, width = candidates.shape
     units, usable = unit_rows(candidates)
+    units, device = units.contiguous(), candidates.device
     scores = scores.double().contiguous()
-    pooled = _pool(scores, usable, top_k)
+    pooled = _pool(scores, usable, top_k).to(torch.int8)
     sorted_classes, order = classes.long().sort(stable=True)
+    labels, sizes = sorted_classes.unique_consecutive(return_counts=True)
+    ends = sizes.cumsum(0)
+    spans = order, ends - sizes, ends
     held, held_order = qualified_classes.long().sort(stable=True)
     held_units, held_usable = unit_rows(qualified[held_order])
-    index, rows = torch.empty_like(order), torch.empty_like(order)
-    similarity = units.new_empty(count)
-    config = launch_config("diverse_pick", candidates.device, choices)
+    held_rows = torch.where(held_usable, torch.arange(len(held), device=device), -1)
+    held_spans = torch.searchsorted(held, labels), torch.searchsorted(held, labels, right=True)
+    rows, index = torch.empty_like(order), torch.empty_like(order)
+    similarity, largest = units.new_empty(count), units.new_full((count, choices), -math.inf)
+    share = torch.full((1,), math.nan if weight is None else weight, dtype=torch.float64, device=device)
+    config = dict(launch_config("diverse_pick", device, choices))
+    most, per_panel = int(sizes.max()), config.pop("places")
+    places, scan = panel_size(most, len(labels), choices, per_panel), config.pop("candidates")
+    gram = units.new_empty(len(labels) * (places * choices) ** 2 if places > 1 else 0)
+    config = {key.upper() if key in ("rows", "others", "depth") else key: value for key, value in config.items()}
+
+    def join(begin: int, others: Tensor, table: Tensor, other_spans: tuple[Tensor, Tensor], *part: int) -> None:
+        grid = triton.cdiv((most - begin) * choices, config["ROWS"]), len(labels)
+        join_kernel[grid](
+            units, *spans, others, table, *other_spans, largest, begin, *part, choices, width,
+            PRECISION=MATMUL_PRECISION, **config,
+        )  # fmt: skip
+
+    tiles = triton.cdiv(places * choices, config["ROWS"]), triton.cdiv(places * choices, config["OTHERS"])
     with on_device(candidates):
-        diverse_pick_kernel[(count,)](
-            units.contiguous(),
-            scores,
-            pooled.to(torch.int8),
-            order,
-            sorted_classes,
-            held_units.contiguous(),
-            held_usable.to(torch.int8),
-            torch.searchsorted(held, sorted_classes),
-            torch.searchsorted(held, sorted_classes, right=True),
-            rows,
-            index,
-            similarity,
-            torch.full((1,), math.nan if weight is None else weight, dtype=torch.float64, device=units.device),
-            count,
-            choices,
-            size,
-            ROWS=config["rows"],
-            OTHERS=config["others"],
-            DEPTH=config["depth"],
-            num_warps=config["num_warps"],
-            num_stages=1,  # the row of a winner must not be fetched before it is known
-        )
+        join(0, held_units.contiguous(), held_rows, held_spans, 0, len(held))
+        for begin in range(0, most, places):
+            if places > 1:
+                gram_kernel[(*tiles, len(labels))](
+                    units, *spans, gram, begin, places, choices, width, PRECISION=MATMUL_PRECISION, **config
+                )
+            scan_kernel[(len(labels),)](
+                gram, largest, scores, pooled, *spans, rows, index, similarity, share, begin, places, choices,
+                PLACES=triton.next_power_of_2(places), CANDIDATES=min(scan, triton.next_power_of_2(choices)),
+                num_warps=config["num_warps"],
+            )  # fmt: skip
+            if begin + places < most:
+                join(begin + places, units, rows, spans[1:], begin, places)
     return index, similarity

@@ -53,20 +53,56 @@ def test_triton_on_hard_values(case):
     np.testing.assert_array_equal(similarity, expected.similarity)
 
 
-@pytest.mark.parametrize("entry", launch_configs.shipped("diverse_pick"))
-def test_triton_compiles_without_spills(aot, entry):
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("places", "candidates"), [(1, 4), (2, 2), (3, 64), (32, 64)])
+@pytest.mark.parametrize("options", [(None, None), (3, None), (None, 0.5)])
+def test_panels_and_chunks_do_not_change_the_winners(places, candidates, options):
+    """Compares with float64: classes of 1 to 23 anomalies, so panels are full, partly filled or empty."""
     from tadperf.kernels.gpu import diverse_pick as triton_kernels
 
-    floats = dict.fromkeys(("units_ptr", "qualified_ptr", "similarity_ptr"), "*fp32")
-    longs = dict.fromkeys(("order_ptr", "classes_ptr", "begins_ptr", "ends_ptr", "rows_ptr", "index_ptr"), "*i64")
-    flags = {"pooled_ptr": "*i8", "usable_ptr": "*i8", "scores_ptr": "*fp64", "weight_ptr": "*fp64"}
-    numbers = dict.fromkeys(("n_anomalies", "n_candidates", "n_features"), "i32")
-    constexprs = {"ROWS": entry["rows"], "OTHERS": entry["others"], "DEPTH": entry["depth"]}
-    found = aot(
-        triton_kernels.diverse_pick_kernel,
-        floats | longs | flags | numbers,
-        constexprs,
-        num_warps=entry["num_warps"],
-        num_stages=1,
-    )
-    assert {name: usage.spills for name, usage in found.items() if usage.spills} == {}
+    case = random_case(40, 7, 30, 20, 3)
+    case[3][:23] = 1
+    case[3][39] = 9  # a class without a qualified image and with one anomaly
+    index, similarity, gap = truth(*case, *options)
+    assert gap > 1e-5
+    with launch_configs.override(lambda _, __, entry: {**entry, "places": places, "candidates": candidates}):
+        results = triton_kernels.diverse_pick(*case, *options)
+    assert results[0].tolist() == index.tolist()
+    np.testing.assert_allclose(results[1].numpy(), similarity, atol=1e-6)
+
+
+def test_panel_size(monkeypatch):
+    from tadperf.kernels.gpu import diverse_pick as triton_kernels
+
+    assert triton_kernels.panel_size(50, 100, 10, 32) == 32
+    assert triton_kernels.panel_size(5, 100, 10, 32) == 5
+    monkeypatch.setattr(triton_kernels, "GRAM", 100 * 70**2)
+    assert triton_kernels.panel_size(50, 100, 10, 32) == 7
+    assert triton_kernels.panel_size(50, 100, 1000, 32) == 1
+
+
+FLOATS = dict.fromkeys(("units_ptr", "others_ptr", "gram_ptr", "largest_ptr", "similarity_ptr"), "*fp32")
+LONGS = dict.fromkeys(
+    ("order_ptr", "begins_ptr", "ends_ptr", "table_ptr", "other_begins_ptr", "other_ends_ptr"), "*i64"
+)
+LONGS |= dict.fromkeys(("rows_ptr", "index_ptr"), "*i64")
+OTHERS = {"pooled_ptr": "*i8", "scores_ptr": "*fp64", "weight_ptr": "*fp64"}
+SIZES = ("first_place", "first_other", "n_others", "n_places", "n_candidates", "n_features")
+TYPES = FLOATS | LONGS | OTHERS | dict.fromkeys(SIZES, "i32")
+
+
+@pytest.mark.parametrize("entry", launch_configs.shipped("diverse_pick"))
+@pytest.mark.parametrize("name", ["join_kernel", "gram_kernel", "scan_kernel"])
+def test_triton_compiles_without_spills(aot, entry, name):
+    from tadperf.kernels.gpu import diverse_pick as triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    signature = {argument: TYPES[argument] for argument in kernel.arg_names if argument in TYPES}
+    for backend, precision in (("cuda", "tf32x3"), ("hip", "ieee")):
+        constants = {key.upper(): value for key, value in entry.items()} | {"PRECISION": precision}
+        constexprs = {argument: constants[argument] for argument in kernel.arg_names if argument not in TYPES}
+        options = {"num_warps": entry["num_warps"]}
+        if name != "scan_kernel":
+            options["num_stages"] = entry["num_stages"]
+        found = aot(kernel, signature, constexprs, backend=backend, **options)
+        assert {target: usage.spills for target, usage in found.items() if usage.spills} == {}

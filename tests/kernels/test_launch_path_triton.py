@@ -71,15 +71,17 @@ print(*sorted(set(launched)))
 KERNELS = {
     "backward_kernel",
     "block_sums_kernel",
-    "diverse_pick_kernel",
     "forward_kernel",
     "gradient_kernel",
+    "gram_kernel",
+    "join_kernel",
     "linear_kernel",
     "loss_gradient_kernel",
     "merge_kernel",
     "mixture_kernel",
     "per_sample_kernel",
     "rank_kernel",
+    "scan_kernel",
     "segment_sums_kernel",
     "whiten_kernel",
 }
