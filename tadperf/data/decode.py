@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from tadperf.data import mapped
+from tadperf.data.deep_images import colour_channels, read_words, words_to_image
 from tadperf.data.parsing import is_lfs_pointer, reason
 from tadperf.data.pixels import channels_first, fit_square
 from tadperf.errors import DataWarning, UserError, warn_user
@@ -99,7 +100,8 @@ FORMATS = (
     "XPM",
     "MSP",
 )
-DEEP_MODES = ("I", "F")  # the first letter of Pillow's modes with more than 8 bits per channel: I;16, I;16B, I, F
+
+DEEP_MODES = ("I", "F")  # the first letter of Pillow's modes with more than 8 bits in one channel: I;16, I;16B, I, F
 
 
 class Encoded(NamedTuple):
@@ -224,6 +226,8 @@ def _decode_one(data: bytes | Path, image_size: int | None, depth: BitDepth) -> 
         with _open(data) as image:
             if image.mode.startswith(DEEP_MODES):
                 image = Image.fromarray(_scale_to_bytes(np.asarray(image), depth()))
+            elif (words := read_words(image, lambda: _open(data))) is not None:
+                image = _on_ground(words_to_image(words, depth(), image.info.get("transparency")))
             elif "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
                 image = _on_ground(image)
             else:
@@ -268,9 +272,13 @@ def _bits_of_image(image: Encoded) -> int:
     """Returns the bits that an image needs: 0 for floats in 0..1 and for images of 8 bits, else at least 8."""
     try:
         with _open(image.data) as opened:
-            if not opened.mode.startswith(DEEP_MODES):
+            if opened.mode.startswith(DEEP_MODES):
+                values = np.asarray(opened)
+            elif (words := read_words(opened, lambda: _open(image.data))) is not None:
+                values = colour_channels(words)
+            else:
                 return 0
-            highest = float(np.asarray(opened).max(initial=0))
+            highest = float(values.max(initial=0))
             if opened.mode == "F" and highest <= 1:
                 return 0
             return max(8, int(np.ceil(highest)).bit_length())

@@ -19,7 +19,7 @@ from tadperf.files import cache_folder
 
 SHARE = 0.25  # of the machine's memory; larger sets are mapped, and several processes share the mapped file
 ROWS = 1024  # images copied at a time
-VERSION = 2  # of the decoded pixels; part of every name, so that older files are not used
+VERSION = 3  # of the decoded pixels; part of every name, so that older files are not used
 
 
 def memory_bytes() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,74 @@ def test_negative_and_non_finite_pixels_are_refused(read, value):
 def test_deep_images_do_not_change_the_scale_of_8_bit_images(read):
     images = read(a_png=grey(7, 250), b_png=grey(16, 4095, dtype=np.uint16))
     assert images[:, 0, 0].tolist() == [[7, 250], [1, 255]]
+
+
+def png(pixels: np.ndarray, transparent: tuple[int, ...] = ()) -> bytes:
+    """Returns a PNG file with 16 bits per channel, which Pillow cannot write. pixels: [H, W, C]."""
+    height, width, channels = pixels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(transparent)}H", *transparent),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+        if data or name == b"IEND"
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(pixels: np.ndarray, order: str, compressed: bool) -> bytes:
+    """Returns a TIFF file with 16 bits per channel in one strip. order: "<" or ">"."""
+    height, width, channels = pixels.shape
+    data = pixels.astype(order + "u2").tobytes()
+    data = zlib.compress(data) if compressed else data
+    tags = {256: width, 257: height, 259: 8 if compressed else 1, 262: 2, 277: channels, 278: height, 279: len(data)}
+    tags |= {338: 2} if channels == 4 else {}
+    end = 8 + 2 + 12 * (len(tags) + 2) + 4
+    tags |= {258: end, 273: end + 2 * channels}
+    entries = [
+        struct.pack(order + "HHII", tag, 3 if tag == 258 else 4, channels if tag == 258 else 1, tags[tag])
+        for tag in sorted(tags)
+    ]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
+    bits = struct.pack(order + f"{channels}H", *[16] * channels)
+    return head + b"".join(entries) + struct.pack(order + "I", 0) + bits + data
+
+
+DEEP_FILES = {
+    "png": png,
+    "tif little": lambda pixels: tiff(pixels, "<", False),
+    "tif big": lambda pixels: tiff(pixels, ">", False),
+    "tif little compressed": lambda pixels: tiff(pixels, "<", True),
+    "tif big compressed": lambda pixels: tiff(pixels, ">", True),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP_FILES)
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colour_with_16_bits_per_channel_is_scaled_by_the_bits_that_the_set_uses(read, kind, bits, channels):
+    pixels = np.random.default_rng(0).integers(0, 2**bits, (5, 7, channels), np.uint16)
+    pixels[0, 0], pixels[..., 3:] = 2**bits - 1, 65535
+    dark = np.full_like(pixels, 65535)
+    dark[..., :3] = pixels[..., :3] // 8
+    name = kind[:3]
+    images = read(**{f"a_{name}": DEEP_FILES[kind](pixels), f"b_{name}": DEEP_FILES[kind](dark)})
+    for image, source in zip(images, (pixels, dark), strict=True):
+        assert torch.equal(image, torch.from_numpy((source[..., :3] >> (bits - 8)).astype(np.uint8)).permute(2, 0, 1))
+
+
+def test_transparency_with_16_bits_per_channel(read):
+    grey = np.array([[[4095, 65535], [4095, 0], [16, 65535]]], np.uint16)
+    assert read(a_png=png(grey)).tolist() == [[[[255, GROUND, 1]]]]
+    colour = np.array([[[4095, 0, 16, 65535], [4095, 0, 0, 0]]], np.uint16)
+    assert read(b_png=png(colour))[0, :, 0].T.tolist() == [[255, 0, 1], [GROUND] * 3]
+    keyed = np.array([[[4095, 0, 16], [4095, 0, 17]]], np.uint16)  # the two colours differ in the low byte alone
+    assert read(c_png=png(keyed, (4095, 0, 17)))[0, :, 0].T.tolist() == [[255, 0, 1], [GROUND] * 3]
 
 
 def test_at_most_twenty_broken_images_are_named(read):
