@@ -16,15 +16,15 @@ class GraphedStep:
 
     The first call with new shapes or constants runs the step without a graph on a side stream, as the warm-up that
     recording needs. The second call records the graph. If recording fails, there is one warning and all calls run the
-    step without a graph. Everything runs on the device of the first tensor. CUDA only.
+    step without a graph. Everything runs on `device`, by default that of the first tensor. CUDA only.
     """
 
-    def __init__(self, step: StepFunction) -> None:
-        self.step, self.failed = step, False
+    def __init__(self, step: StepFunction, device: torch.device | None = None) -> None:
+        self.step, self.device, self.failed = step, device, False
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
 
     def __call__(self, *values: Tensor | Hashable) -> None:
-        device = next(value.device for value in values if isinstance(value, Tensor))
+        device = self.device or next(value.device for value in values if isinstance(value, Tensor))
         with torch.cuda.device(device):  # streams and graphs belong to the current device
             self._run(values)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tadperf import seeds
 from tadperf.compute import ranks
+from tadperf.compute.transfer import Download
 from tadperf.compute.workers import run_parallel
 from tadperf.config import ExpertConfig
 from tadperf.experts import store
@@ -29,13 +30,17 @@ def train_expert(problem: Problem, recipe: Recipe, seed: int) -> tuple[Tensor, f
     """
     module = build(problem.net, problem.shape, problem.num_classes, seed).to(problem.device)
     flat = FlatNet(module)
-    snapshots = [flat.flatten().cpu()]
+    snapshots: list[Tensor] = []
+    latest = Download(flat.flatten())
 
     def keep(epoch: int) -> None:
-        snapshots.append(flat.flatten().cpu())
+        nonlocal latest
+        before, latest = latest, Download(flat.flatten())
+        snapshots.append(before.read().clone())  # one epoch late, so that CUDA never runs out of work
 
     images, labels = problem.images, problem.labels
     training.fit(module, images, labels, recipe, seed, keep, problem.weights)
+    snapshots.append(latest.read())
     classes = labels.argmax(1) if labels.is_floating_point() else labels
     return torch.stack(snapshots), training.accuracy(module, images, classes)
 

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from tadperf import seeds
 from tadperf.compute.cuda_graphs import GraphedStep
 from tadperf.data import augment
-from tadperf.data.images import Images
+from tadperf.data.image_draws import ImageDraws
+from tadperf.data.images import Images, first_image, index_device
 from tadperf.errors import UserError
 from tadperf.kernels import per_sample
+from tadperf.nets.device_batches import DeviceBatches
 from tadperf.nets.fused import fused_forward
 
 CACHE_ACTIVATIONS = 1 << 22  # activations of the widest layer that fit into the CPU's caches
 # The number of pixel values that are augmented in one call, and of those whose augmentations are drawn in one call.
 # Changing it changes the bits of every result, because it decides how many epochs share one call to `augment.draw`.
 DRAW_CHUNK = 1 << 19
+DEVICE_DRAWS = 1 << 14  # images whose draws are uploaded to CUDA in one copy of at most 0.9 MB; not tuned
 
 
 class Recipe(NamedTuple):
@@ -141,32 +144,62 @@ def batches(
     """Yields (indices, augmented images) of each batch of one epoch: int64 [B] and [B, C, H, W], on the device.
 
     order: indices of the images [N]. drawn: the augmentation of each image of `order`. values: number of values of one
-    image. Many small batches are augmented in one call.
+    image. Many small batches are augmented in one call. Order and augmentations move to the device in one copy.
     """
     chunk = batch * max(1, DRAW_CHUNK // (batch * values))
+    index, drawn = ImageDraws(order, drawn).to(device)
+    lookup = index if index_device(images) == device else order
     for start in range(0, len(order), chunk):
-        index = order[start : start + chunk]
-        x = augment.apply(images[index].to(device), drawn.rows(start, start + len(index)))
-        yield from zip(index.to(device).split(batch), x.split(batch), strict=True)
+        x = images[lookup[start : start + chunk]].to(device)
+        x = augment.apply(x, drawn.rows(start, start + len(x)))
+        yield from zip(index[start : start + chunk].split(batch), x.split(batch), strict=True)
+
+
+def draw_epochs(recipe: Recipe, count: int, side: int, seed: int, group: int) -> Iterator[tuple[int, ImageDraws]]:
+    """Yields the draws of `group` epochs, one epoch after the other, and how many of these epochs are needed.
+
+    All draws come from (seed, epoch). Groups are always complete, also at the end, so the bits of an epoch do not
+    depend on how many epochs follow. count: number of images. side: their side in pixels.
+    """
+    for start in range(0, recipe.epochs, group):
+        generators = [seeds.generator(seed, "epoch", epoch) for epoch in range(start, start + group)]
+        index = torch.cat([torch.randperm(count, generator=generator) for generator in generators])
+        yield (
+            min(group, recipe.epochs - start),
+            ImageDraws(index, augment.draw(recipe.augment, count, side, *generators)),
+        )
 
 
 def epochs(
     images: Images, recipe: Recipe, seed: int, device: torch.device
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Yields `batches` for every epoch. All draws come from (seed, epoch); short epochs are drawn in groups.
-
-    Groups are always complete, also at the end, so the bits of an epoch do not depend on how many epochs follow.
-    """
-    count, first = len(images), images[torch.zeros(1, dtype=torch.int64)]
+    """Yields `batches` for every epoch. Short epochs are drawn in groups."""
+    first, count = first_image(images), len(images)
     values = first.numel()
     group = max(1, DRAW_CHUNK // (count * values))
-    for start in range(0, recipe.epochs, group):
-        generators = [seeds.generator(seed, "epoch", epoch) for epoch in range(start, start + group)]
-        orders = [torch.randperm(count, generator=generator) for generator in generators]
-        drawn = augment.draw(recipe.augment, count, first.shape[-1], *generators)
-        for position, order in enumerate(orders[: recipe.epochs - start]):
-            rows = drawn.rows(position * count, (position + 1) * count)
-            yield batches(images, order, rows, recipe.batch, values, device)
+    for needed, draws in draw_epochs(recipe, count, first.shape[-1], seed, group):
+        for order, drawn in draws.split([count] * group)[:needed]:
+            yield batches(images, order, drawn, recipe.batch, values, device)
+
+
+def epochs_on_device(
+    images: Images, recipe: Recipe, seed: int, device: torch.device
+) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Iterator[list[tuple[int]]]]:
+    """Returns `next_batch` of `DeviceBatches`, and an iterator over the epochs: the sizes of their batches.
+
+    Each step of the iterator may upload the draws of the next epochs. images: must take an index on the device.
+    """
+    count, side = len(images), first_image(images).shape[-1]
+    batch = min(recipe.batch, count)
+    source = DeviceBatches(images, batch, device)
+    sizes = [(min(batch, count - start),) for start in range(0, count, batch)]
+
+    def passes() -> Iterator[list[tuple[int]]]:
+        for needed, draws in draw_epochs(recipe, count, side, seed, max(1, DEVICE_DRAWS // count)):
+            source.load(draws)
+            yield from repeat(sizes, needed)
+
+    return source.next_batch, passes()
 
 
 def fit(
@@ -189,7 +222,25 @@ def fit(
     device = next(module.parameters()).device
     target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
     share = None if weights is None else _scale_to_mean_one(weights, len(images)).to(device)
-    if device.type == "cuda":
+    run_batch, passes = _schedule(training_step(module, target, share, recipe), images, recipe, seed, device)
+    for epoch, epoch_batches in enumerate(passes):
+        lr = recipe.lr * (0.1 if recipe.decay and epoch > recipe.epochs // 2 else 1.0)
+        for batch in epoch_batches:
+            run_batch(*batch, lr)
+        if after_epoch:
+            after_epoch(epoch)
+    return module.eval()
+
+
+def training_step(
+    module: nn.Module, target: Tensor, share: Tensor | None, recipe: Recipe
+) -> Callable[[Tensor, Tensor, float], None]:
+    """Returns the function that takes one step of SGD on `module` in place: (index [B], x [B, C, H, W], lr) -> None.
+
+    target: the labels of all images, int64 [N], or probabilities [N, K]. share: their weights, float32 [N].
+    index: rows of target and share. x: the augmented images.
+    """
+    if target.is_cuda:
         cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
     predict, parameters = fused_forward(module.train()), tuple(module.parameters())
     velocity = tuple(map(torch.zeros_like, parameters))
@@ -202,19 +253,27 @@ def fit(
         losses = (batch_loss(predict, *part) * (len(part[0]) / len(x)) for part in zip(*parts, strict=False))
         return summed_gradient(losses, parameters)
 
-    def step(x: Tensor, target: Tensor, share: Tensor | None, lr: float) -> None:
-        compute = partial(gradient, x, target, share)
+    def step(index: Tensor, x: Tensor, lr: float) -> None:
+        compute = partial(gradient, x, target[index], None if share is None else share[index])
         gradients = gsam_gradient(compute, parameters, recipe.rho, recipe.alpha) if recipe.rho else compute()
         sgd_step(parameters, velocity, gradients, lr, recipe.momentum, recipe.weight_decay)
 
-    run_step = GraphedStep(step) if device.type == "cuda" else step
-    for epoch, epoch_batches in enumerate(epochs(images, recipe, seed, device)):
-        lr = recipe.lr * (0.1 if recipe.decay and epoch > recipe.epochs // 2 else 1.0)
-        for index, x in epoch_batches:
-            run_step(x, target[index], None if share is None else share[index], lr)
-        if after_epoch:
-            after_epoch(epoch)
-    return module.eval()
+    return step
+
+
+def _schedule(
+    step: Callable[[Tensor, Tensor, float], None], images: Images, recipe: Recipe, seed: int, device: torch.device
+) -> tuple[Callable[..., None], Iterator[Iterable[tuple[Any, ...]]]]:
+    """Returns a function that runs one batch, and for every epoch the arguments of its batches, all but the last, lr.
+
+    On CUDA the step runs as a CUDA graph, which also makes the batch if the images are on the device.
+    """
+    if device.type != "cuda":
+        return step, epochs(images, recipe, seed, device)
+    if index_device(images) != device:
+        return GraphedStep(step), epochs(images, recipe, seed, device)
+    next_batch, passes = epochs_on_device(images, recipe, seed, device)
+    return GraphedStep(lambda size, lr: step(*next_batch(size), lr), device), passes
 
 
 @torch.no_grad()
@@ -227,15 +286,15 @@ def accuracy(module: nn.Module, images: Images, labels: Tensor, batch: int = 102
     if not len(images):
         raise UserError("images", 0, "there are none to test the network on; give at least one")
     parameter = next(module.parameters(), None)
-    device, correct = torch.device("cpu") if parameter is None else parameter.device, 0
-    batch = min(batch, cache_batch_size(module, images[torch.zeros(1, dtype=torch.int64)][0, 0].numel()))
+    device = torch.device("cpu") if parameter is None else parameter.device
+    batch = min(batch, cache_batch_size(module, first_image(images)[0, 0].numel()))
+    index, target = torch.arange(len(images), device=index_device(images)), labels.to(device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     with _eval_mode(module):
         predict = fused_forward(module)
-        for start in range(0, len(images), batch):
-            index = torch.arange(start, min(start + batch, len(images)))
-            target = labels[index].to(device)
-            correct += int((per_sample(predict(images[index].to(device)), target).prediction == target).sum())
-    return correct / len(images)
+        for rows, given in zip(index.split(batch), target.split(batch), strict=True):
+            correct += (per_sample(predict(images[rows].to(device)), given).prediction == given).sum()
+    return int(correct) / len(images)
 
 
 @contextlib.contextmanager

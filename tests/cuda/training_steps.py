@@ -13,7 +13,8 @@ import torch
 from counters import counters
 
 from tadperf.config import NetConfig
-from tadperf.data.images import ImageSubset, LazyImages
+from tadperf.data import images as images_module
+from tadperf.data.images import ImageSubset, normalise_images
 from tadperf.data.normalise import fit_normaliser
 from tadperf.experts.train import train_expert
 from tadperf.nets import training
@@ -40,10 +41,10 @@ def case(name: str, device: str) -> dict[str, Any]:
         values |= {"labels": torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(1))}
     if name == "subset":
         values |= {"images": ImageSubset(images, rows)}
-    if name == "pixels on the device":
-        values |= {"images": LazyImages(normaliser, PIXELS[1:].to(device), device)}
-    if name == "pixels on the CPU":
-        values |= {"images": LazyImages(normaliser, PIXELS[1:], device)}
+    if name in ("pixels on the device", "pixels on the CPU"):  # as if the set were too large for float32 images
+        images_module.MAX_NORMALISED_BYTES = 0
+        images_module.RESIDENT_SHARE = float(name == "pixels on the device")
+        values |= {"images": normalise_images(normaliser, PIXELS[1:], device)}
     return values
 
 
