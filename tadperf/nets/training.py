@@ -107,8 +107,10 @@ def gsam_gradient(
 
     gradient: computes the gradient at the current parameters p. Moves to p + rho p^2 g / |p g|, takes the gradient g'
     there, and subtracts alpha times the part of g that is orthogonal to g'. FTD's and DATM's public code do the same;
-    alpha = 0 is ASAM. The parameters are restored.
+    alpha = 0 is ASAM. The parameters are restored. CUDA takes other sums than the CPU, with few launches.
     """
+    if parameters[0].is_cuda:
+        return gsam_gradient_foreach(gradient, parameters, rho, alpha)
     initial = gradient()
     with torch.no_grad():
         before = [p.clone() for p in parameters]
@@ -125,6 +127,30 @@ def gsam_gradient(
         product = sum((g * h).sum() for g, h in zip(initial, perturbed, strict=True))
         share = product / (sum(h.square().sum() for h in perturbed) + 1e-12)
         return tuple(h - alpha * (g - share * h) for g, h in zip(initial, perturbed, strict=True))
+
+
+def gsam_gradient_foreach(
+    gradient: Callable[[], tuple[Tensor, ...]], parameters: tuple[Tensor, ...], rho: float, alpha: float
+) -> tuple[Tensor, ...]:
+    """Computes `gsam_gradient` for all parameters at once, by torch._foreach functions."""
+    initial = gradient()
+    with torch.no_grad():
+        before = [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(before, parameters)
+        products = torch._foreach_mul(parameters, initial)
+        length = torch.stack(torch._foreach_norm(products)).square().sum().sqrt()
+        torch._foreach_mul_(products, parameters)
+        torch._foreach_mul_(products, rho / (length + 1e-12))
+        torch._foreach_add_(parameters, products)
+    perturbed = gradient()
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, before)
+        product = torch.cat([part.reshape(-1) for part in torch._foreach_mul(initial, perturbed)]).sum()
+        share = product / (torch.stack(torch._foreach_norm(perturbed)).square().sum() + 1e-12)
+        # g' - alpha (g - share g')
+        result = torch._foreach_mul(perturbed, 1 + alpha * share)
+        torch._foreach_add_(result, initial, alpha=-alpha)
+        return tuple(result)
 
 
 def _scale_to_mean_one(weights: Tensor, count: int) -> Tensor:

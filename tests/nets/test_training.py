@@ -153,14 +153,15 @@ def test_wrong_weights_are_refused(wrong, message):
         fit(fresh(), *data(), RECIPE, 0, weights=wrong)
 
 
+@pytest.mark.parametrize("compute", [training.gsam_gradient, training.gsam_gradient_foreach], ids=["CPU", "CUDA"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
-def test_gsam_gradient_equals_its_definition(alpha):
+def test_gsam_gradient_equals_its_definition(alpha, compute):
     """Compares with the formula, in float64 with the parameters as one vector."""
     images, labels = (value[:6] for value in data())
     module = fresh().double()
     parameters = tuple(module.parameters())
     before = [p.detach().clone() for p in parameters]
-    ours = training.gsam_gradient(
+    ours = compute(
         lambda: torch.autograd.grad(F.cross_entropy(module(images.double()), labels), parameters),
         parameters,
         0.5,
