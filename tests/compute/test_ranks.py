@@ -135,6 +135,30 @@ def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks(monke
                 assert (got == leader).all()  # all ranks continue with the same bits
 
 
+def test_leaving_ends_the_connections_of_the_sums():
+    def work() -> Any:
+        import torch.distributed as dist
+
+        (mean,) = ranks.mean([torch.full((1000,), float(ranks.rank()))], ranks.world_size())
+        before = dist.is_initialized()
+        ranks.leave()
+        return float(mean[0]), before, dist.is_initialized(), ranks.world_size()
+
+    assert run_ranks(2, work) == [(0.5, True, False, 1)] * 2
+
+
+def test_leaving_keeps_a_process_group_of_the_caller():
+    def work() -> Any:
+        import torch.distributed as dist
+
+        store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        ranks.leave()
+        return dist.is_initialized()
+
+    assert run_ranks(2, work) == [True, True]
+
+
 def test_only_rank_0_writes_except_in_divided_tasks(tmp_path):
     config = merge("digits")
 
