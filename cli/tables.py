@@ -116,10 +116,11 @@ def print_audit(result: Mapping[str, Any]) -> None:
         pairs.add_row(pair["suggested"], pair["given"], str(pair["samples"]))
     if others := result["pairs"][MAX_PAIRS:]:
         pairs.add_row(f"{len(others)} other pairs", "", str(sum(pair["samples"] for pair in others)))
-    worst = _table("worst samples (index)", "given label", "suggested label", "score")
+    place = "file" if any("file" in sample for sample in result["worst"]) else "index"
+    worst = _table(f"worst samples ({place})", "given label", "suggested label", "score")
     for sample in result["worst"]:
         suggested = "no clear class" if sample["suggested"] == sample["given"] else sample["suggested"]
-        worst.add_row(str(sample["index"]), sample["given"], suggested, f"{sample['score']:.3f}")
+        worst.add_row(str(sample[place]), sample["given"], suggested, f"{sample['score']:.3f}")
     _show(*(table for table in (pairs, worst) if table.row_count))
     if quality := result.get("against_clean_labels"):
         figures = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in quality.items() if value is not None)

@@ -181,11 +181,13 @@ def _rows_by_file(table: Table, column: str, spec: str, dataset: Dataset) -> lis
         raise UserError(FIELD, spec, remedy)
     values, lines = table.columns[column], table.lines
     names = [PurePosixPath(nfc(value.replace("\\", "/"))) for value in values]
+    whole = {name: i for i, name in enumerate(dataset.file_names)}
     row: dict[int, int] = {}
     tables: dict[tuple[int, bool], dict[str, list[int]]] = {}
     for k, name in enumerate(names):
         parts = [part for part in name.parts if part not in ("/", ".")]
-        samples = _samples_of(parts, dataset.file_names, tables)
+        exact = whole.get(nfc(values[k]))
+        samples = _samples_of(parts, dataset.file_names, tables) if exact is None else [exact]
         if len(samples) != 1:
             files = [dataset.file_names[i] for i in samples[:2]]
             problem = f"could be {' or '.join(files)}; write the folder too" if samples else "is no training image"
@@ -197,7 +199,8 @@ def _rows_by_file(table: Table, column: str, spec: str, dataset: Dataset) -> lis
     missing = next((i for i in range(len(dataset)) if i not in row), None)
     if missing is not None:
         count = f"{len(dataset) - len(row)} of {len(dataset)} training images have no row"
-        raise UserError(FIELD, spec, f"{count}, first {dataset.file_names[missing]!r}; add them")
+        first = repr(dataset.file_names[missing])
+        raise UserError(FIELD, spec, f"{count}, first {first}; add them, with an empty label to leave them out")
     return [row[i] for i in range(len(dataset))]
 
 

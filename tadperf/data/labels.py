@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tadperf.data import mapped
 from tadperf.data.dataset import Dataset
 from tadperf.data.label_table import read_table
 from tadperf.data.layout import as_numpy
 from tadperf.data.npy import read_npy
 from tadperf.data.parsing import parser_errors, reason, require_size
 from tadperf.data.text import nfc
-from tadperf.errors import UserError
+from tadperf.errors import UserError, warn_user
 
 FIELD = "--labels"
 SUFFIXES = (".csv", ".tsv", ".json", ".npy", ".pt", ".pth")
@@ -42,9 +43,10 @@ class GivenLabels(NamedTuple):
 def replace_labels(dataset: Dataset, spec: str) -> Dataset:
     """Replaces the labels with those in a file. Clean labels in the file become the clean labels.
 
-    The old labels do not become clean labels.
-    spec: `file.csv` (see `label_table.read_table`), `file.json` (a list), `file.npy` (integers), or `file.pt:key` (a
-    dict of arrays, as CIFAR-N publishes; the key is optional if only one fits).
+    The old labels do not become clean labels. A sample with an empty label is left out of the set; indices then count
+    the samples that are left.
+    spec: `file.csv` (see `label_table.read_table`; `TrustState.export` writes one), `file.json` (a list), `file.npy`
+    (integers), or `file.pt:key` (a dict of arrays, as CIFAR-N publishes; the key is optional if only one fits).
     Raises UserError on a missing or damaged file, an unknown column or key, a wrong number of labels, or a label that
     is not a class. Clean labels in the file must equal those of the set: a difference is refused as another order of
     the rows. If the set has none and the file does not name the samples, they must agree with the old labels, which may
@@ -56,7 +58,7 @@ def replace_labels(dataset: Dataset, spec: str) -> Dataset:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(FIELD, spec, f"must end in {', '.join(SUFFIXES)} (file.pt:key)")
-    given = _read(path, suffix, key, spec, dataset)
+    dataset, given = _leave_out_unlabelled(dataset, _read(path, suffix, key, spec, dataset), spec)
     labels = _class_numbers(given.labels, dataset, "labels", spec)
     clean = dataset.clean_labels
     if given.clean is not None:
@@ -77,6 +79,22 @@ def require_every_class(dataset: Dataset, field: str, value: object) -> Dataset:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise UserError(field, value, f"class {empty[0]!r}{more} has no training sample; add some or drop the class")
     return dataset
+
+
+def _leave_out_unlabelled(dataset: Dataset, given: GivenLabels, spec: str) -> tuple[Dataset, GivenLabels]:
+    """Leaves out the samples with an empty label, and their labels."""
+    if not isinstance(given.labels, list) or len(given.labels) != len(dataset) or "" not in given.labels:
+        return dataset, given
+    kept = [k for k, label in enumerate(given.labels) if label != ""]
+    count = len(dataset) - len(kept)
+    if not kept:
+        raise UserError(FIELD, spec, "all labels are empty")
+    if mapped.is_large(dataset.images.shape):  # the images that are left would be copied into memory
+        remedy = f"{count} labels are empty, but the set is too large for memory; remove these images from the set"
+        raise UserError(FIELD, spec, remedy)
+    warn_user(f"{FIELD}: {count} of {len(dataset)} samples have an empty label and are left out")
+    clean = None if given.clean is None else [given.clean[k] for k in kept]
+    return dataset.subset(torch.tensor(kept)), given._replace(labels=[given.labels[k] for k in kept], clean=clean)
 
 
 def _split_key(spec: str) -> tuple[Path, str | None]:

@@ -112,7 +112,7 @@ def open_data(
     _require_classes(train, place)
     if labels is not None:
         train = replace_labels(train, labels)
-    require_every_class(train, "data", path)
+    require_every_class(train, *("data", path) if labels is None else ("--labels", labels))
     return _same_shape(train, _read_split(layout, "test", kind, place, options))
 
 

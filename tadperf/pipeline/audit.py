@@ -55,7 +55,7 @@ def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, st
     Raises UserError if the list cannot be written. If the picture fails, logs a warning.
     """
     try:
-        state.export(path)
+        state.export(path, dataset.file_names)
     except OSError as error:
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
     picture = path.with_suffix(".png")
@@ -80,6 +80,7 @@ def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[st
         "worst": [
             {
                 "index": index,
+                **({} if dataset.file_names is None else {"file": dataset.file_names[index]}),
                 "given": names[int(state.given[index])],
                 "suggested": names[int(state.suggested[index])],
                 "score": float(state.score[index]),

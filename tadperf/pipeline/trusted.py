@@ -62,7 +62,7 @@ def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress)
             problem = Problem(data.train, train.labels, names, config.net, augment, config.seed, task.device)
             rounds = dual_loop(problem, config.trust, run.path / "trust", progress).rounds
         rounds[-1].save(run.path / "trust.safetensors")
-        rounds[-1].export(run.path / "labels.csv")
+        rounds[-1].export(run.path / "labels.csv", train.file_names)
         save_safely(save_trust_growth, run.path / "trust.png", rounds)
         run.rewind("trust", 0)
         for record in round_metrics(rounds, train.clean_labels):

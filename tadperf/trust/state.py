@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,20 +137,20 @@ class TrustState:
         except (ValueError, RecursionError) as error:
             raise UserError("trust", path, f"is damaged: {error}; write it again") from None
 
-    def export(self, path: Path | str) -> None:
+    def export(self, path: Path | str, file_names: Sequence[str] | None = None) -> None:
         """Writes a table, the most suspicious sample first, as .csv or .parquet. Raises UserError for another ending.
 
-        Columns: index, verdict, score, given_label, suggested_label, label (the working label, empty if untrusted),
-        reliability, round. Labels are class names. `--labels` and `replace_labels` can read the CSV if no label is
-        empty.
+        Columns: file (only with `file_names`, those of the Dataset), index, verdict, score, given_label,
+        suggested_label, label (the working label, empty if untrusted), reliability, round. Labels are class names.
+        `--labels` and `replace_labels` read the CSV: they use the column label, and leave out a sample without one.
         """
         path = Path(path)
         writers = {".csv": _csv, ".parquet": _parquet}
         if path.suffix.lower() not in writers:
             raise UserError("--out", path, "must end in .csv or .parquet")
-        files.write_bytes(path, writers[path.suffix.lower()](self.table()))
+        files.write_bytes(path, writers[path.suffix.lower()](self.table(file_names)))
 
-    def table(self) -> dict[str, list[Any]]:
+    def table(self, file_names: Sequence[str] | None = None) -> dict[str, list[Any]]:
         """Returns the columns of `export`, the most suspicious sample first."""
         order = self.worst()
 
@@ -158,8 +158,10 @@ class TrustState:
             return [self.class_names[label] for label in labels[order].tolist()]
 
         trusted = self.trusted[order].tolist()
+        index = order.tolist()
         return {
-            "index": order.tolist(),
+            **({} if file_names is None else {"file": [file_names[i] for i in index]}),
+            "index": index,
             "verdict": [VERDICTS[code] for code in self.verdict[order].tolist()],
             "score": self.score[order].tolist(),
             "given_label": class_names(self.given),

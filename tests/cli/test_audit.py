@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -44,6 +45,25 @@ def test_tables_and_parquet(tadperf, tmp_path):
     table = pq.read_table(tmp_path / "kept.parquet")
     assert table.num_rows == 1400
     assert table.column_names[:3] == ["index", "verdict", "score"]
+
+
+def test_the_worst_samples_of_a_folder_are_named_by_their_files(tadperf, tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        folder = tmp_path / "set" / "ab"[k % 2 if k != 6 else 1]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 60, (8, 8)) + 150 * (k % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k}.png")
+    code, out, err = tadperf("audit", "set", *FAST, "--out", "list.csv", "--json")
+    assert code == 0, err
+    worst = json.loads(out)["worst"][0]
+    assert worst["file"] == "b/6.png"
+    rows = list(csv.DictReader((tmp_path / "list.csv").read_text().splitlines()))
+    assert (rows[0]["file"], int(rows[0]["index"])) == ("b/6.png", worst["index"])
+    shown = tadperf("audit", "set", *FAST)
+    assert "worst samples (file)" in shown.out
+    assert "b/6.png" in shown.out
+    assert tadperf("audit", "set", *FAST, "--labels", "list.csv").code == 0
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ CORPUS: dict[str, Odd] = {
     "labels: a missing row": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p},{shifted(p)}" for p in paths[1:])])),
         CSV,
-        refused="1 of 9 training images have no row, first 'train/cross/00.png'",
+        refused="1 of 9 training images have no row, first 'train/cross/00.png'; add them, with an empty label",
     ),
     "labels: a row too many": Odd(
         table(lambda paths: "\n".join(["file,label", *(f"{p},{shifted(p)}" for p in [*paths, "disc/99.png"])])),
