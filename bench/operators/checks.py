@@ -12,19 +12,12 @@ import torch
 from torch import Tensor
 
 from tadperf.bench.operators import cases, catalogue, engine, report
+from tadperf.bench.operators.goals import BARS
 from tadperf.bench.operators.measure import measure_case
 from tadperf.compute.device import describe_device
 
 Inputs = tuple[Any, ...]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Goals on an H200: (operator, shape) -> (figure, bound). A share must reach its bound, a time must stay below it.
-BARS = {
-    ("per_sample", "1000000x100"): ("share_of_copy", 0.9),
-    ("per_sample", "1280000x1000"): ("share_of_copy", 0.9),
-    ("trajectory_distance", "64x320010"): ("share_of_copy", 0.9),
-    ("mixture", "50000x10"): ("median_ms", 1.0),
-    ("mixture", "1280000x1000"): ("median_ms", 5.0),
-}
 
 
 class SkipError(Exception):

@@ -2,8 +2,7 @@
 
 Run `python -m tadperf.bench.tools.gpu_check [--quick] [--json FILE]`. It checks each operator, then measures it, in a
 process with a time limit: a hang or a broken CUDA context affects that operator only. A failure becomes a row.
-`--device cpu` runs the same steps on small inputs. `--phase experts|matching|job --out DIR` runs the phases of the
-stages (gpu_stages); the same call resumes them.
+`--device cpu` runs the same steps on small inputs. `bash bench/tools/gpu_plan.sh` measures whole jobs and stages, too.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import torch
 
 from tadperf.bench.operators import catalogue, checks, report
 from tadperf.bench.processes import run_with_limit
-from tadperf.bench.tools import gpu_stages
 
 SECONDS = 450.0  # for everything; not tuned
 OPERATOR_SECONDS = 120.0  # for one operator, or for one tool of the sanitizer; not tuned
@@ -96,11 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="measure tadperf only, without baselines")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--phase", choices=("operators", *gpu_stages.PHASES), default="operators")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="results of the other phases")
-    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds for one call of another phase")
-    parser.add_argument("--data", help="data of the job; by default cifar10, on a CPU digits")
-    parser.add_argument("--labels", help="label file of the job, such as CIFAR-10_human.pt:worse_label")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -110,9 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: no CUDA device found; --device cpu runs the same steps on small inputs", file=sys.stderr)
         return 2
-    if options.phase != "operators":
-        data = options.data or ("digits" if options.device == "cpu" else "cifar10")
-        return gpu_stages.main(options.phase, options.device, options.out, options.limit, data, options.labels)
     names, end = [bench.name for bench in catalogue.load_benches(options.operators)], time.monotonic() + SECONDS
     rows = check_operators(names, options.device, options.quick, end) + run_sanitizer(options.device, end)
     facts = checks.facts(device)
