@@ -29,13 +29,7 @@ def tiny(monkeypatch):
 
 
 def run_script(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "DEVICE": "cpu",
-        "STATE": str(state),
-        "FILES": str(state / "none"),
-        "PY": sys.executable,
-    }
+    settings = {"DEVICE": "cpu", "STATE": str(state), "FILES": str(state / "none"), "PY": sys.executable}
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False)
 
