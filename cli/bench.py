@@ -52,6 +52,7 @@ def bench(
     if list_only:
         print("\n".join(session.describe(request)))
         return
+    common.note_missing_operators()
     plan = session.plan(request)
     rows = []
     for measurement in session.measure(plan, common.print_stderr):

@@ -9,6 +9,7 @@ import select
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -53,6 +54,15 @@ def print_note(message: str) -> None:
 
     if ranks.environment_rank() == 0:
         print_stderr(printable(message))
+
+
+@cache
+def note_missing_operators() -> None:
+    """Prints one line, once in a process, if the operators run plain PyTorch without the user's wish."""
+    from tadperf.kernels import native
+
+    if not native.available() and os.environ.get("TADPERF_KERNELS") != "reference":
+        print_note(f"the operators run plain PyTorch, which is slower: {native.reason()}")
 
 
 def print_stderr(line: str) -> None:

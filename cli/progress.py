@@ -32,7 +32,12 @@ FIGURES = {"trusted": "share trusted", "moved": "share changed"}
 
 @contextlib.contextmanager
 def display(quiet: bool) -> Iterator[Progress]:
-    """Yields the function that shows the progress of all stages inside the block."""
+    """Yields the function that shows the progress of all stages inside the block.
+
+    Says first if compiled operators are missing.
+    """
+    if not quiet:
+        common.note_missing_operators()
     if quiet or ranks.rank():
         yield silent
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":

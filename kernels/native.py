@@ -25,8 +25,10 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "switched off by TADPERF_KERNELS=reference"
     try:
         native = importlib.import_module("tadperf.kernels._native")
+    except ModuleNotFoundError:
+        return None, "not built: the C++ build failed when tadperf was installed; pip install -v shows why"
     except ImportError as error:
-        return None, f"not built or not loadable: {error}"
+        return None, f"not loadable: {error}"
     threads_of.configure(native)
     return native, ""
 
