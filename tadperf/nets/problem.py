@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tadperf.config import NetConfig
-from tadperf.data.images import Images
+from tadperf.data.images import Images, first_image
 from tadperf.nets.architectures import Shape
 
 
@@ -33,8 +34,8 @@ class Problem:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @property
+    @cached_property  # read once: it looks up an image
     def shape(self) -> Shape:
         """Channels, height and width of one image."""
-        channels, height, width = self.images[torch.zeros(1, dtype=torch.int64)].shape[1:]
+        channels, height, width = first_image(self.images).shape[1:]
         return channels, height, width

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from tadperf import seeds
 from tadperf.compute import ranks
+from tadperf.compute.torch_settings import torch_settings
+from tadperf.compute.transfer import upload_all
 from tadperf.config import TrustConfig
 from tadperf.errors import UserError
 from tadperf.nets.problem import Problem
@@ -92,6 +94,7 @@ def one_round(problem: Problem, state: TrustState, number: int, config: TrustCon
     return ranks.once(lambda: assign_verdicts(outputs, state, number, config, problem.seed, progress))
 
 
+@torch_settings(tf32=False)  # on CUDA too, verdicts depend on products of full precision
 def assign_verdicts(
     outputs: ProxyOutputs,
     before: TrustState,
@@ -102,6 +105,7 @@ def assign_verdicts(
 ) -> TrustState:
     """Returns one round's verdicts: a pure function of the proxies' losses, probabilities and features.
 
+    Everything is computed on the device of the outputs; the state that is returned is on the CPU.
     before: the state after the previous round. number: the number of this round, from 1. seed: for the neighbours.
     The loss of a sample is the mean of the proxies' and the neighbours' loss. With `config.memory`, the score comes
     from the mean loss of all rounds. On 3000 CIFAR-10 images with CIFAR-10N's worse labels, its average precision after
@@ -110,7 +114,9 @@ def assign_verdicts(
     (2 seeds).
     """
     _refuse_diverged(outputs, config)
-    given, classes = before.given, len(before.class_names)
+    classes, device = len(before.class_names), outputs.losses.device
+    old = before.given, before.working, before.verdict, before.decided, before.score
+    given, old_working, old_verdict, old_decided, old_score = upload_all(old, device)
     class_scores, losses = outputs.probabilities, outputs.losses.clamp(max=-math.log(MIN_PROBABILITY))
     neighbours = None
     if config.graph:
@@ -127,26 +133,29 @@ def assign_verdicts(
     outside = ~outer.trusted & (candidate >= 0)
     recalled = outside & (candidate == given) & config.recall
     relabelled = outside & (candidate != given) & config.relabel
-    verdict = torch.full(given.shape, UNTRUSTED, dtype=torch.uint8, device=given.device)
-    verdict[outer.trusted], verdict[recalled], verdict[relabelled] = TRUSTED, RECALLED, RELABELLED
+    verdict = torch.full(given.shape, UNTRUSTED, dtype=torch.uint8, device=device)
+    for code, samples in ((TRUSTED, outer.trusted), (RECALLED, recalled), (RELABELLED, relabelled)):
+        verdict.masked_fill_(samples, code)
     working = torch.where(relabelled, candidate, given)
     weight = torch.where(outer.trusted, inner.reliability, torch.where(recalled | relabelled, strength, 0.0))
-    unchanged = (verdict == before.verdict) & (working == before.working) & (number > 1)
+    unchanged = (verdict == old_verdict) & (working == old_working) & (number > 1)
+    share = 1 / number if config.memory else 1.0
     return TrustState(
-        given=given,
-        working=working,
-        verdict=verdict,
-        reliability=weight.clamp(0, 1).float(),
-        decided=torch.where(unchanged, before.decided, number).to(torch.int16),
-        score=loss_to_score(torch.lerp(score_to_loss(before.score), losses, 1 / number if config.memory else 1.0)),
-        suggested=torch.where(verdict == UNTRUSTED, class_scores.argmax(1), working),
+        given=before.given.cpu(),
+        working=working.cpu(),
+        verdict=verdict.cpu(),
+        reliability=weight.clamp(0, 1).float().cpu(),
+        decided=torch.where(unchanged, old_decided, number).to(torch.int16).cpu(),
+        score=loss_to_score(torch.lerp(score_to_loss(old_score), losses, share)).cpu(),
+        suggested=torch.where(verdict == UNTRUSTED, class_scores.argmax(1), working).cpu(),
         class_names=before.class_names,
     )
 
 
 def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
-    for name, values in zip(outputs._fields, outputs, strict=True):
-        if values.isnan().any():
+    diverged = torch.stack([values.isnan().any() for values in outputs]).cpu().tolist()
+    for name, is_nan in zip(outputs._fields, diverged, strict=True):
+        if is_nan:
             raise UserError("trust.lr", config.lr, f"the proxies have diverged ({name}: NaN); use a lower value")
 
 

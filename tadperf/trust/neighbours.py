@@ -41,7 +41,7 @@ FLOOR = 0.01  # share of each row of T that is uniform, so that no label is impo
 MIN_MASS = 1e-12  # guards divisions by zero
 SELECTION_SIZE = 2**20  # samples x classes used to choose reach and n
 FOLD_SIZE = 2**25  # largest samples x classes x folds for the fold method: 128 MB, plus as much for every reach
-BLOCK = 2**24  # similarities in a block: 64 MB
+CPU_BLOCK, CUDA_BLOCK = 2**24, 2**28  # similarities in a block: 64 MB, and 1 GB for large products on CUDA
 REPORTED_SIZE = 2**16  # progress is reported from this number of samples x classes
 
 
@@ -72,19 +72,23 @@ def estimate_from_neighbours(
     report = _step_counter(progress, len(labels), num_classes)
     prior = PRIOR if transition else SYMMETRIC_PRIOR
     share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
-    rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows"), device="cpu").to(labels.device)
-    rows = rows[: max(SELECTION_SIZE // num_classes, 1)]
+    rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows"), device="cpu")
+    rows = rows[: max(SELECTION_SIZE // num_classes, 1)].to(labels.device)
     best, best_score = None, -torch.inf
     for reach, votes in neighbour_labels(affinity(features), labels, num_classes, seed, report):
         votes = votes / votes.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
         g = votes / votes.sum(1, keepdim=True)
         row_labels, start = labels[rows], confident_classes(g[rows] / share)
+        transitions, scores = [], []
         for label_count in LABEL_COUNTS:
             t, classes = fit_transition(g[rows], row_labels, start, label_count, prior)
-            score = float((classes @ t).gather(1, row_labels.unsqueeze(1)).log().mean())
+            transitions.append(t)
+            scores.append((classes @ t).gather(1, row_labels.unsqueeze(1)).log().mean())
+            report()
+        # One read for all counts: each read waits for the device.
+        for label_count, t, score in zip(LABEL_COUNTS, transitions, torch.stack(scores).cpu().tolist(), strict=True):
             if score > best_score:
                 best, best_score = (g, t, reach, label_count), score
-            report()
     assert best is not None
     g, t, reach, label_count = best
     if len(rows) < len(labels):
@@ -122,8 +126,9 @@ def neighbour_labels(
     if not _uses_folds(count, num_classes):
         one_step = graph @ given
         returned = torch.zeros(count, device=labels.device)
-        row = torch.repeat_interleave(torch.arange(count, device=labels.device), graph.crow_indices().diff())
-        returned.index_add_(0, row, graph.values().square())
+        squares, degree = graph.values().square(), graph.crow_indices().diff()
+        row = torch.arange(count, device=labels.device).repeat_interleave(degree, output_size=len(squares))
+        returned.index_add_(0, row, squares)
         yield REACHES[0], one_step + REACHES[0] * (graph @ one_step - returned.unsqueeze(1) * given)
         return
     fold = torch.randperm(count, generator=seeds.generator(seed, "folds"), device="cpu").to(labels.device) % FOLDS
@@ -135,7 +140,7 @@ def neighbour_labels(
 def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns cosine similarity and index, both [N, k], of each sample's nearest other samples. Exact, in blocks."""
     z = F.normalize(features, dim=1)
-    step = max(1, BLOCK // len(z))
+    step = max(1, (CUDA_BLOCK if z.is_cuda else CPU_BLOCK) // len(z))
     values, index = [], []
     for start in range(0, len(z), step):
         similarity = z[start : start + step] @ z.T
@@ -202,8 +207,9 @@ def estimate_transition(classes: Tensor, labels: Tensor, prior: float) -> Tensor
     """
     num = classes.shape[1]
     counts = torch.zeros(num, num, device=classes.device).index_add_(0, labels, classes).T
-    right = float((counts.trace() / counts.sum().clamp(min=MIN_MASS)).clamp(1 / num, 1))
-    base = torch.full_like(counts, (1 - right) / (num - 1)).fill_diagonal_(right)
+    right = (counts.trace() / counts.sum().clamp(min=MIN_MASS)).clamp(1 / num, 1).double()  # not read on the CPU
+    wrong = ((1 - right) / (num - 1)).to(counts.dtype)
+    base = torch.where(torch.eye(num, dtype=torch.bool, device=counts.device), right.to(counts.dtype), wrong)
     t = counts + prior * base
     t = t / t.sum(1, keepdim=True)
     t.diagonal().copy_(t.amax(1))

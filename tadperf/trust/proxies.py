@@ -1,28 +1,34 @@
-"""Proxies: small networks that train briefly on the trusted view and then classify every sample."""
+"""Proxies: small networks that train briefly on the trusted view and then classify every sample.
+
+On CUDA a proxy stays on the device: its steps run as a CUDA graph, the random values of an epoch travel there in a few
+copies that do not block, and the outputs never leave it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tadperf import seeds
+from tadperf.compute.cuda_graphs import GraphedStep
+from tadperf.compute.torch_settings import torch_settings
+from tadperf.compute.transfer import upload_all
 from tadperf.compute.workers import run_parallel
 from tadperf.config import TrustConfig
-from tadperf.data import augment as augmentation
-from tadperf.data.images import Images
+from tadperf.data.images import Images, index_device
 from tadperf.kernels import per_sample
 from tadperf.nets.architectures import build
 from tadperf.nets.fused import fused_forward
 from tadperf.nets.problem import Problem
-from tadperf.nets.training import batches, sgd_step, summed_gradient
+from tadperf.nets.training import sgd_step, summed_gradient
 from tadperf.progress import Progress
 from tadperf.trust.epoch_progress import EpochProgress
+from tadperf.trust.proxy_batches import ProxyBatch, epoch_batches
 from tadperf.trust.state import TrustedView
 
 AVERAGED_EPOCHS = 4  # losses and probabilities are means over the last epochs; not tuned
@@ -39,103 +45,99 @@ class ProxyOutputs(NamedTuple):
 
 
 def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, progress: Progress) -> ProxyOutputs:
-    """Trains the proxies on the view and runs them on all samples.
+    """Trains the proxies on the view and runs them on all samples. The outputs are on the problem's device.
 
     On a CPU, several train in parallel on one core each. problem: its labels are the given labels. Losses and
     probabilities are means over the last epochs and over the proxies. With `config.held_out`, proxy m trains without
     fold m of the samples, and the outputs of those samples come from proxy m alone. The result depends on (seed, view)
     only.
     """
-    count, proxies, seed = len(problem.images), config.proxies, problem.seed
+    count, proxies, seed, device = len(problem.images), config.proxies, problem.seed, problem.device
     fold = torch.randperm(count, generator=seeds.generator(seed, "proxy folds")) % proxies
-    held_out = config.held_out and proxies > 1
+    held_out, on_cpu = config.held_out and proxies > 1, device.type == "cpu"
 
-    # Returns NumPy arrays: PyTorch would send tensors through shared files, which stay behind if a worker is killed.
-    def train(m: int) -> tuple[np.ndarray, ...]:
+    def train(m: int) -> tuple[Any, ...]:
         inside = fold[view.index] != m if held_out else torch.ones(len(view.index), dtype=torch.bool)
         part = TrustedView(*(values[inside] for values in view))
+        counted = (fold == m).nonzero().squeeze(1) if held_out else torch.arange(count)
+        # A CPU tests all samples, because the last bits of an output may depend on the other images of its batch.
+        tested = torch.arange(count) if on_cpu else counted
         proxy_problem = replace(problem, seed=seeds.derive(seed, "proxy", m))
-        outputs = train_proxy(proxy_problem, part, config, lambda: reporter.epoch_done(m))
-        return tuple(values.numpy() for values in outputs)
+        outputs = train_proxy(proxy_problem, part, tested, config, lambda: reporter.epoch_done(m))
+        if not on_cpu:
+            return outputs
+        # NumPy arrays: PyTorch would send tensors through shared files, which stay behind if a worker is killed.
+        losses, probabilities, features = outputs
+        return losses[counted].numpy(), probabilities[counted].numpy(), features.numpy()
 
-    results: dict[int, tuple[np.ndarray, ...]] = {}
+    results: dict[int, tuple[Any, ...]] = {}
     with EpochProgress(progress, "trust:proxies", proxies, config.epochs) as reporter:
-        for m, result in run_parallel(train, list(range(proxies)), None if problem.device.type == "cpu" else 1):
+        for m, result in run_parallel(train, list(range(proxies)), None if on_cpu else 1):
             results[m] = result
             reporter.network_done(m)
-    losses, probabilities, features = (
-        torch.stack([torch.from_numpy(results[m][i]) for m in range(proxies)]) for i in range(3)
-    )
-    features = features.permute(1, 0, 2).flatten(1)
+    losses, probabilities, features = ([torch.as_tensor(results[m][i]) for m in range(proxies)] for i in range(3))
     if held_out:
-        sample = torch.arange(count)
-        return ProxyOutputs(losses[fold, sample], probabilities[fold, sample], features)
-    return ProxyOutputs(losses.mean(0), probabilities.mean(0), features)
+        position = fold.argsort(stable=True).argsort().to(device)  # of each sample, after the folds are concatenated
+        return ProxyOutputs(torch.cat(losses)[position], torch.cat(probabilities)[position], torch.cat(features, 1))
+    return ProxyOutputs(torch.stack(losses).mean(0), torch.stack(probabilities).mean(0), torch.cat(features, 1))
 
 
 def train_proxy(
-    problem: Problem, view: TrustedView, config: TrustConfig, epoch_done: Callable[[], None] = lambda: None
+    problem: Problem,
+    view: TrustedView,
+    tested: Tensor,
+    config: TrustConfig,
+    epoch_done: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Trains one proxy; returns losses [N] of the given labels, probabilities [N, C] and features [N, D] on the CPU.
+    """Trains one proxy; returns losses [T] of the given labels, probabilities [T, C] and features [N, D].
 
-    epoch_done: called after every epoch.
+    tested: int64 [T], the samples to return losses and probabilities of. epoch_done: called after every epoch. The
+    results are on the problem's device.
     """
     images, classes, device = problem.images, problem.num_classes, problem.device
     module = build(problem.net, problem.shape, classes, problem.seed).to(device)
     assert isinstance(module, nn.Sequential), "the last module is the classifier, the modules before give the features"
-    parameters = tuple(module.parameters())
+    if device.type == "cuda":
+        cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
+    parameters, predict = tuple(module.parameters()), fused_forward(module)
     velocity = tuple(map(torch.zeros_like, parameters))
-    target = (F.one_hot(view.labels, classes) * view.weights.unsqueeze(1)).to(device)
-    losses, probabilities = torch.zeros(len(images)), torch.zeros(len(images), classes)
+    labels, weights, given = upload_all([view.labels, view.weights, problem.labels[tested]], device)
+    index, tested_images = upload_all([view.index, tested], index_device(images))
+    target = F.one_hot(labels, classes) * weights.unsqueeze(1)
+
+    def step(*fields: Any) -> None:
+        loss = proxy_loss(predict, ProxyBatch(*fields), config.consistency)
+        sgd_step(parameters, velocity, summed_gradient([loss], parameters), config.lr, 0.0, 0.0)
+
+    run_step = GraphedStep(step) if device.type == "cuda" else step
     averaged = min(AVERAGED_EPOCHS, config.epochs)
-    predict = fused_forward(module)
+    means, features = OutputMeans(given, classes, averaged), torch.empty(0)
     for epoch in range(config.epochs):
         module.train()
-        for loss in epoch_losses(predict, problem, view.index, target, config, epoch):
-            sgd_step(parameters, velocity, summed_gradient([loss], parameters), config.lr, 0.0, 0.0)
-        if epoch >= config.epochs - averaged:
-            logits = predict_all(module, images, device).cpu()
-            losses += per_sample(logits, problem.labels).loss / averaged
-            probabilities += logits.softmax(1) / averaged
+        for batch in epoch_batches(problem, index, target, config, epoch):
+            run_step(*batch)
+        module.eval()
+        if epoch == config.epochs - 1:
+            features = predict_all(module[:-1], images, device)
+            means.add(module[-1], features, tested_images.to(device))
+        elif epoch >= config.epochs - averaged:
+            means.add(predict, images, tested_images)
         epoch_done()
-    features = predict_all(module[:-1], images, device).cpu()
-    return losses, probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
+    return means.losses, means.probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
 
 
-def epoch_losses(
-    module: Callable[[Tensor], Tensor],
-    problem: Problem,
-    index: Tensor,
-    target: Tensor,
-    config: TrustConfig,
-    epoch: int,
-) -> Iterator[Tensor]:
-    """Yields the loss of every batch of one epoch over the samples at `index` (int64 [M]).
+def proxy_loss(module: Callable[[Tensor], Tensor], batch: ProxyBatch, consistency: float) -> Tensor:
+    """Returns the weighted mean cross-entropy of a batch, plus `consistency` times the consistency loss of its views.
 
-    target: [M, C], the one-hot labels times the weights. A batch whose weights are all 0 has loss 0.
+    If all weights are 0, the cross-entropy is 0.
     """
-    images, augment, size = problem.images, problem.augment, problem.shape[-1]
-    generator = seeds.generator(problem.seed, "epoch", epoch)
-    count, pixels = len(index), images[torch.zeros(1, dtype=torch.int64)].numel()
-    order = torch.randperm(count, generator=generator)
-    drawn = augmentation.draw(augment, count, size, generator)
-    others = torch.randint(len(images), (count if config.consistency else 0,), generator=generator)
-    pair_draws = [augmentation.draw(augment, len(others), size, generator) for _ in range(2)]
-    start = 0
-    for _, x in batches(images, index[order], drawn, config.batch, pixels, target.device):
-        stop = start + len(x)
-        y = target[order[start:stop]]
-        if config.mixup:  # Zhang et al. (2018), Beta(1, 1): the network fits single wrong labels more slowly
-            share = float(torch.rand((), generator=generator))
-            pair = torch.randperm(len(x), generator=generator)
-            x, y = torch.lerp(x[pair], x, share), torch.lerp(y[pair], y, share)
-        loss = -(y * module(x).log_softmax(1)).sum() / y.sum().clamp(min=torch.finfo(y.dtype).tiny)
-        if config.consistency:
-            unlabelled = images[others[start:stop]].to(target.device)
-            views = [augmentation.apply(unlabelled, draw.rows(start, stop)) for draw in pair_draws]
-            loss = loss + config.consistency * consistency_loss(module, views[0], views[1])
-        start = stop
-        yield loss
+    x, y = batch.x, batch.target
+    if batch.share is not None:
+        x, y = torch.lerp(x[batch.pair], x, batch.share), torch.lerp(y[batch.pair], y, batch.share)
+    loss = -(y * module(x).log_softmax(1)).sum() / y.sum().clamp(min=torch.finfo(y.dtype).tiny)
+    if batch.first is None or batch.second is None:
+        return loss
+    return loss + consistency * consistency_loss(module, batch.first, batch.second)
 
 
 def consistency_loss(module: Callable[[Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
@@ -145,21 +147,48 @@ def consistency_loss(module: Callable[[Tensor], Tensor], first: Tensor, second: 
     return F.kl_div(module(second).log_softmax(1), reference, reduction="batchmean", log_target=True)
 
 
+class OutputMeans:
+    """Means of the losses [T] and probabilities [T, C] of T samples over the last epochs."""
+
+    def __init__(self, labels: Tensor, classes: int, epochs: int) -> None:
+        """labels: int64 [T], the given labels, on the device."""
+        self.labels, self.epochs = labels, epochs
+        self.losses = torch.zeros(len(labels), device=labels.device)
+        self.probabilities = torch.zeros(len(labels), classes, device=labels.device)
+
+    @torch.no_grad()
+    def add(self, classify: Callable[[Tensor], Tensor], inputs: Images, index: Tensor) -> None:
+        """Adds one epoch. The samples are inputs[index]; `classify` returns the logits of a batch of them.
+
+        Loss and probabilities are read from the logits of one batch, which are still in the cache. `per_sample_linear`
+        would save one of these reads, 4 C bytes a sample, but the probabilities need the logits anyway, so it would
+        compute them twice: 2 C D operations more for D features. So it is not used, for any number of classes. This is
+        a count; nobody measured it on a GPU.
+        """
+        for start in range(0, len(index), EVAL_BATCH):
+            rows = slice(start, start + EVAL_BATCH)
+            logits = classify(inputs[index[rows]].to(self.labels.device))
+            self.losses[rows].add_(per_sample(logits, self.labels[rows]).loss / self.epochs)
+            self.probabilities[rows].add_(logits.softmax(1) / self.epochs)
+
+
 @torch.no_grad()
 def predict_all(module: nn.Module, images: Images, device: torch.device) -> Tensor:
     """Returns the outputs of `module` in eval mode for all images, computed in batches."""
     predict = fused_forward(module.eval())
-    index = torch.arange(len(images))
+    index = torch.arange(len(images), device=index_device(images))
     return torch.cat([predict(images[part].to(device)) for part in index.split(EVAL_BATCH)])
 
 
+@torch_settings(tf32=False)
 def compact_features(features: Tensor, width: int, seed: int) -> Tensor:
     """Centres features [N, D], reduces D to at most `width` by a random projection, and scales them to length 1.
 
-    The projection keeps distances approximately (Johnson and Lindenstrauss, 1984).
+    The projection keeps distances approximately (Johnson and Lindenstrauss, 1984). It has full precision on CUDA too,
+    because verdicts depend on it.
     """
     z = features - features.mean(0)
     if z.shape[1] > width:
-        generator = seeds.generator(seed, "projection")
-        z = z @ torch.randn(z.shape[1], width, generator=generator).mul_(width**-0.5)
+        projection = torch.randn(z.shape[1], width, generator=seeds.generator(seed, "projection")).mul_(width**-0.5)
+        z = z @ projection.to(z.device)
     return F.normalize(z, dim=1)

@@ -107,15 +107,18 @@ def shrunk_cholesky(residuals: Callable[[slice], Tensor], count: int, size: int,
     residuals: returns rows of a matrix [N, D]; N is `count`. The shrinkage is that of
     sklearn.covariance.ledoit_wolf_shrinkage, computed in one pass. Products use float32, sums over blocks float64.
     """
-    covariance, fourth_moment = torch.zeros(size, size, dtype=torch.float64, device=device), 0.0
+    covariance = torch.zeros(size, size, dtype=torch.float64, device=device)
+    fourth_moment = covariance.new_zeros(())
     for rows in row_blocks(count, size):
         z = residuals(rows)
         covariance += z.T @ z
-        fourth_moment += float(z.square().sum(1).square().sum(dtype=torch.float64))
+        fourth_moment += z.square().sum(1).square().sum(dtype=torch.float64)
     covariance /= count
-    mean = float(covariance.trace()) / size
-    delta = float(covariance.square().sum()) - size * mean**2
-    beta = (fourth_moment / count - float(covariance.square().sum())) / count
+    sums = covariance.trace(), covariance.square().sum(), fourth_moment
+    trace, squares, fourth = torch.stack(sums).cpu().tolist()  # one read: each read waits for the device
+    mean = trace / size
+    delta = squares - size * mean**2
+    beta = (fourth / count - squares) / count
     shrinkage = min(max(beta, 0.0) / delta, 1.0) if delta > 0 else 1.0
     shrunk = (1 - shrinkage) * covariance
     shrunk.diagonal().add_(shrinkage * mean + 1e-6 * mean + 1e-12)  # keeps the factorisation stable; not tuned
@@ -128,7 +131,8 @@ def calibrate_margin(margin: Tensor, right: Tensor, trusted: Tensor) -> tuple[Te
     The strength is the share of right samples among the trusted samples with at least that margin. Its running maximum
     makes it monotone: a larger margin never has less strength. Without trusted samples: strength 0, margin infinity.
     """
-    values, correct = margin[trusted], right[trusted].double()
+    index = trusted.nonzero().squeeze(1)
+    values, correct = margin[index], right[index].double()
     if not len(values):
         return torch.zeros_like(margin), float("inf")
     order = values.argsort(descending=True, stable=True)

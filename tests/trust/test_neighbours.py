@@ -39,7 +39,7 @@ def test_neighbours_are_exact_in_any_block_size(monkeypatch):
     similarity = F.cosine_similarity(z[:, None], z[None], dim=2) - 3 * torch.eye(101)
     values, index = similarity.topk(5, 1)
     for block in (1, 1000, 2**24):
-        monkeypatch.setattr(neighbours, "BLOCK", block)
+        monkeypatch.setattr(neighbours, "CPU_BLOCK", block)
         similarities, neighbour = nearest_neighbours(z, 5)
         torch.testing.assert_close(similarities, values, rtol=0, atol=1e-6)
         assert torch.equal(neighbour, index)

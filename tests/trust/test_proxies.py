@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from tadperf import seeds
 from tadperf.compute.workers import run_parallel
 from tadperf.config import NetConfig, TrustConfig
 from tadperf.nets.problem import Problem
-from tadperf.trust import epoch_progress
-from tadperf.trust.proxies import epoch_losses, train_proxies, train_proxy
+from tadperf.progress import silent
+from tadperf.trust import epoch_progress, proxies, proxy_batches
+from tadperf.trust.proxies import proxy_loss, train_proxies, train_proxy
+from tadperf.trust.proxy_batches import draw_epoch, epoch_batches
 from tadperf.trust.state import TrustedView, as_given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +42,8 @@ def test_the_loss_of_a_batch_is_the_weighted_mean_cross_entropy():
     def logits(x: Tensor) -> Tensor:
         return x.flatten(1)[:, :3]
 
-    (loss,) = epoch_losses(logits, p, torch.arange(9), target, trust_config(batch=9), 0)
+    (batch,) = epoch_batches(p, torch.arange(9), target, trust_config(batch=9), 0)
+    loss = proxy_loss(logits, batch, 0.0)
     each = torch.nn.functional.cross_entropy(p.images[torch.arange(9)].flatten(1)[:, :3], p.labels, reduction="none")
     torch.testing.assert_close(loss, (weights * each).sum() / weights.sum())
 
@@ -47,11 +53,84 @@ def test_a_batch_of_zero_weight_trains_nothing_and_gives_no_nan(mixup):
     """Nine samples in batches of four: the last batch has one sample."""
     p = problem()
     view = TrustedView(torch.arange(9), p.labels, torch.zeros(9))
-    outputs = train_proxy(p, view, trust_config(mixup=mixup))
+    outputs = train_proxy(p, view, torch.arange(9), trust_config(mixup=mixup))
     assert all(values.isfinite().all() for values in outputs)
     weights = torch.zeros(9).index_fill_(0, torch.tensor([3]), 1.0)
-    outputs = train_proxy(p, view._replace(weights=weights), trust_config(mixup=mixup))
+    outputs = train_proxy(p, view._replace(weights=weights), torch.arange(9), trust_config(mixup=mixup))
     assert all(values.isfinite().all() for values in outputs)
+
+
+def test_mixup_mixes_images_and_labels_of_one_batch_with_the_same_share():
+    """Nine samples in batches of four: the last batch has one sample."""
+    p, config, seen = problem(), trust_config(mixup=True), []
+    target = torch.nn.functional.one_hot(p.labels, 3).float()
+    draws = draw_epoch(p, 9, config, 0)
+    assert draws.pair is not None
+    assert draws.share is not None
+
+    def logits(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.flatten(1)[:, :3]
+
+    batches = list(epoch_batches(p, torch.arange(9), target, config, 0))
+    for share, partner, batch in zip(draws.share, draws.pair.split([4, 4, 1]), batches, strict=True):
+        assert sorted(partner.tolist()) == list(range(len(batch.x)))
+        x, y = (values[partner] + share * (values - values[partner]) for values in (batch.x, batch.target))
+        loss = proxy_loss(logits, batch, 0.0)
+        torch.testing.assert_close(seen[-1], x)
+        torch.testing.assert_close(loss, -(y * x.flatten(1)[:, :3].log_softmax(1)).sum() / y.sum())
+
+
+@pytest.mark.parametrize("values", [{}, {"mixup": True}, {"consistency": 0.5}], ids=str)
+def test_the_number_of_batches_that_are_augmented_at_once_changes_no_bit(values, monkeypatch):
+    p, target = replace(problem(), augment="color_crop_cutout_flip_scale_rotate"), torch.rand(9, 3)
+    calls = []
+    for chunk in (1, 1 << 19):
+        monkeypatch.setattr(proxy_batches, "CPU_CHUNK", chunk)
+        calls.append(list(epoch_batches(p, torch.arange(9), target, trust_config(**values), 0)))
+    for batch, other in zip(*calls, strict=True):
+        for field, expected in zip(batch, other, strict=True):
+            assert field is expected is None or torch.equal(field, expected)
+    assert [len(batch.x) for batch in calls[0]] == [4, 4, 1]
+
+
+def test_the_draws_of_an_epoch_move_to_a_device():
+    p = replace(problem(), augment="crop_color")
+    draws = draw_epoch(p, 9, trust_config(mixup=True, consistency=0.5), 0)
+    moved = draws.to(torch.device("meta"))
+    fields, others = tree_leaves(draws), tree_leaves(moved)
+    assert [field if field is None else (field.shape, field.dtype) for field in fields] == [
+        field if field is None else (field.shape, field.dtype) for field in others
+    ]
+    assert {field.device.type for field in others if field is not None} == {"meta"}
+    assert draw_epoch(p, 9, trust_config(), 0).to(torch.device("cpu")).pair is None
+
+
+def test_a_proxy_tests_the_samples_that_it_is_asked_for(monkeypatch):
+    """In batches of two, one epoch and then the last one, whose logits come from the features."""
+    monkeypatch.setattr(proxies, "EVAL_BATCH", 2)
+    p, tested = problem(), torch.tensor([8, 1, 5])
+    view = TrustedView(torch.arange(9), p.labels, torch.ones(9))
+    every = train_proxy(p, view, torch.arange(9), trust_config())
+    losses, probabilities, features = train_proxy(p, view, tested, trust_config())
+    torch.testing.assert_close(losses, every[0][tested])
+    torch.testing.assert_close(probabilities, every[1][tested])
+    assert torch.equal(features, every[2])
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+
+
+def test_held_out_outputs_come_from_the_proxy_that_did_not_see_the_sample():
+    p, config = problem(), trust_config(held_out=True)
+    view = TrustedView(torch.arange(9), p.labels, torch.ones(9))
+    outputs = train_proxies(p, view, config, silent)
+    fold = torch.randperm(9, generator=seeds.generator(0, "proxy folds")) % 2
+    for m in range(2):
+        own = replace(p, seed=seeds.derive(0, "proxy", m))
+        part = TrustedView(*(values[fold != m] for values in view))
+        losses, probabilities, features = train_proxy(own, part, torch.arange(9), config)
+        assert torch.equal(outputs.losses[fold == m], losses[fold == m])
+        assert torch.equal(outputs.probabilities[fold == m], probabilities[fold == m])
+        assert torch.equal(outputs.features.chunk(2, 1)[m], features)
 
 
 def test_progress_of_each_round_starts_at_zero():

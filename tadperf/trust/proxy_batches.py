@@ -1,0 +1,108 @@
+"""The training batches of a proxy: all random values of an epoch are drawn at once and sent to the device together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tadperf import seeds
+from tadperf.compute.transfer import upload_all
+from tadperf.config import TrustConfig
+from tadperf.data import augment
+from tadperf.data.augment import Draw
+from tadperf.nets.problem import Problem
+
+# Pixel values that are augmented in one call. On CUDA one call serves many batches, so that its launches cost little:
+# 64 MB of float32 pixels. Neither was tuned.
+CPU_CHUNK, CUDA_CHUNK = 1 << 19, 1 << 24
+
+
+class ProxyBatch(NamedTuple):
+    """One batch of B augmented images x [B, channels, H, W], and what their loss needs.
+
+    target: [B, C], one-hot labels times weights. share, pair: image i is mixed with image pair[i] and keeps this share;
+    None without mixup. first, second: two views of the same B unlabelled images; None without the consistency loss.
+    """
+
+    x: Tensor
+    target: Tensor
+    share: Tensor | None
+    pair: Tensor | None
+    first: Tensor | None
+    second: Tensor | None
+
+
+class EpochDraws(NamedTuple):
+    """The random values of one epoch over M samples.
+
+    order: int64 [M]. augmentation: of the images in this order. share: float32, one value for each batch. pair: int64
+    [M], positions within the batch. Both are None without mixup. others: int64 [M], the unlabelled images of the
+    consistency loss, and views, their two augmentations; None without it.
+    """
+
+    order: Tensor
+    augmentation: Draw
+    share: Tensor | None
+    pair: Tensor | None
+    others: Tensor | None
+    views: tuple[Draw, Draw] | None
+
+    def to(self, device: torch.device) -> EpochDraws:
+        """Returns the values on a device. To CUDA they travel in one copy, and the CPU does not wait for it."""
+        fields, structure = tree_flatten(self)
+        moved = iter(upload_all([field for field in fields if field is not None], device))
+        return tree_unflatten([None if field is None else next(moved) for field in fields], structure)
+
+
+def draw_epoch(problem: Problem, count: int, config: TrustConfig, epoch: int) -> EpochDraws:
+    """Draws all random values of one epoch over `count` samples, on the CPU."""
+    generator, side = seeds.generator(problem.seed, "epoch", epoch), problem.shape[-1]
+    order = torch.randperm(count, generator=generator)
+    drawn = augment.draw(problem.augment, count, side, generator)
+    share = pair = others = views = None
+    if config.consistency:
+        others = torch.randint(len(problem.images), (count,), generator=generator)
+        views = tuple(augment.draw(problem.augment, count, side, generator) for _ in range(2))
+    if config.mixup and count:
+        mixed = [  # Zhang et al. (2018), Beta(1, 1): the network fits single wrong labels more slowly
+            (torch.rand((), generator=generator), torch.randperm(min(config.batch, count - start), generator=generator))
+            for start in range(0, count, config.batch)
+        ]
+        share, pair = torch.stack([value for value, _ in mixed]), torch.cat([part for _, part in mixed])
+    return EpochDraws(order, drawn, share, pair, others, views)
+
+
+def epoch_batches(
+    problem: Problem, index: Tensor, target: Tensor, config: TrustConfig, epoch: int
+) -> Iterator[ProxyBatch]:
+    """Yields the batches of one epoch over the samples at `index`, int64 [M], on the device of `target`.
+
+    index: on `index_device` of the images. target: [M, C], one-hot labels times weights. Many batches are augmented in
+    one call.
+    """
+    images, device, batch, count = problem.images, target.device, config.batch, len(index)
+    drawn = draw_epoch(problem, count, config, epoch)
+    draws = drawn.to(device)
+    lookup = draws if index.device == device else drawn
+    rows, others = index[lookup.order], lookup.others
+    limit = CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
+    chunk = batch * max(1, limit // (batch * math.prod(problem.shape)))
+    for begin in range(0, count, chunk):
+        end = min(begin + chunk, count)
+        x = augment.apply(images[rows[begin:end]].to(device), draws.augmentation.rows(begin, end))
+        y, views = target[draws.order[begin:end]], []
+        if others is not None and draws.views is not None:
+            unlabelled = images[others[begin:end]].to(device)
+            views = [augment.apply(unlabelled, draw.rows(begin, end)) for draw in draws.views]
+        for start in range(begin, end, batch):
+            stop = min(start + batch, end)
+            x_part, y_part, *pair = (values[start - begin : stop - begin] for values in (x, y, *views))
+            share = None if draws.share is None else draws.share[start // batch]
+            partner = None if draws.pair is None else draws.pair[start:stop]
+            first, second = pair or (None, None)
+            yield ProxyBatch(x_part, y_part, share, partner, first, second)

@@ -1,0 +1,55 @@
+"""The trust loop on CUDA: the verdicts of a CPU, no copy or wait in a proxy's step, and the fused operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .conftest import RunOnTwin
+
+CASES = ["plain", "consistency", "one proxy, no graph", "pixels on the CPU"]
+BLOCKING = ("blocking copy to device", "blocking copy to host", "wait")
+VERDICTS = ("given", "working", "verdict", "decided", "suggested")
+
+
+@pytest.fixture(scope="module")
+def measured(run_on_twin: RunOnTwin) -> dict[str, Any]:
+    return run_on_twin("trust_rounds.py")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rounds_are_those_of_a_cpu(measured: dict[str, Any], name: str):
+    rounds = measured[name]["rounds"]
+    assert len(rounds) == 2
+    for differences in rounds:
+        assert {field: differences[field] for field in VERDICTS} == dict.fromkeys(VERDICTS, 0)
+        assert differences["score"] < 1e-5
+        assert differences["reliability"] < 1e-5
+    assert measured[name]["problems"] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_a_proxy_is_a_replay_that_waits_for_nothing(measured: dict[str, Any], name: str):
+    steps, proxies = measured[name]["steps"], 1 if name == "one proxy, no graph" else 2
+    assert not any(steps.get(kind) for kind in BLOCKING), steps
+    assert steps["graph replay"] >= 10
+    assert steps["graph record"] == 0
+    images = 2 if name == "pixels on the CPU" else 1  # these travel, too
+    assert steps["async copy"] == 2 * proxies * images  # two epochs: the random values of each travel in one copy
+    copies = 7 if name == "consistency" else 5  # of the inputs of a step into its graph
+    per_epoch = {"consistency": 110}.get(name, 45)  # augmentation in plain PyTorch
+    assert steps["launch"] <= copies * steps["graph replay"] + per_epoch * 2 * proxies, steps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdicts_are_found_on_the_device(measured: dict[str, Any], name: str):
+    """The fused operators run there. The state comes to the CPU once, in one copy for each of its six new fields."""
+    kernels, verdicts = measured[name]["kernels"], measured[name]["verdicts"]
+    for kernel in ("per_sample_kernel", "mixture_kernel", "whiten_kernel", "rank_kernel", "forward_kernel"):
+        assert kernels.get(kernel), kernels
+    assert verdicts["async copy"] == 1  # the state before
+    reaches = 0 if name == "one proxy, no graph" else 2  # one read for each reach
+    assert verdicts["blocking copy to host"] <= 6 + 2 + reaches
+    assert verdicts.get("blocking copy to device", 0) <= 2  # two random orders
+    assert verdicts["wait"] <= 30
