@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,44 +26,6 @@ from tadperf.run.folder import Run
 from tadperf.trust import audit, find_label_issues
 
 THREADS = 2  # more than the one thread that small runs use
-TINY: dict[str, Any] = {
-    "data.path": "digits",
-    "device": "cpu",
-    "net.width": 4,
-    "net.depth": 1,
-    "experts.count": 1,
-    "experts.epochs": 2,
-    "match.ipc": 1,
-    "match.iterations": 2,
-    "match.check_every": 2,
-    "match.steps": 2,
-    "match.max_start": 1,
-    "match.expert_epochs": 1,
-    "match.init": "real",
-    "evaluate.epochs": 1,
-    "evaluate.repeats": 1,
-    "evaluate.full_epochs": 1,
-    "evaluate.full_repeats": 1,
-    "trust.mode": "off",
-    "trust.rounds": 1,
-    "trust.proxies": 1,
-    "trust.epochs": 1,
-    "detector.depth": 1,
-    "detector.width": 8,
-    "detector.epochs": 2,
-    "diffusion.width": 8,
-    "diffusion.iterations": 2,
-    "diffusion.batch": 8,
-    "refine.steps": 4,
-    "refine.rounds": 1,
-    "refine.candidates": 1,
-    "refine.top_k": 1,
-}
-
-
-def config(**fields: Any) -> Config:
-    values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
-    return merge("digits", None, [f"{name}={json.dumps(value)}" for name, value in values.items()])
 
 
 def settings() -> dict[str, Any]:
@@ -99,23 +60,23 @@ def assert_restores(function: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., Config]) -> Path:
     """Returns the folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    tadperf.distill(config(), folder)
+    tadperf.distill(tiny_config(), folder)
     return folder
 
 
 @pytest.mark.parametrize("synthesis", ["matching", "generative", "hybrid"])
-def test_distill(tmp_path, synthesis):
-    assert_restores(lambda: tadperf.distill(config(synthesis=synthesis), tmp_path / "run"))
+def test_distill(tmp_path, synthesis, tiny_config):
+    assert_restores(lambda: tadperf.distill(tiny_config(synthesis=synthesis), tmp_path / "run"))
 
 
-def test_distill_with_trust(tmp_path):
-    assert_restores(lambda: tadperf.distill(config(trust__mode="on"), tmp_path / "run"))
+def test_distill_with_trust(tmp_path, tiny_config):
+    assert_restores(lambda: tadperf.distill(tiny_config(trust__mode="on"), tmp_path / "run"))
 
 
-def test_distill_that_fails(tmp_path):
+def test_distill_that_fails(tmp_path, tiny_config):
     class StopError(Exception):
         pass
 
@@ -125,39 +86,38 @@ def test_distill_that_fails(tmp_path):
 
     def fails() -> None:
         with pytest.raises(StopError):
-            tadperf.distill(config(tf32=True), tmp_path / "run", progress=stop)
+            tadperf.distill(tiny_config(tf32=True), tmp_path / "run", progress=stop)
 
     assert_restores(fails)
 
 
-def test_distill_task_without_evaluation(tmp_path):
+def test_distill_task_without_evaluation(tmp_path, tiny_config):
     def run() -> None:
-        task = prepare(config())
+        task = prepare(tiny_config())
         with Run.create(tmp_path / "run", task.config) as opened:
             distill_task(task, opened, evaluate=False)
 
     assert_restores(run)
 
 
-def test_train_shared_experts(tmp_path):
+def test_train_shared_experts(tmp_path, tiny_config):
     def run() -> None:
-        task = prepare(config())
+        task = prepare(tiny_config())
         with Run.create(tmp_path / "run", task.config) as opened:
             train_shared_experts(task, opened)
 
     assert_restores(run)
 
 
-def test_compare_trust_modes(tmp_path):
-    tadperf.distill(config(), tmp_path / "run")
-    assert_restores(lambda: compare_trust_modes(config(), tmp_path / "run"))
+def test_compare_trust_modes(tmp_path, tiny_config):
+    tadperf.distill(tiny_config(), tmp_path / "run")
+    assert_restores(lambda: compare_trust_modes(tiny_config(), tmp_path / "run"))
 
 
-def test_run_sweep(tmp_path):
+def test_run_sweep(tmp_path, tiny_config):
     def run() -> None:
         axes = parse_axes(["match.iterations=1,2"])
-        texts = [f"{name}={json.dumps(value)}" for name, value in TINY.items()]
-        cells = sweep_cells(axes, lambda sets: merge("digits", None, [*texts, *sets]))
+        cells = sweep_cells(axes, lambda sets: merge(sets=sets, base=tiny_config()))
         check_cells(cells, tmp_path / "sweep")
         run_sweep(cells, tmp_path / "sweep")
 
@@ -191,9 +151,9 @@ def test_accuracy_of_a_network_with_mixed_modes(finished):
     assert [module.training for module in net.modules()] == modes
 
 
-def test_audit():
+def test_audit(tiny_config):
     train = tadperf.open_data("digits").train
-    assert_restores(lambda: audit(train, config(trust__mode="on")))
+    assert_restores(lambda: audit(train, tiny_config(trust__mode="on")))
 
 
 def test_find_label_issues():

@@ -33,7 +33,7 @@ INDICES = ("index", "idx", "")  # pandas writes its index without a name
 IDS = ("id", "image_id", "sample_id")  # a file name or an index, by its values
 AUDIT = ("verdict", "score", "given_label", "suggested_label", "reliability", "round")  # columns that tadperf writes
 SEPARATORS = (",", ";", "\t")
-SNIFFED_ROWS = 20
+SNIFFED_ROWS = 20  # lines that decide on the separator; not tuned
 
 
 class Table(NamedTuple):

@@ -18,7 +18,7 @@ from tadperf.errors import UserError
 from tadperf.files import cache_folder
 
 SHARE = 0.25  # of the machine's memory; larger sets are mapped, and several processes share the mapped file
-ROWS = 1024  # images copied at a time
+ROWS = 1024  # images moved at a time; not tuned
 VERSION = 3  # of the decoded pixels; part of every name, so that older files are not used
 
 

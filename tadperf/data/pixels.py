@@ -16,7 +16,7 @@ from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 
 CHANNELS = (1, 3)
-REPORT_EVERY = 1024  # images between two calls of `progress`
+REPORT_EVERY = 1024  # images between two calls of `progress`; not tuned
 
 
 def from_array(array: np.ndarray | Tensor, name: str) -> Tensor:

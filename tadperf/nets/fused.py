@@ -13,7 +13,9 @@ from torch.nn.modules import module as torch_module
 
 from tadperf.kernels import conv3x3, implementations, norm_relu_pool
 
-FEW_CHANNELS = 1  # for up to this many input channels, a CPU computes the first convolution as a matrix product
+# For up to this many input channels, a CPU computes the first convolution as a matrix product. For grey images that
+# takes 0.21 ms instead of 0.75 ms (`_few_channel_conv`); for all layers it would take 1.9 to 2.5 times as long.
+FEW_CHANNELS = 1
 
 
 def fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -26,7 +26,8 @@ from tadperf.run.environment import describe_environment
 from tadperf.run.stage_meter import StageMeter
 
 FREE_FIELDS = {"experts.workers"}  # may differ in a resumed run, because they change no result
-# Seconds; `log` and the calls of progress save the measured time this often. A kill loses the time since the last save.
+# Seconds; `log` and the calls of progress save the measured time this often. A kill loses the time since the last
+# save. Not tuned.
 SAVE_STAGES_EVERY = 10.0
 
 
