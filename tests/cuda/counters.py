@@ -58,12 +58,18 @@ class Counters:
 
 
 def line_of_tadperf(depth: int = 3) -> str:
-    """Returns the innermost `depth` lines of tadperf on the stack, for example "nets/training.py:213"."""
-    found, frame = [], sys._getframe(1)
+    """Returns the innermost `depth` lines of tadperf on the stack, for example "nets/training.py:213".
+
+    Leaves out tadperf.compute, whose callers say more.
+    """
+    found: list[str] = []
+    frame = sys._getframe(1)
     while frame is not None and len(found) < depth:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith("tadperf.") and module != "tadperf.compute.cuda_graphs":  # its callers say more
-            found.append(f"{module[len('tadperf.') :].replace('.', '/')}.py:{frame.f_lineno}")
+        if module.startswith("tadperf.") and not module.startswith("tadperf.compute."):
+            line = f"{module.removeprefix('tadperf.').replace('.', '/')}.py:{frame.f_lineno}"
+            if line not in found[-1:]:  # a comprehension has its own frame
+                found.append(line)
         frame = frame.f_back
     return " < ".join(found) or "outside of tadperf"
 

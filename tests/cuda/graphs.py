@@ -76,7 +76,7 @@ def record(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         for memory, values in graph.before.values():
             memory.copy_(values)
     graph.finished = True
-    counters.graphs.append(RecordedGraph(line_of_tadperf(), counters.counts[LAUNCH] - launches))
+    counters.graphs.append(RecordedGraph(line_of_tadperf(6), counters.counts[LAUNCH] - launches))
     counters.add(RECORD, "graph")
 
 
