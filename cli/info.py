@@ -1,23 +1,48 @@
-"""`tadperf info`: prints the installed versions, the devices, and which code each operator runs."""
+"""`tadperf info`: prints the installed versions, the devices, and which code each operator runs, or has run."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
 
 from tadperf.cli import common
 from tadperf.cli.options import SharedOptions, command
 
+RunFolder = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Argument(metavar="RUN", help="The folder of a run: also print which code its stages have run."),
+]
 
-@command("--json --debug")
-def info(options: SharedOptions) -> None:
+
+@command("run --json --debug")
+def info(options: SharedOptions, run: RunFolder = None) -> None:
     """Print versions, devices, and which operators run native, Triton or reference code."""
     facts = gather()
+    if run is not None:
+        facts["stages"] = operators_by_stage(run)
     if options.as_json:
         common.print_json(facts)
     else:
         from tadperf.cli.tables import print_info
 
         print_info(facts)
+
+
+def operators_by_stage(run: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Returns {stage: {operator: {implementation: calls}}}. Raises UserError if `run` is not the folder of a run."""
+    import json
+
+    from tadperf.errors import UserError
+
+    try:
+        stages = json.loads((run / "stages.json").read_bytes())
+        return {name: stage.get("kernels", {}) for name, stage in stages.items()}
+    except OSError as error:
+        raise UserError("RUN", run, f"stages.json: {error.strerror}; give the folder of a run") from None
+    except (ValueError, AttributeError):
+        raise UserError("RUN", run, "stages.json is damaged") from None
 
 
 def gather() -> dict[str, Any]:

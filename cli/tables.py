@@ -142,7 +142,8 @@ def print_experts(result: Mapping[str, Any]) -> None:
     """Prints the figures of `tadperf experts`, one in each row."""
     table = _table("experts", "")
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        if name != "kernels":
+            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     _show(table)
 
 
@@ -160,7 +161,17 @@ def print_info(facts: Mapping[str, Any]) -> None:
     operators = _table("operator", "cpu", "cuda")
     for name, places in facts["operators"].items():
         operators.add_row(name, *("none" if place == "not available" else place for place in places.values()))
-    _show(system, operators)
+    _show(system, operators, *([_kernels_table(facts["stages"])] if "stages" in facts else []))
+
+
+def _kernels_table(stages: Mapping[str, Any]) -> Table:
+    """Returns which code each operator has run in each stage of a run, and how often."""
+    table = _table("stage", "operator", "code", "calls")
+    for stage, operators in stages.items():
+        for operator, calls in operators.items():
+            for implementation, count in calls.items():
+                table.add_row(stage, operator, implementation, str(count))
+    return table
 
 
 def _accuracy_table(result: Mapping[str, Any]) -> Table:

@@ -1,5 +1,7 @@
 """Chooses how an operator runs: directly in compiled code, through PyTorch's dispatcher, or as its plain reference.
 
+Also counts the calls of each operator by implementation, so that a run can say which code it used.
+
 A direct call saves tens of microseconds. It is correct only for plain tensors, and only if no mode has to see the
 operator. So it is not used for fake tensors and subclasses, or under make_fx, torch.jit.trace, profilers and torch.func
 transforms.
@@ -7,6 +9,8 @@ transforms.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -17,6 +21,10 @@ from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
 PLAIN_TYPES = (Tensor, Parameter)
+IMPLEMENTATIONS = {"cpu": "native", "cuda": "triton", None: "reference"}
+
+# The number of calls by operator and implementation. Only ever grows.
+_calls: Counter[tuple[str, str]] = Counter()
 
 
 class Route(Enum):
@@ -25,6 +33,25 @@ class Route(Enum):
     DIRECT = "compiled code is called directly"
     DISPATCHER = "the operator that is registered with PyTorch"
     REFERENCE = "the plain PyTorch reference"
+
+
+def record_call(operator: str, device: str | None) -> None:
+    """Counts a call of an operator. device: the device type whose compiled code runs; None for the reference.
+
+    Takes less than 0.2 us. Inside a CUDA graph it counts the recording, not the replays.
+    """
+    if not torch.compiler.is_compiling():  # a compiler would compile again whenever the count changes
+        _calls[operator, IMPLEMENTATIONS[device]] += 1
+
+
+def call_counts() -> Counter[tuple[str, str]]:
+    """Returns how often each (operator, implementation) was called in this process. Two results can be subtracted."""
+    return Counter(_calls)
+
+
+def add_call_counts(counts: Mapping[tuple[str, str], int]) -> None:
+    """Adds the calls of another process."""
+    _calls.update(counts)
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
@@ -50,6 +77,7 @@ def route(operator: str, *tensors: Tensor | None) -> Route:
         _refuse_tangents(operator, tensors)
     if torch._C._are_functorch_transforms_active():
         _refuse_vmap(operator, tensors)
+        record_call(operator, None)
         return Route.REFERENCE
     direct = _no_mode() and not _profiler_enabled() and _plain(tensors)
     return Route.DIRECT if direct else Route.DISPATCHER

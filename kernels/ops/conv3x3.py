@@ -22,12 +22,13 @@ from torch import Tensor
 
 from tadperf.kernels import native, registry
 from tadperf.kernels.checks import check_dense, check_memory
-from tadperf.kernels.dispatch import is_direct
+from tadperf.kernels.dispatch import is_direct, record_call
 
 registry.register("conv3x3", cuda="reference")  # torch.conv2d
 
-MIN_TILES = 128  # tiles per partial sum of the kernel gradient
-MAX_PARTS = 8  # partial sums of the kernel gradient, 16 matrices each; a power of two, so that threads share evenly
+MIN_TILES = 128  # tiles per partial sum of the kernel gradient; not tuned
+# Partial sums of the kernel gradient, 16 matrices each. A power of two, so that threads share evenly; not tuned.
+MAX_PARTS = 8
 # In this range of channels it is faster than PyTorch's direct convolution (bench/results/ledger.md).
 MIN_CHANNELS, MAX_CHANNELS = 32, 256
 
@@ -53,7 +54,9 @@ def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     Raises ValueError for wrong shapes or types, and RuntimeError for a second derivative of compiled code.
     """
     _check(x, kernel, kernel.shape[1:2])
-    if not is_direct(kernel) or not covers(x, kernel.shape[1], kernel.shape[0]):
+    compiled = is_direct(kernel) and covers(x, kernel.shape[1], kernel.shape[0])
+    record_call("conv3x3", "cpu" if compiled else None)
+    if not compiled:
         return torch.conv2d(x, kernel, padding=1)
     if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
         return _Conv3x3.apply(x, kernel)
@@ -96,7 +99,9 @@ class _Conv3x3(torch.autograd.Function):
 def conv3x3_input(grad: Tensor, kernel: Tensor) -> Tensor:
     """Returns the gradient of x, given the gradient of y [N, K, H, W]. Raises ValueError for wrong shapes or types."""
     _check(grad, kernel, kernel.shape[:1])
-    if not is_direct(kernel) or not covers(grad, kernel.shape[1], kernel.shape[0]):
+    compiled = is_direct(kernel) and covers(grad, kernel.shape[1], kernel.shape[0])
+    record_call("conv3x3_input", "cpu" if compiled else None)
+    if not compiled:
         return _backward(grad, grad[:, :1].expand(-1, kernel.shape[1], -1, -1), kernel, 0)
     check_memory(grad=grad, kernel=kernel)
     return _product(grad, _transformed(kernel.detach(), rotated=True), kernel.shape[1])
@@ -113,7 +118,9 @@ def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
     if x.device != grad.device:
         raise ValueError(f"x: on {x.device}: expected {grad.device}, like grad")
     (images, channels, height, width), out = x.shape, grad.shape[1]
-    if not is_direct(grad) or not covers(x, channels, out) or not images:
+    compiled = is_direct(grad) and covers(x, channels, out) and images > 0
+    record_call("conv3x3_kernel", "cpu" if compiled else None)
+    if not compiled:
         return _backward(grad, x, x.new_empty(out, channels, 3, 3), 1)
     check_memory(grad=grad, x=x)
     tiles = images * -(-height // 2) * -(-width // 2)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_memory
-from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.dispatch import Route, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.shared import unit_rows
 
@@ -176,11 +176,14 @@ def _forward(
     supported = candidates.dtype in ELEMENT_TYPES and qualified.dtype in ELEMENT_TYPES
     arguments = (candidates, scores, qualified, classes, qualified_classes)
     if supported and candidates.device.type == "cpu" and native.available():
+        record_call("diverse_pick", "cpu")
         return _native(*arguments, top_k, weight)
     if supported and candidates.device.type == "cuda" and gpu.available() and candidates.numel():
         from tadperf.kernels.gpu import diverse_pick as triton
 
+        record_call("diverse_pick", "cuda")
         return DiversePick(*triton.diverse_pick(*arguments, top_k, weight))
+    record_call("diverse_pick", None)
     return diverse_pick_reference(*arguments, top_k=top_k, weight=weight)
 
 

@@ -35,7 +35,7 @@ from torch.nn.functional import logsigmoid
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_memory
-from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.dispatch import Route, record_call, route
 from tadperf.kernels.shared import MAX_CUTS, SLACK, SMALLEST_PART, TINY
 
 registry.register("mixture")
@@ -288,12 +288,15 @@ def _forward(
     options = num_groups, iterations, tolerance, floor, monotone
     if losses.dtype != torch.float64:
         if losses.device.type == "cpu" == groups.device.type and native.available():
+            record_call("mixture", "cpu")
             return _native(losses, groups, *options)
         if losses.is_cuda and groups.is_cuda and gpu.available():
             from tadperf.kernels.gpu import mixture as triton
 
+            record_call("mixture", "cuda")
             posterior, *others = triton.mixture(losses.detach().reshape(-1), groups.reshape(-1), *options)
             return Mixture(posterior.view(losses.shape), *others)
+    record_call("mixture", None)
     return mixture_reference(
         losses, groups, num_groups, iterations=iterations, tolerance=tolerance, floor=floor, monotone=monotone
     )

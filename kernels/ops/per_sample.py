@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_like, check_memory
-from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.dispatch import Route, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.shared import PerSample, empty_results
 
@@ -124,12 +124,15 @@ def _forward(logits: Tensor, labels: Tensor) -> PerSample:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         out = empty_results(labels)
+        record_call("per_sample", "cpu")
         fill_native(logits, labels, out)
         return out
     if logits.dtype in ELEMENT_TYPES and logits.is_cuda and gpu.available():
         from tadperf.kernels.gpu import per_sample as triton
 
+        record_call("per_sample", "cuda")
         return triton.per_sample(logits.detach(), labels)
+    record_call("per_sample", None)
     with torch.no_grad():
         return per_sample_reference(logits, labels)
 
@@ -169,13 +172,16 @@ def loss_gradient(
     if logits.is_cuda and gpu.available():
         from tadperf.kernels.gpu import per_sample as triton
 
+        record_call("per_sample_gradient", "cuda")
         return triton.loss_gradient(logits, labels, top, confidence, scale, out, first, classes)
     compiled = native.available() and logits.is_cpu and logits.dtype == out.dtype == torch.float32
     if not compiled or logits.stride(1) != 1:
+        record_call("per_sample_gradient", None)
         p = (logits.float() - top[:, None]).exp_().mul_(confidence[:, None])
         index = torch.arange(first, first + logits.shape[1], device=labels.device)
         gradient = (p - (index == labels[:, None]).float()) * scale[:, None]
         return out.copy_(torch.where(labels[:, None] >= 0, gradient, 0))
+    record_call("per_sample_gradient", "cpu")
     native.call("per_sample_gradient", logits, labels, top, confidence, scale, out, first)
     return out
 

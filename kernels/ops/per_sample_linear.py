@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_like, check_memory
-from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.dispatch import Route, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.ops.per_sample import (
     PerSample,
@@ -54,6 +54,7 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
         flat = per_sample_linear(features.reshape(-1, features.shape[-1]), weight, labels.reshape(-1), bias)
         return PerSample(*(result.view(labels.shape) for result in flat))
     if features.dtype not in ELEMENT_TYPES:
+        record_call("per_sample_linear", None)
         return per_sample(_all_logits(features, weight, bias), labels)
     chosen = route("per_sample_linear", features, weight, labels, bias)
     if chosen is Route.REFERENCE:
@@ -129,10 +130,13 @@ def _forward(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     if features.is_cuda and gpu.available():
         from tadperf.kernels.gpu import per_sample_linear as triton
 
+        record_call("per_sample_linear", "cuda")
         return triton.per_sample_linear(features, weight, labels, bias)
     if not (features.is_cpu and native.available()):
+        record_call("per_sample_linear", None)
         logits = _all_logits(features, weight, bias)
         return *per_sample_reference(logits, labels), logits.amax(1)
+    record_call("per_sample_linear", "cpu")
     samples, classes = len(features), len(weight)
     results, top = empty_results(labels), features.new_empty(samples, dtype=torch.float32)
     rows, columns = _block_sizes(features, classes)

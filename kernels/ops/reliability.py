@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_memory
-from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.dispatch import Route, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.shared import Reliability, centre_and_directions
 
@@ -158,11 +158,14 @@ def _native(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
 def _forward(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:
     check_memory(features=features, anchors=anchors, cholesky=cholesky)
     if features.dtype in ELEMENT_TYPES and features.device.type == "cpu" and native.available():
+        record_call("reliability", "cpu")
         return _native(features, anchors, cholesky)
     if features.dtype in ELEMENT_TYPES and features.device.type == "cuda" and gpu.available():
         from tadperf.kernels.gpu import reliability as triton
 
+        record_call("reliability", "cuda")
         return triton.reliability(features, anchors, cholesky)
+    record_call("reliability", None)
     return reliability_reference(features, anchors, cholesky)
 
 

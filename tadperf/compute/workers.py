@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 
 from tadperf.compute import ranks
 from tadperf.compute.torch_settings import torch_settings
+from tadperf.kernels.dispatch import add_call_counts, call_counts
 
 T = TypeVar("T")
 PARALLEL_FROM = 1_000_000  # activations of a step's widest layer; not tuned beyond the figures of `threads_for`
@@ -132,11 +134,14 @@ def _start_worker(parent: int, task: Callable[[Any], Any], items: Sequence[Any])
     torch.set_num_threads(1)
 
 
-def _run_item(position: int) -> Any:
+def _run_item(position: int) -> tuple[Any, Counter[Any]]:
+    """Returns the result, and the calls of operators that it took, which the parent adds to its own."""
     assert _work is not None
     task, items = _work
+    before = call_counts()
     with ranks.working_alone():
-        return task(items[position])
+        result = task(items[position])
+    return result, call_counts() - before
 
 
 class BackgroundTasks:
@@ -162,12 +167,18 @@ class BackgroundTasks:
     def completed(self) -> Iterator[tuple[int, Any]]:
         """Yields (position, result) of the tasks that ended since the last call; does not wait."""
         for future in [future for future in self._futures if future.done()]:
-            yield self._futures.pop(future), future.result()
+            yield self._take(future)
 
     def as_completed(self) -> Iterator[tuple[int, Any]]:
         """Waits for all other tasks and yields (position, result) as they end."""
         for future in as_completed(list(self._futures)):
-            yield self._futures.pop(future), future.result()
+            yield self._take(future)
+
+    def _take(self, future: Future[Any]) -> tuple[int, Any]:
+        position = self._futures.pop(future)
+        result, calls = future.result()
+        add_call_counts(calls)
+        return position, result
 
     def pending(self) -> list[int]:
         """Returns the positions of the tasks whose result was not yielded yet."""

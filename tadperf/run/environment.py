@@ -13,8 +13,14 @@ from tadperf.compute.versions import versions
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Returns versions, platform, CPU, threads, device, arguments and date. device: a name as in `resolve_device`."""
+    """Returns versions, platform, CPU, threads, device, operators, arguments and date.
+
+    device: a name as in `resolve_device`. operators: which code each operator can run on a CPU and on CUDA; stages.json
+    says which code each stage has run.
+    """
     import torch
+
+    from tadperf.kernels import implementations
 
     return {
         "versions": versions(),
@@ -24,6 +30,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         "device_name": describe_device(resolve_device(device)),
+        "operators": implementations(),
         "argv": sys.argv,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -85,7 +85,7 @@ class Run:
         """lock: the descriptor of the locked file; None in a process that writes nothing."""
         self.path, self.config, self._lock = path, config, lock
         self._metrics: TextIO | None = None
-        self._stages: dict[str, dict[str, float]] = {}
+        self._stages: dict[str, dict[str, Any]] = {}
         self._stage: StageMeter | None = None
         self._saving = threading.Lock()
         if lock is not None:
@@ -167,7 +167,7 @@ class Run:
         """Measures the stage inside the block and saves its values in stages.json.
 
         The values are wall seconds, summed over resumed processes; the peak memory of the stage's largest process; and
-        with CUDA the peak memory that PyTorch allocated on one device.
+        with CUDA the peak memory that PyTorch allocated on one device; and how often each operator ran which code.
         """
         assert self._stage is None, "stages do not nest"
         self._stage = stage = StageMeter(name, dict(self._stages.get(name, {})))
@@ -182,8 +182,8 @@ class Run:
             self._stages[stage.name] = stage.measured()
             write_json(self.path / "stages.json", self._stages)
 
-    def stages(self) -> dict[str, dict[str, float]]:
-        """Returns, per stage so far: seconds, peak_memory_mb and, if CUDA was used, peak_cuda_mb (MB = 2**20 bytes)."""
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Returns the values of `StageMeter.measured` for each stage so far."""
         return {name: dict(values) for name, values in self._stages.items()}
 
     def finish(self, result: dict[str, Any]) -> None:

@@ -1,25 +1,32 @@
-"""Measures wall time and peak memory of one stage of a run."""
+"""Measures wall time, peak memory and the operators of one stage of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class StageMeter:
     """Measures one stage, starting from the values that earlier processes measured for it."""
 
-    def __init__(self, name: str, before: dict[str, float]) -> None:
+    def __init__(self, name: str, before: Mapping[str, Any]) -> None:
         """before: the values of `measured` from earlier processes of the run; empty for a new stage."""
         self.name, self.before = name, before
         self.start = self.saved = time.monotonic()
-        self.children = children_peak()
+        self.children, self.calls = children_peak(), operator_calls()
         reset_peak()
 
-    def measured(self) -> dict[str, float]:
-        """Returns seconds, peak_memory_mb and, if CUDA was used, peak_cuda_mb so far (MB = 2**20 bytes)."""
+    def measured(self) -> dict[str, Any]:
+        """Returns seconds, peak_memory_mb, kernels and, if CUDA was used, peak_cuda_mb so far (MB = 2**20 bytes).
+
+        kernels: {operator: {implementation: calls}}, of this process and of the worker processes that have ended their
+        task. Other ranks are left out: they run the same code. A CUDA graph counts when it is recorded.
+        """
         self.saved = time.monotonic()
         children = children_peak()
         peaks = {
@@ -27,7 +34,24 @@ class StageMeter:
             **cuda_peak(),
         }
         peaks = {key: round(max(value, self.before.get(key, 0)), 1) for key, value in peaks.items()}
-        return {"seconds": round(self.before.get("seconds", 0) + self.saved - self.start, 3), **peaks}
+        seconds = round(self.before.get("seconds", 0) + self.saved - self.start, 3)
+        return {"seconds": seconds, **peaks, "kernels": self._kernels()}
+
+    def _kernels(self) -> dict[str, dict[str, int]]:
+        """Returns the calls of each operator by implementation, with those of earlier processes."""
+        total = operator_calls() - self.calls
+        for operator, calls in self.before.get("kernels", {}).items():
+            total.update({(operator, implementation): count for implementation, count in calls.items()})
+        kernels: dict[str, dict[str, int]] = {}
+        for (operator, implementation), count in sorted(total.items()):
+            kernels.setdefault(operator, {})[implementation] = count
+        return kernels
+
+
+def operator_calls() -> Counter[tuple[str, str]]:
+    """Returns how often each (operator, implementation) was called by this process; see `kernels.dispatch`."""
+    dispatch = sys.modules.get("tadperf.kernels.dispatch")
+    return Counter() if dispatch is None else dispatch.call_counts()
 
 
 def reset_peak() -> None:

@@ -54,7 +54,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
     "audit": [name for name in COMMON if name != "--trust"] + ["--devices", "--out", *OUTPUT],
     "evaluate": ["FILE", "DATA", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
-    "info": ["--json", "--debug"],
+    "info": ["RUN", "--json", "--debug"],
     "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", "--list", *OUTPUT],
     "bench": [
         "OPERATOR|STAGE",

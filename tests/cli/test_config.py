@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import torch
 
 from tadperf.config import Config
+from tadperf.config.merge import merge
+from tadperf.kernels import implementations, per_sample
+from tadperf.run.folder import Run
 
 
 def test_the_printed_config_can_be_read_back(tadperf, tmp_path):
@@ -22,6 +26,24 @@ def test_the_printed_config_can_be_read_back(tadperf, tmp_path):
 
 def test_schema(tadperf):
     assert json.loads(tadperf("config", "--schema").out) == Config.model_json_schema()
+
+
+def test_info_of_a_run_shows_the_code_of_each_stage(tadperf, tmp_path):
+    folder = tmp_path / "run"
+    with Run.create(folder, merge()) as run, run.stage("trust"):
+        per_sample(torch.zeros(2, 3), torch.tensor([0, 1]))
+    code = implementations()["per_sample"]["cpu"]
+    assert json.loads(tadperf("info", folder, "--json").out)["stages"] == {"trust": {"per_sample": {code: 1}}}
+    assert re.search(rf"trust +per_sample +{code} +1\b", tadperf("info", folder).out)
+
+
+def test_info_of_a_folder_without_a_run_names_the_problem(tadperf, tmp_path):
+    result = tadperf("info", tmp_path)
+    assert result.code == 2
+    assert "RUN" in result.err
+    assert "stages.json: No such file or directory; give the folder of a run" in result.err
+    (tmp_path / "stages.json").write_text("[1]")
+    assert "stages.json is damaged" in tadperf("info", tmp_path).err
 
 
 def test_info_as_json_and_as_tables(tadperf):

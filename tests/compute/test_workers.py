@@ -18,6 +18,8 @@ import torch
 
 from tadperf.compute import workers
 from tadperf.compute.workers import BackgroundTasks, run_parallel
+from tadperf.kernels import implementations, per_sample
+from tadperf.kernels.dispatch import call_counts
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tasks are forked on Linux only")
 
@@ -59,6 +61,20 @@ def test_every_item_is_processed_once_with_its_position(workers):
 
 
 @linux
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_operators_that_a_worker_calls_are_counted_in_the_parent(workers):
+    def task(item: int) -> int:
+        for _ in range(item):
+            per_sample(torch.zeros(2, 3), torch.tensor([0, 1]))
+        return item
+
+    before = call_counts()
+    per_sample(torch.zeros(2, 3), torch.tensor([0, 1]))  # a worker inherits this count, and must not add it again
+    assert sorted(run_parallel(task, [1, 2, 4], workers)) == [(0, 1), (1, 2), (2, 4)]
+    implementation = implementations()["per_sample"]["cpu"]
+    assert call_counts() - before == {("per_sample", implementation): 8}
+
+
 def test_results_arrive_as_tasks_finish_in_other_processes():
     def task(seconds: float) -> int:
         time.sleep(seconds)

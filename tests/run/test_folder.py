@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tadperf.config.merge import merge
 from tadperf.errors import UserError
 from tadperf.files import load_tensors, save_tensors, write_bytes, write_json
+from tadperf.kernels import implementations, per_sample
 from tadperf.run import folder
 from tadperf.run.folder import Run, finished_result, stored_config
 from tadperf.run.stage_meter import children_peak
@@ -257,10 +258,10 @@ def test_metrics_survive_an_incomplete_line_and_a_rewind(tmp_path):
 
 def test_the_seconds_of_a_stage_add_up_over_resumes(tmp_path):
     with Run.create(tmp_path / "run", CONFIG) as run:
-        with run.stage("data"):
-            with mmap.mmap(-1, 200 * 2**20) as block:  # not malloc: an earlier test may have told it to keep freed memory
-                for page in range(0, len(block), mmap.PAGESIZE):
-                    block[page] = 1
+        # mmap and not malloc: an earlier test may have told malloc to keep freed memory.
+        with run.stage("data"), mmap.mmap(-1, 200 * 2**20) as block:
+            for page in range(0, len(block), mmap.PAGESIZE):
+                block[page] = 1
         with contextlib.suppress(KeyboardInterrupt), run.stage("matching"):
             time.sleep(0.05)
             raise KeyboardInterrupt
@@ -273,6 +274,23 @@ def test_the_seconds_of_a_stage_add_up_over_resumes(tmp_path):
     if Path("/proc/self/clear_refs").exists():  # the peak of the stage, not of the process
         assert stages["data"]["peak_memory_mb"] > 200
         assert stages["matching"]["peak_memory_mb"] < stages["data"]["peak_memory_mb"] - 150
+
+
+def test_a_stage_names_the_code_that_its_operators_ran_and_adds_it_up_over_resumes(tmp_path):
+    code = implementations()["per_sample"]["cpu"]
+    for resume in (False, True):
+        with Run.create(tmp_path / "run", CONFIG, resume) as run:
+            with run.stage("data"):
+                pass
+            with run.stage("trust"):
+                per_sample(torch.zeros(2, 3), torch.tensor([0, 1]))
+                per_sample(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1]))
+    saved = json.loads((tmp_path / "run" / "stages.json").read_text())
+    assert saved["data"]["kernels"] == {}
+    expected = {code: 2, "reference": 2} if code != "reference" else {"reference": 4}
+    assert saved["trust"]["kernels"] == {"per_sample": expected}
+    environment = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert environment["operators"] == implementations()
 
 
 def test_the_peak_memory_includes_the_largest_child_process(tmp_path):
