@@ -1,7 +1,7 @@
 """Proxies: small networks that train briefly on the trusted view and then classify every sample.
 
-On CUDA a proxy stays on the device: its steps run as a CUDA graph, the random values of an epoch travel there in a few
-copies that do not block, and the outputs never leave it.
+On CUDA a proxy stays on the device: its steps run as a CUDA graph, the random values of an epoch travel there in one
+copy that does not block, and the outputs never leave it.
 """
 
 from __future__ import annotations

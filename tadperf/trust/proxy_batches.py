@@ -67,7 +67,8 @@ def draw_epoch(problem: Problem, count: int, config: TrustConfig, epoch: int) ->
     share = pair = others = views = None
     if config.consistency:
         others = torch.randint(len(problem.images), (count,), generator=generator)
-        views = tuple(augment.draw(problem.augment, count, side, generator) for _ in range(2))
+        first, second = (augment.draw(problem.augment, count, side, generator) for _ in range(2))
+        views = first, second
     if config.mixup and count:
         mixed = [  # Zhang et al. (2018), Beta(1, 1): the network fits single wrong labels more slowly
             (torch.rand((), generator=generator), torch.randperm(min(config.batch, count - start), generator=generator))
