@@ -105,9 +105,8 @@ def make_problem(case: Case, device: torch.device, dtype: torch.dtype = torch.fl
     count = 10 * case.ipc
     images = torch.randn(count, *case.shape, generator=generator).to(start)
     config = MatchConfig.model_validate({"steps": case.steps, "batch": case.batch})
-    drawn = draw_steps(config, count, case.shape[-1], AUGMENT, generator)
+    steps = draw_steps(config, count, case.shape[-1], AUGMENT, generator).to(device).split()
     labels = torch.arange(10, device=device).repeat_interleave(case.ipc)
-    steps = [inner._replace(rows=inner.rows.to(device)) for inner in drawn]
     return MatchingProblem(net, start, start + 0.01 * step, images, labels, torch.tensor(0.01).to(start), steps)
 
 
@@ -148,7 +147,8 @@ def iteration(provider: str, p: MatchingProblem) -> Callable[[], Tensor]:
         return partial(published, p)
     if provider == "tadperf" and p.images.is_cuda:
         sweep = cuda_graph_sweep.GraphedSweep(p.net, step_backends.compiled(p.net))
-        return lambda: sweep(*p[1:]).images
+        drawn = gradient.StepDraws.join(p.steps)
+        return lambda: sweep(*p[1:-1], drawn).images
     backend = {
         "autograd": step_backends.autograd,
         "tadperf": step_backends.eager,

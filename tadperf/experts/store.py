@@ -14,6 +14,7 @@ from tadperf import files
 from tadperf.errors import UserError
 
 IDENTITY = "experts.json"  # describes the data, network and recipe of the experts in a folder
+RESIDENT_SHARE = 0.5  # of a CUDA device's free memory that snapshots may take; not tuned
 
 
 def expert_path(folder: Path, index: int) -> Path:
@@ -87,6 +88,23 @@ class Experts:
         """Returns the weights as a new tensor float32 [P]; reads only this row of the file."""
         return self._files[expert].get_slice("snapshots")[epoch].to(torch.float32, copy=True)
 
+    def resident(self, device: torch.device, epochs: range) -> Experts | ResidentExperts:
+        """Returns these experts with the snapshots of `epochs` on a CUDA device, or itself if they do not fit there.
+
+        Reading them from the device again and again needs no copy from the CPU and no wait.
+        """
+        if device.type != "cuda":
+            return self
+        row = self._files[0].get_slice("snapshots")[0]
+        needed = len(self) * len(epochs) * row.numel() * row.element_size()
+        fits = needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+        return self.load_to(device, epochs) if fits else self
+
+    def load_to(self, device: torch.device, epochs: range) -> ResidentExperts:
+        """Returns these experts with the snapshots of `epochs` on a device."""
+        rows = (file.get_slice("snapshots")[epochs.start : epochs.stop] for file in self._files)
+        return ResidentExperts([expert.to(device) for expert in rows], epochs.start)
+
     def train_accuracies(self) -> list[float]:
         """Returns the training accuracy of each expert's last snapshot, a share in [0, 1].
 
@@ -97,6 +115,21 @@ class Experts:
             if "train_accuracy" not in values:
                 raise UserError("--experts", path, "has no train_accuracy; train it again with: tadperf experts")
         return [float(values["train_accuracy"]) for values in metadata]
+
+
+class ResidentExperts:
+    """Some snapshots of all experts on a device, in the type in which they are stored."""
+
+    def __init__(self, snapshots: list[Tensor], first: int) -> None:
+        """snapshots: [S, P] of each expert. first: the epoch of the first one."""
+        self._snapshots, self._first = snapshots, first
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def snapshot(self, expert: int, epoch: int) -> Tensor:
+        """Returns the weights float32 [P] on the device. A view if they are stored as float32: do not write to it."""
+        return self._snapshots[expert][epoch - self._first].float()
 
 
 def _open(path: Path) -> Any:

@@ -27,6 +27,9 @@ import torch
 from torch import Tensor
 
 from tadperf.data import augment
+from tadperf.data.image_draws import ImageDraws
+from tadperf.kernels import trajectory_distance
+from tadperf.kernels.ops.trajectory_distance import student_gradient
 from tadperf.matching import step_backends
 from tadperf.matching.convnet_second_order import Products
 from tadperf.matching.step_backends import StepBackend
@@ -44,6 +47,30 @@ class Step(NamedTuple):
     drawn: augment.Draw
 
 
+class StepDraws(NamedTuple):
+    """The draws of all T inner steps, joined so that they move to a device in one copy.
+
+    draws: one inner step after the other. sizes: the number of images of each one.
+    """
+
+    draws: ImageDraws
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def join(cls, steps: Sequence[Step]) -> StepDraws:
+        """Joins inner steps."""
+        fields = zip(*(step.drawn for step in steps), strict=True)
+        drawn = augment.Draw(*(None if field[0] is None else torch.cat(field) for field in fields))
+        return cls(ImageDraws(torch.cat([step.rows for step in steps]), drawn), tuple(len(step.rows) for step in steps))
+
+    def split(self) -> list[Step]:
+        """Returns the inner steps as views."""
+        return [Step(*part) for part in self.draws.split(self.sizes)]
+
+    def to(self, device: torch.device) -> StepDraws:
+        return StepDraws(self.draws.to(device), self.sizes)
+
+
 class Gradient(NamedTuple):
     """The matching loss and its gradients. `labels` is None for hard labels."""
 
@@ -52,11 +79,37 @@ class Gradient(NamedTuple):
     labels: Tensor | None  # [M, K]
     lr: Tensor  # scalar
     end: Tensor  # [P], the student after T steps
+    layers: Tensor | None = None  # [layers], the matching loss of each layer; only reported
 
 
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """Returns |end - target|^2 / |start - target|^2 (MTT, eq. 3)."""
     return (end - target).square().sum() / (start - target).square().sum()
+
+
+class Distance(NamedTuple):
+    """The matching loss, its gradient lambda_T [P] with respect to the student, and the loss of each layer [layers]."""
+
+    loss: Tensor
+    lam: Tensor
+    layers: Tensor
+
+
+def matching_distance(end: Tensor, start: Tensor, target: Tensor, layer_sizes: Sequence[int]) -> Distance:
+    """Computes the matching loss and what the adjoint and the report need of it.
+
+    On CUDA one operator reads the three vectors once for all sums, and a second one writes lambda. A CPU keeps the
+    order of sums of `matching_loss`.
+    """
+    end, start, target = end.detach(), start.detach(), target.detach()
+    by_layer = trajectory_distance(end, target, start, tuple(layer_sizes))
+    if end.is_cuda:
+        expert_distance = by_layer.expert_distance.sum()
+        lam = student_gradient(end, target, 2 / expert_distance)
+        return Distance(by_layer.distance.sum() / expert_distance, lam, by_layer.ratio)
+    expert_distance = (start - target).square().sum()
+    lam = 2 * (end - target) / expert_distance
+    return Distance((end - target).square().sum() / expert_distance, lam, by_layer.ratio)
 
 
 def inner_step(backend: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
@@ -104,8 +157,8 @@ def adjoint(
         if i % stride == 0:
             stored[i // stride] = theta
         theta = inner_step(backend, theta, x, y, lr, step)
-    end, distance = theta, (start - target).square().sum()
-    lam = 2 * (end - target) / distance
+    end = theta
+    loss, lam, layers = matching_distance(end, start, target, list(net.layer_sizes.values()))
     grad_x, grad_y, grad_lr = torch.zeros_like(x), torch.zeros_like(y) if soft else None, torch.zeros_like(lr)
     for first in reversed(range(0, len(steps), stride)):
         segment = steps[first : first + stride]
@@ -120,8 +173,7 @@ def adjoint(
             if grad_y is not None and h.labels is not None:
                 grad_y.index_add_(0, rows, h.labels, alpha=-1)
             grad_x.index_add_(0, rows, h.x, alpha=-1)
-    loss = (end - target).square().sum() / distance
-    return Gradient(loss, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end)
+    return Gradient(loss, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end, layers)
 
 
 def tesla(
@@ -160,7 +212,8 @@ def unroll(
         theta = theta - lr * step_backends.step_gradient(net, theta, batch, y[rows], create_graph=True)
     loss = matching_loss(theta, start, target)
     grads = torch.autograd.grad(loss, [x, lr] + ([y] if y.requires_grad else []))
-    return Gradient(loss.detach(), grads[0], grads[2] if y.requires_grad else None, grads[1], theta.detach())
+    layers = matching_distance(theta, start, target, list(net.layer_sizes.values())).layers
+    return Gradient(loss.detach(), grads[0], grads[2] if y.requires_grad else None, grads[1], theta.detach(), layers)
 
 
 GRADIENTS: dict[str, Callable[..., Gradient]] = {"adjoint": adjoint, "unroll": unroll, "tesla": tesla}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
@@ -14,14 +13,16 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.compute.compile import save_compile_cache
+from tadperf.compute.transfer import upload_all
 from tadperf.config import MatchConfig
 from tadperf.data import augment
-from tadperf.errors import UserError
-from tadperf.experts.store import Experts
+from tadperf.data.image_draws import ImageDraws
+from tadperf.experts.store import Experts, ResidentExperts
+from tadperf.matching.attempt import Attempt
 from tadperf.matching.cuda_graph_sweep import GraphedSweep
-from tadperf.matching.gradient import GRADIENTS, Gradient, Step
+from tadperf.matching.gradient import GRADIENTS, Gradient, StepDraws
 from tadperf.matching.starts import start_range
-from tadperf.matching.state import MatchState, apply_gradient, has_diverged, load_checkpoint, save_checkpoint, step_back
+from tadperf.matching.state import MatchState, load_checkpoint, save_checkpoint, step_back
 from tadperf.matching.step_backends import StepBackend, choose_step_backend
 from tadperf.nets.flat import FlatNet
 from tadperf.progress import Progress, silent
@@ -29,10 +30,11 @@ from tadperf.run.folder import Run
 
 SAVE_EVERY = 10.0  # seconds between checkpoints, not tuned; the moment of a checkpoint changes no result
 MEAN_LOSSES = 20  # iterations whose mean loss is reported, not tuned
+WORKS_AHEAD = ("cuda",)  # devices that compute while the CPU does something else
 
 Check = Callable[[Tensor, Tensor, float, int], float]  # images, labels, lr, iteration -> accuracy on held-out samples
-# (start, target, images, labels, lr, steps) -> Gradient
-TrajectoryGradient = Callable[..., Gradient]
+# (start, target, images, labels, lr, drawn) -> Gradient
+TrajectoryGradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, StepDraws], Gradient]
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,20 @@ class MatchProblem:
     """
 
     net: FlatNet
-    experts: Experts
+    experts: Experts | ResidentExperts
     config: MatchConfig
     augment: str
     seed: int
 
 
-def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, generator: torch.Generator) -> list[Step]:
+def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, generator: torch.Generator) -> StepDraws:
     """Draws T inner steps: batches from shuffled passes over `count` images of `size` pixels, with augmentations."""
     batch = min(config.batch or count, count)
-    passes = -(-config.steps * batch // count)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
-    drawn = augment.draw(strategy, config.steps * batch, size, generator)
-    return [Step(order[i : i + batch], drawn.rows(i, i + batch)) for i in range(0, config.steps * batch, batch)]
+    drawn_images = config.steps * batch
+    passes = -(-drawn_images // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])[:drawn_images]
+    drawn = augment.draw(strategy, drawn_images, size, generator)
+    return StepDraws(ImageDraws(order, drawn), (batch,) * config.steps)
 
 
 def matching_gradient(
@@ -71,10 +74,10 @@ def matching_gradient(
     first, last = start_range(config, state.iteration)
     start = int(torch.randint(first, last + 1, (), generator=generator))
     device = state.images.device
-    drawn = draw_steps(config, len(state.images), state.images.shape[-1], problem.augment, generator)
-    steps = [step._replace(rows=step.rows.to(device)) for step in drawn]
-    ends = (experts.snapshot(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
-    return compute(*ends, state.images, state.labels, state.log_lr.exp(), steps)
+    drawn = draw_steps(config, len(state.images), state.images.shape[-1], problem.augment, generator).to(device)
+    epochs = (start, start + config.expert_epochs)
+    start_point, target = upload_all([experts.snapshot(expert, epoch) for epoch in epochs], device)
+    return compute(start_point, target, state.images, state.labels, state.log_lr.exp(), drawn)
 
 
 def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBackend, TrajectoryGradient]:
@@ -86,13 +89,15 @@ def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBacke
     backend = choose_step_backend(config, net, shape, device, config.iterations)
     if device.type == "cuda" and config.compile != "off" and config.gradient != "unroll":
         return backend, GraphedSweep(net, backend, config.gradient == "adjoint")
-    return backend, partial(GRADIENTS[config.gradient], net, backend=backend)
+    gradient = partial(GRADIENTS[config.gradient], net, backend=backend)
+    return backend, lambda *values: gradient(*values[:-1], values[-1].split())
 
 
 def mean_gradient(state: MatchState, compute: TrajectoryGradient, problem: MatchProblem) -> Gradient:
     """Returns the mean gradient over the trajectories of this iteration, which the ranks divide (tadperf).
 
-    A rank without a trajectory adds zeros. `end` is that of a trajectory of this rank.
+    A rank without a trajectory adds zeros. `end` is that of a trajectory of this rank, and `layers` are the means over
+    its trajectories.
     """
     trajectories = problem.config.trajectories
     numbers = range(ranks.rank(), trajectories, ranks.world_size())
@@ -101,7 +106,9 @@ def mean_gradient(state: MatchState, compute: TrajectoryGradient, problem: Match
         return parts[0]
     names = [name for name in ("loss", "images", "labels", "lr") if getattr(parts[0], name) is not None]
     sums = [reduce(torch.add, [getattr(part, name) for part in parts]) for name in names]
-    return parts[0]._replace(**dict(zip(names, ranks.mean(sums, trajectories), strict=True)))
+    layers = [part.layers for part in parts if part.layers is not None]
+    means = dict(zip(names, ranks.mean(sums, trajectories), strict=True))
+    return parts[0]._replace(**means, layers=torch.stack(layers).mean(0) if layers else None)
 
 
 def _zero_gradient(state: MatchState) -> Gradient:
@@ -119,31 +126,36 @@ def match_trajectories(
     Continues from the run's checkpoint if there is one. A resumed run ends with the same bytes: every draw depends only
     on the seed, the iteration and the trajectory, and a checkpoint holds everything that the next iteration needs.
     """
-    config = problem.config
+    config, device = problem.config, state.images.device
     previous, best, score, losses = None, state, -1.0, []
     file = run.path / "checkpoints" / "matching.safetensors"
-    checkpoint = ranks.once(lambda: load_checkpoint(file, state.images.device, state) if file.exists() else None)
+    checkpoint = ranks.once(lambda: load_checkpoint(file, device, state) if file.exists() else None)
     if checkpoint:
         state, previous, best, score = checkpoint
     run.rewind("matching", state.iteration)
     last_save = time.monotonic()
     backend, compute = choose_gradient(state, problem)
+    problem = with_resident_experts(problem, device)
+    ahead: Attempt | None = None
     while state.iteration < config.iterations:
-        gradient = mean_gradient(state, compute, problem)
+        attempt = ahead or launch_iteration(state, compute, problem)
         if backend.cache:  # by now everything is compiled; the next process starts warm
             backend = _save_compiled_code(backend)
-        loss = float(gradient.loss)
-        updated = apply_gradient(state, gradient, config)
-        _check_learned_rate(updated, config)
-        if has_diverged(gradient, updated):
-            state, previous = step_back(state, previous), None
-            run.log("matching", state.iteration, loss=loss, undone=True, lr_img=state.lr_img)
+        # The device works on the next iteration while the CPU reads this one. If this one has diverged, the next one is
+        # thrown away, so the result is that of reading at once.
+        goes_on = device.type in WORKS_AHEAD and not _is_checked(attempt.updated.iteration, config)
+        ahead = launch_iteration(attempt.updated, compute, problem) if goes_on else None
+        outcome = attempt.outcome(config)
+        if outcome.diverged:
+            state, previous, ahead = step_back(state, previous), None, None
+            run.log("matching", state.iteration, loss=outcome.loss, undone=True, lr_img=state.lr_img)
         else:
-            state, previous = updated, state
-            run.log("matching", state.iteration, loss=loss, lr=float(state.log_lr.exp()))
-        losses = [*losses[1 - MEAN_LOSSES :], loss]
+            state, previous = attempt.updated, state
+            layers = dict(zip(problem.net.layer_sizes, map(_rounded, outcome.layers), strict=False))
+            run.log("matching", state.iteration, loss=outcome.loss, lr=outcome.lr, layers=layers)
+        losses = [*losses[1 - MEAN_LOSSES :], outcome.loss]
         progress("matching", state.iteration, config.iterations, loss=sum(losses) / len(losses))
-        if state.iteration % config.check_every == 0 or state.iteration == config.iterations:
+        if _is_checked(state.iteration, config):
             accuracy = check(state.average, state.labels, float(state.log_lr.exp()), state.iteration)
             run.log("matching", state.iteration, held_out=accuracy)
             if accuracy >= score:
@@ -156,12 +168,28 @@ def match_trajectories(
     return best
 
 
-def _check_learned_rate(state: MatchState, config: MatchConfig) -> None:
-    """Raises UserError if the learned learning rate has become 0 or infinite, although its logarithm is finite."""
-    lr = float(state.log_lr.exp())
-    if state.log_lr.isfinite() and not 0 < lr < math.inf:
-        remedy = f"too large: it drove the students' learning rate to {lr} at iteration {state.iteration}"
-        raise UserError("match.lr_lr", config.lr_lr, f"{remedy}; use a smaller value, such as 0.05")
+def with_resident_experts(problem: MatchProblem, device: torch.device) -> MatchProblem:
+    """Returns the problem with the snapshots that it can draw on a CUDA device, if they fit there."""
+    config, experts = problem.config, problem.experts
+    if not isinstance(experts, Experts):
+        return problem
+    return replace(
+        problem, experts=experts.resident(device, range(config.min_start, config.max_start + config.expert_epochs + 1))
+    )
+
+
+def launch_iteration(state: MatchState, compute: TrajectoryGradient, problem: MatchProblem) -> Attempt:
+    """Launches one iteration from `state`."""
+    return Attempt.launch(state, mean_gradient(state, compute, problem), problem.config)
+
+
+def _is_checked(iteration: int, config: MatchConfig) -> bool:
+    return iteration % config.check_every == 0 or iteration == config.iterations
+
+
+def _rounded(value: float) -> float:
+    """Returns a value for the log, with four digits."""
+    return float(f"{value:.4g}")
 
 
 def _save_compiled_code(backend: StepBackend) -> StepBackend:

@@ -88,12 +88,6 @@ def apply_gradient(state: MatchState, gradient: Gradient, config: MatchConfig) -
     )
 
 
-def has_diverged(gradient: Gradient, updated: MatchState) -> bool:
-    """Returns whether a step must be undone: its loss exploded, or the gradient or the new state is not finite."""
-    values = [gradient.loss, gradient.images, gradient.lr, updated.images, updated.labels, updated.log_lr]
-    return not (float(gradient.loss) < EXPLODED and all(bool(v.isfinite().all()) for v in values))
-
-
 def step_back(state: MatchState, previous: MatchState | None) -> MatchState:
     """The divergence guard: undoes the last update, sets all velocities to zero and halves the image learning rate.
 

@@ -24,6 +24,10 @@ class FlatNet:
         self.shapes = [p.shape for p in parameters]
         self.sizes = [p.numel() for p in parameters]
         self.num_parameters = sum(self.sizes)
+        self.layer_sizes: dict[str, int] = {}  # the parameters of each layer, in their order in theta
+        for name, size in zip(self.names, self.sizes, strict=True):
+            layer = name.rpartition(".")[0] or name
+            self.layer_sizes[layer] = self.layer_sizes.get(layer, 0) + size
 
     def flatten(self) -> Tensor:
         """Returns a copy of the module's parameters as one vector [P]."""

@@ -1,12 +1,10 @@
-"""What one training step asks of a CUDA device: python tests/cuda/run_twin.py tests/cuda/training_steps.py
+"""What one training step asks of a CUDA device, and whether its weights are those of a CPU.
 
-Prints the counts of 8 steps, of the images on the device and on the CPU, and how far the weights are from those of a
-CPU. Each training records its graphs first, so two trainings of different length are subtracted.
+The first steps of a training record its graphs, so the counts are the difference of a longer and a shorter training.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -86,5 +84,7 @@ def expert() -> dict[str, Any]:
 
 CASES = ("plain", "weights", "soft", "gsam", "subset", "pixels on the device", "pixels on the CPU")
 
-if __name__ == "__main__":
-    print(json.dumps({name: steps(name) for name in CASES} | {"expert": expert()}))
+
+def measure() -> dict[str, Any]:
+    """Returns the counts and the error of every case, of the images on the device and on the CPU."""
+    return {name: steps(name) for name in CASES} | {"expert": expert()}

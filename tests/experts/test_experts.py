@@ -135,6 +135,18 @@ def test_only_missing_experts_are_trained(tmp_path):
     assert load_file(store.expert_path(place, 0))["snapshots"].shape == (EPOCHS + 2, SIZE)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_snapshots_on_a_device_equal_those_of_the_files(tmp_path, dtype):
+    train(tmp_path, count=2, dtype=dtype)
+    experts = Experts.open(tmp_path, 2)
+    resident = experts.load_to(torch.device("cpu"), range(1, EPOCHS + 1))
+    assert len(resident) == 2
+    for index in range(2):
+        for epoch in range(1, EPOCHS + 1):
+            assert torch.equal(resident.snapshot(index, epoch), experts.snapshot(index, epoch))
+    assert experts.resident(torch.device("cpu"), range(1, 2)) is experts  # only a GPU needs them
+
+
 def test_bfloat16_halves_the_file_and_is_read_as_float32(folder, tmp_path):
     train(tmp_path, count=1, dtype="bfloat16")
     stored = load_file(store.expert_path(tmp_path, 0))["snapshots"]

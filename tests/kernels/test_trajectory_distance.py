@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tadperf.kernels import native, trajectory_distance, trajectory_distance_reference
-from tadperf.kernels.ops.trajectory_distance import _gradient, _operator
+from tadperf.kernels.ops.trajectory_distance import _gradient, _operator, student_gradient
 
 INF, NAN = float("inf"), float("nan")
 compiled = native.module()
@@ -76,6 +76,17 @@ def test_against_float64(operator, rows, size):
     alone = operator(*(x[-1] for x in inputs))
     assert [tuple(r.shape) for r in alone] == [()] * 3
     assert same_bits([r.reshape(1) for r in alone], [r[-1:] for r in operator(*(x[-1:] for x in inputs))])
+
+
+@pytest.mark.parametrize("size", [1, 7, 50_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_student_in_one_pass(size, dtype):
+    student, target, start = (x[0].requires_grad_() for x in random_case(1, size, dtype=dtype))
+    result = trajectory_distance(student, target, start)
+    (expected,) = torch.autograd.grad(result.ratio, student)
+    gradient = student_gradient(student.detach(), target.detach(), 2 / result.expert_distance.detach())
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("values", ["random", "large and small", "one large", "close", "tiny", "huge"])

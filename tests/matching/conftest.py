@@ -52,7 +52,7 @@ def problem(
     target = start + 0.02 * normal(*start.shape)
     labels = normal(count, CLASSES) if soft else torch.arange(count) % CLASSES
     match = MatchConfig(steps=steps, batch=batch)
-    drawn = draw_steps(match, count, size, strategy, generator)
+    drawn = draw_steps(match, count, size, strategy, generator).split()
     return Problem(net, start, target, normal(count, channels, size, size), labels, torch.tensor(lr).double(), drawn)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.matching import step_backends
-from tadperf.matching.cuda_graph_sweep import GraphedSweep, join_steps, split_steps
-from tadperf.matching.gradient import Step, adjoint
+from tadperf.matching.cuda_graph_sweep import GraphedSweep
+from tadperf.matching.gradient import Step, StepDraws, adjoint
 from tadperf.matching.loop import MatchProblem, mean_gradient
 from tadperf.matching.state import initial_state
 from tadperf.nets.architectures import build
@@ -52,11 +51,11 @@ def sweep_without_graph(net: FlatNet) -> GraphedSweep:
 
 
 @pytest.mark.parametrize("strategy", ["none", "flip", "color_crop_cutout_flip_scale_rotate"])
-def test_split_steps_inverts_join_steps(strategy):
+def test_split_inverts_join(strategy):
     steps = problem(strategy, False, 0)[-1]
-    index, affine, color, hole, sizes = join_steps(steps, CPU)
-    assert sizes == SIZES
-    for step, again in zip(steps, split_steps(index, augment.Draw(affine, color, hole), sizes), strict=True):  # pyright: ignore
+    joined = StepDraws.join(steps).to(CPU)
+    assert joined.sizes == SIZES
+    for step, again in zip(steps, joined.split(), strict=True):
         assert torch.equal(step.rows, again.rows)
         for field, other in zip(step.drawn, again.drawn, strict=True):
             torch.testing.assert_close(field, other, rtol=0, atol=0, equal_nan=True)
@@ -70,7 +69,8 @@ def test_the_sweep_equals_the_adjoint(soft):
         sweep = sweep or sweep_without_graph(net)
         expected = adjoint(net, *arguments)
         assert expected.images.norm() > 0
-        for actual, exact in zip(sweep(*arguments), expected, strict=True):
+        *values, steps = arguments
+        for actual, exact in zip(sweep(*values, StepDraws.join(steps)), expected, strict=True):
             torch.testing.assert_close(actual, exact, rtol=0, atol=0)
 
 
@@ -91,9 +91,10 @@ def test_trajectories_do_not_overwrite_each_other():
     experts: Any = FakeExperts()
     state, match = initial_state(images, labels, config), MatchProblem(net, experts, config, "flip", 0)
     sweep, exact = (
-        mean_gradient(state, compute, match) for compute in (sweep_without_graph(net), partial(adjoint, net))
+        mean_gradient(state, compute, match)
+        for compute in (sweep_without_graph(net), lambda *values: adjoint(net, *values[:-1], values[-1].split()))
     )
-    for name in ("loss", "images", "labels", "lr"):
+    for name in ("loss", "images", "labels", "lr", "layers"):
         assert torch.equal(getattr(sweep, name), getattr(exact, name))
 
 
@@ -108,7 +109,7 @@ def test_the_graph_on_a_gpu_equals_the_adjoint(soft):
         start, target, x, y, lr = (value.cuda() for value in values)
         on_gpu = [step._replace(rows=step.rows.cuda()) for step in steps]
         expected = adjoint(net, start, target, x, y, lr, on_gpu, backend=step_backends.autograd(net))
-        actual = sweep(start, target, x, y, lr, on_gpu)
+        actual = sweep(start, target, x, y, lr, StepDraws.join(on_gpu))
         torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)
     assert not sweep.graphed_step.failed
     assert any(sweep.graphed_step.graphs.values())

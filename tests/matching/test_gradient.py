@@ -142,7 +142,8 @@ net = FlatNet(build(NetConfig(width=128, depth=3), (3, 32, 32), 10, 0))
 assert net.num_parameters == 320_010
 start = net.flatten()
 generator = torch.Generator().manual_seed(0)
-drawn = draw_steps(MatchConfig(steps=steps, batch=batch), 100, 32, "color_crop_cutout_flip_scale_rotate", generator)
+strategy = "color_crop_cutout_flip_scale_rotate"
+drawn = draw_steps(MatchConfig(steps=steps, batch=batch), 100, 32, strategy, generator).split()
 GRADIENTS[method](
     net, start, start + 0.01 * torch.randn_like(start), torch.randn(100, 3, 32, 32),
     torch.arange(10).repeat_interleave(10), torch.tensor(0.01), drawn,

@@ -17,8 +17,16 @@ from tadperf.experts import store
 from tadperf.experts.store import Experts
 from tadperf.experts.train import train_expert
 from tadperf.matching import loop
+from tadperf.matching.attempt import Attempt
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.loop import Check, MatchProblem, choose_gradient, draw_steps, match_trajectories
+from tadperf.matching.loop import (
+    Check,
+    MatchProblem,
+    choose_gradient,
+    draw_steps,
+    launch_iteration,
+    match_trajectories,
+)
 from tadperf.matching.starts import expert_soft_labels
 from tadperf.matching.state import (
     EXPLODED,
@@ -38,6 +46,7 @@ from tadperf.run.folder import Run
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, SHAPE, CLASSES = torch.device("cpu"), (1, 8, 8), 3
 NET = NetConfig(depth=1, width=4)
+CHECKPOINT = Path("checkpoints", "matching.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +130,7 @@ def test_the_guard_survives_a_huge_learning_rate_of_the_images(tmp_path, experts
         undone = [record for record in records if record.get("undone")]
         assert undone
         assert [record["lr_img"] for record in undone] == [lr_img / 2 ** (k + 1) for k in range(len(undone))]
-        last = load_checkpoint(place / "checkpoints" / "matching.safetensors", CPU)[0]
+        last = load_checkpoint(place / CHECKPOINT, CPU)[0]
         assert last.images.isfinite().all()
         assert last.iteration == 20
     best, _ = learn(tmp_path / "one", experts, match(lr_img=1e300, iterations=1))  # there is no later step
@@ -178,12 +187,12 @@ def test_step_back_returns_to_the_previous_state():
 
 
 def test_every_pass_over_the_images_is_complete():
-    drawn = draw_steps(match(steps=6, batch=4), 6, 8, "color_crop", torch.Generator().manual_seed(0))
+    drawn = draw_steps(match(steps=6, batch=4), 6, 8, "color_crop", torch.Generator().manual_seed(0)).split()
     assert [len(step.rows) for step in drawn] == [4] * 6
     passes = torch.cat([step.rows for step in drawn]).view(4, 6)
     assert torch.equal(passes.sort(1).values, torch.arange(6).expand(4, 6))
     assert len({tuple(order) for order in passes.tolist()}) > 1
-    full_batch = draw_steps(match(steps=2, batch=None), 6, 8, "none", torch.Generator().manual_seed(0))
+    full_batch = draw_steps(match(steps=2, batch=None), 6, 8, "none", torch.Generator().manual_seed(0)).split()
     assert [sorted(step.rows.tolist()) for step in full_batch] == [list(range(6))] * 2
     assert full_batch[0].drawn == (None, None, None)
 
@@ -224,8 +233,58 @@ def test_an_interrupted_loop_ends_with_the_same_bytes(tmp_path, experts, monkeyp
     again, cut = learn(tmp_path / "cut", experts, config, True, True)
     assert equal(again, best)
     assert cut == records
-    file = Path("checkpoints", "matching.safetensors")
-    assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert (tmp_path / "cut" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+
+
+@pytest.mark.parametrize("save_every", [0.0, math.inf], ids=["saved always", "saved at checks"])
+@pytest.mark.parametrize("values", [{}, {"lr_img": 1e30}, {"lr_init": 1e4}, DATM | {"lr_img": 1e30, "trajectories": 2}])
+def test_reading_an_iteration_late_changes_no_byte(tmp_path, experts, monkeypatch, values, save_every):
+    """As on CUDA: the next iteration is launched first, and is thrown away if this one has diverged."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", save_every)
+    launched: dict[str, list[int]] = {"at once": [], "late": []}
+    results = []
+    for name, devices in (("at once", ()), ("late", ("cpu",))):
+        monkeypatch.setattr(loop, "WORKS_AHEAD", devices)
+
+        def launch(state: MatchState, *rest: Any, name: str = name) -> Attempt:
+            launched[name].append(state.iteration)
+            return launch_iteration(state, *rest)
+
+        monkeypatch.setattr(loop, "launch_iteration", launch)
+        best, records = learn(tmp_path / name, experts, match(**values), soft=True)
+        results.append((best.tensors(), records, (tmp_path / name / CHECKPOINT).read_bytes()))
+    (best, records, checkpoint), (other, *late) = results
+    assert late == [records, checkpoint]
+    assert all(torch.equal(best[name], other[name]) for name in best)
+    undone = {record["step"] for record in records if record.get("undone")}
+    assert bool(undone) == bool(values)
+    assert launched["at once"] == list(range(20))
+    thrown_away = [step for step in sorted(undone) if step % 5 and step < 20]
+    assert sorted(launched["late"]) == sorted([*range(20), *thrown_away])
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "lr", "loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_iteration_with_a_value_that_is_not_finite_has_diverged(name, value):
+    config = match()
+    state = first(config, soft=True)
+    zeros = (torch.zeros(()), torch.zeros_like(state.images), torch.zeros_like(state.labels), torch.zeros(()))
+    gradient = Gradient(*zeros, torch.zeros(7), torch.tensor([0.25, 0.5]))
+    finite = Attempt.launch(state, gradient, config).outcome(config)
+    assert finite == (0.0, pytest.approx(config.lr_init), False, [0.25, 0.5])
+    damaged = getattr(gradient, name).clone()
+    damaged.view(-1)[-1] = value
+    assert Attempt.launch(state, gradient._replace(**{name: damaged}), config).outcome(config).diverged
+    for loss, diverged in ((0.99 * EXPLODED, False), (EXPLODED, True)):
+        large = gradient._replace(loss=torch.tensor(loss))
+        assert Attempt.launch(state, large, config).outcome(config).diverged == diverged
+
+
+def test_the_loss_of_each_layer_is_logged(tmp_path, experts):
+    _, records = learn(tmp_path / "run", experts, match(iterations=2, trajectories=2))
+    layers = [record["layers"] for record in records if "loss" in record]
+    assert [list(by_name) for by_name in layers] == [["0", "1", "5"]] * 2  # convolution, norm and classifier
+    assert all(0 < value < 2 for by_name in layers for value in by_name.values())
 
 
 def test_the_best_held_out_accuracy_wins_and_a_tie_goes_to_the_later_one(tmp_path, experts):

@@ -139,7 +139,7 @@ def assert_adjoint_is_exact(module: nn.Sequential) -> None:
     target = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)
     images = torch.randn(6, CHANNELS, SIZE, SIZE, generator=generator, dtype=torch.float64)
     labels = torch.randn(6, CLASSES, generator=generator, dtype=torch.float64)
-    steps = draw_steps(MatchConfig(steps=3, batch=4), 6, SIZE, "none", generator)
+    steps = draw_steps(MatchConfig(steps=3, batch=4), 6, SIZE, "none", generator).split()
     arguments = net, start, target, images, labels, torch.tensor(0.3, dtype=torch.float64), steps
     ours, exact = adjoint(*arguments), unroll(*arguments)
     for name in ("loss", "images", "labels", "lr", "end"):
