@@ -19,7 +19,8 @@ from tadperf.data import augment
 from tadperf.data.image_draws import ImageDraws
 from tadperf.data.images import Images, first_image, index_device
 from tadperf.errors import UserError
-from tadperf.kernels import per_sample
+from tadperf.kernels import implementations, per_sample
+from tadperf.kernels.ops.per_sample import loss_gradient
 from tadperf.nets.device_batches import DeviceBatches
 from tadperf.nets.fused import fused_forward
 
@@ -75,6 +76,19 @@ def batch_loss(module: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, we
     if weights is None:
         return F.cross_entropy(module(x), target)
     return (weights * F.cross_entropy(module(x), target, reduction="none")).mean()
+
+
+@torch.no_grad()
+def logits_gradient(logits: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """Returns the gradient of `batch_loss` with respect to the logits [B, C]. It cannot be differentiated.
+
+    scale: float32 [B], the weight of each sample divided by B. Training needs no loss, so this takes 3 launches on
+    CUDA. Autograd takes 6 for the loss and its gradient with classes, and 10 with probabilities (counted).
+    """
+    if target.is_floating_point():
+        return logits.softmax(1).sub_(target).mul_(scale[:, None])
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return loss_gradient(logits, target, logits.amax(1).float(), per_sample(logits, target).confidence, scale, out)
 
 
 def summed_gradient(losses: Iterable[Tensor], parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -273,7 +287,17 @@ def training_step(
     predict, parameters = fused_forward(module.train()), tuple(module.parameters())
     velocity = tuple(map(torch.zeros_like, parameters))
 
+    # A CPU keeps autograd's order of operations, and with it the bits. Plain PyTorch would copy the labels to the CPU.
+    needs_loss = not target.is_cuda or implementations()["per_sample"]["cuda"] != "triton"
+    scales: dict[int, Tensor] = {}  # without weights, by batch size; a recorded graph reads them again and again
+
     def gradient(x: Tensor, target: Tensor, share: Tensor | None) -> tuple[Tensor, ...]:
+        if not needs_loss:
+            if share is None and len(x) not in scales:
+                scales[len(x)] = torch.full((len(x),), 1 / len(x), device=x.device)
+            logits = predict(x)
+            upstream = logits_gradient(logits, target, scales[len(x)] if share is None else share / len(x))
+            return torch.autograd.grad(logits, parameters, upstream, allow_unused=True, materialize_grads=True)
         size = cache_batch_size(module, x[0, 0].numel())
         if len(x) <= size:
             return summed_gradient([batch_loss(predict, x, target, share)], parameters)

@@ -153,6 +153,25 @@ def test_wrong_weights_are_refused(wrong, message):
         fit(fresh(), *data(), RECIPE, 0, weights=wrong)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_the_gradient_of_the_logits_equals_that_of_autograd(soft, classes, weighted):
+    generator = torch.Generator().manual_seed(classes)
+    logits = 5 * torch.randn(6, classes, generator=generator)
+    target = logits.flip(0).softmax(1) if soft else torch.randint(classes, (6,), generator=generator)
+    counts = torch.rand(6, generator=generator) if weighted else None
+    exact = logits.double().requires_grad_()
+    truth = target.double() if soft else target
+    loss = training.batch_loss(lambda x: x, exact, truth, None if counts is None else counts.double())
+    (expected,) = torch.autograd.grad(loss, exact)
+    before = logits.clone()
+    scale = torch.full((6,), 1 / 6) if counts is None else counts / 6
+    gradient = training.logits_gradient(logits, target, scale)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("compute", [training.gsam_gradient, training.gsam_gradient_foreach], ids=["CPU", "CUDA"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
 def test_gsam_gradient_equals_its_definition(alpha, compute):
