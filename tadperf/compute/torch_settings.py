@@ -15,22 +15,31 @@ MKLDNN: Any = torch.backends.mkldnn
 
 
 @contextlib.contextmanager
-def torch_settings(*, threads: int | None = None, tf32: bool | None = None) -> Iterator[None]:
-    """Sets the number of CPU threads and the TF32 switches inside the block, and restores both after it (tadperf).
+def torch_settings(
+    *, threads: int | None = None, tf32: bool | None = None, benchmark: bool | None = None
+) -> Iterator[None]:
+    """Sets PyTorch's settings inside the block, and restores them after it (tadperf).
 
     threads: CPU threads of PyTorch's operators; None keeps the number.
     tf32: whether float32 matrix products and convolutions on CUDA may use TensorFloat-32 (10 bits of mantissa). The
     default of PyTorch is yes for convolutions and no for matrix products. None keeps all switches.
+    benchmark: whether cuDNN tries several algorithms at the first convolution of each shape, and keeps the fastest one.
+    A recorded CUDA graph then uses it. Two processes may choose differently, and give other last bits. None keeps it.
     """
     threads_before = torch.get_num_threads()
     restore_tf32 = _tf32_restorer() if tf32 is not None else None
+    benchmark_before = CUDNN.benchmark
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         if tf32 is not None:
             _set_tf32(tf32)
+        if benchmark is not None:
+            CUDNN.benchmark = benchmark
         yield
     finally:
+        if benchmark is not None:
+            CUDNN.benchmark = benchmark_before
         if torch.get_num_threads() != threads_before:
             torch.set_num_threads(threads_before)
         if restore_tf32 is not None:

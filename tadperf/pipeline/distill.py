@@ -48,7 +48,7 @@ def distill_task(
     data: the normalised data of the task, if the caller has them. known: accuracies of rows that need no students.
     evaluate: whether students measure the set and its baselines.
     """
-    with torch_settings(tf32=task.config.tf32):
+    with torch_settings(tf32=task.config.tf32, benchmark=task.device.type == "cuda"):
         (run.path / "checkpoints").mkdir(exist_ok=True)
         context = open_context(task, run, progress, data)
         with BackgroundTasks() as pool:

@@ -42,7 +42,7 @@ def evaluate_file(
         rows.setdefault(student.row, {})[student.repeat] = score
         progress("evaluate", sum(len(scores) for scores in rows.values()), len(students), **{student.row: score})
 
-    with torch_settings(tf32=config.tf32):
+    with torch_settings(tf32=config.tf32, benchmark=target.type == "cuda"):
         images = normalise_images(distilled.normaliser, test.images, target)
         progress("evaluate", 0, len(students))
         scorer = StudentScorer(images, test.labels, distilled.num_classes, seed, target)

@@ -47,7 +47,7 @@ def get_experts(context: RunContext) -> Experts:
 
 def train_shared_experts(task: Task, run: Run, progress: Progress = silent) -> dict[str, Any]:
     """Trains experts that other runs use through experts.path, and nothing else. Returns the result."""
-    with torch_settings(tf32=task.config.tf32):
+    with torch_settings(tf32=task.config.tf32, benchmark=task.device.type == "cuda"):
         context = open_context(task, run, progress)
         with run.stage("experts"):
             get_experts(context)

@@ -35,6 +35,7 @@ def settings() -> list[Any]:
             lambda: CUDNN.conv.fp32_precision,
             lambda: CUDNN.rnn.fp32_precision,
             lambda: MKLDNN.matmul.fp32_precision,
+            lambda: CUDNN.benchmark,
         )
     ]
 
@@ -46,6 +47,7 @@ def restored() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     MATMUL.fp32_precision = MKLDNN.matmul.fp32_precision = "none"
     CUDNN.allow_tf32 = True
+    CUDNN.benchmark = False
 
 
 def keep_defaults() -> None:
@@ -104,11 +106,20 @@ def test_none_changes_nothing(prepare: Callable[[], None]):
     assert settings() == before
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("inside", [False, True, None])
+def test_the_benchmark_of_cudnn_is_set_inside_and_restored_after(before: bool, inside: bool | None):
+    CUDNN.benchmark = before
+    with torch_settings(benchmark=inside):
+        assert CUDNN.benchmark == (before if inside is None else inside)
+    assert CUDNN.benchmark == before
+
+
 def test_threads_are_restored_after_an_error():
     before = settings()
 
     def fail() -> None:
-        with torch_settings(threads=before[0] + 2, tf32=True):
+        with torch_settings(threads=before[0] + 2, tf32=True, benchmark=True):
             assert torch.get_num_threads() == before[0] + 2
             raise KeyError
 
