@@ -25,10 +25,14 @@ class PerSample(NamedTuple):
 
 
 def empty_results(labels: Tensor) -> PerSample:
-    """Returns uninitialised float32 results for labels [N], on the device of the labels."""
-    loss = labels.new_empty(labels.shape, dtype=torch.float32)
-    confidence, margin, entropy = torch.empty_like(loss), torch.empty_like(loss), torch.empty_like(loss)  # 1 us faster
-    return PerSample(loss, confidence, labels.new_empty(labels.shape, dtype=torch.int64), margin, entropy)
+    """Returns uninitialised float32 results for labels [N], on the device of the labels.
+
+    A size as an integer takes 1 us less than a torch.Size, and `empty_like` 0.2 us less again.
+    """
+    count = labels.shape[0]
+    loss = labels.new_empty(count, dtype=torch.float32)
+    confidence, margin, entropy = torch.empty_like(loss), torch.empty_like(loss), torch.empty_like(loss)
+    return PerSample(loss, confidence, labels.new_empty(count, dtype=torch.int64), margin, entropy)
 
 
 class Reliability(NamedTuple):

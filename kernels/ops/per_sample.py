@@ -27,6 +27,7 @@ from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.shared import PerSample, empty_results
 
 registry.register("per_sample")
+LABEL_TYPES = (torch.int32, torch.int64)
 
 
 def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
@@ -81,12 +82,11 @@ def per_sample_reference(logits: Tensor, labels: Tensor) -> PerSample:
 
 def _check(logits: Tensor, labels: Tensor) -> None:
     check_dense(logits=logits, labels=labels)
-    if not logits.is_floating_point() or logits.ndim < 1 or logits.shape[-1] < 2:
-        raise ValueError(f"logits: {logits.dtype} {tuple(logits.shape)}: expected floats [..., C] with C of 2 or more")
-    if labels.dtype not in (torch.int32, torch.int64) or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels: {labels.dtype} {tuple(labels.shape)}: expected int32 or int64 {tuple(logits.shape[:-1])}"
-        )
+    shape = logits.shape
+    if not logits.is_floating_point() or not shape or shape[-1] < 2:
+        raise ValueError(f"logits: {logits.dtype} {tuple(shape)}: expected floats [..., C] with C of 2 or more")
+    if labels.dtype not in LABEL_TYPES or labels.shape != shape[:-1]:
+        raise ValueError(f"labels: {labels.dtype} {tuple(labels.shape)}: expected int32 or int64 {tuple(shape[:-1])}")
     if labels.device != logits.device:
         raise ValueError(f"labels: on {labels.device}: expected {logits.device}, like the logits")
 
@@ -121,11 +121,13 @@ def fill_native(
 def _forward(logits: Tensor, labels: Tensor) -> PerSample:
     check_memory(logits=logits, labels=labels)
     if logits.dtype in ELEMENT_TYPES and logits.is_cpu and native.available():
-        if logits.stride(1) != 1:
-            logits = logits.contiguous()
-        out = empty_results(labels)
         record_call("per_sample", "cpu")
-        fill_native(logits, labels, out)
+        if not logits.is_contiguous() and logits.stride(1) != 1:
+            logits = logits.contiguous()
+        out, classes = empty_results(labels), logits.shape[1]
+        logits = logits.resolve_neg()  # integers are never negated lazily
+        if native.call_resolved("per_sample", (logits, labels, *out), 0, classes, None, None) >= 0:
+            raise ValueError(_out_of_range(labels, classes))
         return out
     if logits.dtype in ELEMENT_TYPES and logits.is_cuda and gpu.available():
         from tadperf.kernels.gpu import per_sample as triton
