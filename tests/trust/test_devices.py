@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tadperf.compute.torch_settings import torch_settings
+from tadperf.config import TrustConfig
 from tadperf.kernels import Reliability, reliability
-from tadperf.trust.neighbours import estimate_from_neighbours
+from tadperf.trust.loop import assign_verdicts
+from tadperf.trust.neighbours import NeighbourEstimate, estimate_from_neighbours
 from tadperf.trust.partition import partition
+from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.recalibrate import recalibrate
-from tadperf.trust.state import as_given
+from tadperf.trust.state import DTYPES, RELABELLED, TRUSTED, as_given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,15 +44,21 @@ def test_partition(clouds, options: dict[str, Any]):
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def test_recalibrate(clouds, monkeypatch):
-    features, labels, losses = clouds
-    split = partition(losses, labels)
+@pytest.fixture
+def reliability_on_cpu(monkeypatch):
+    """Runs the operator on a default device with values: the operators have their own tests."""
 
-    def on_cpu(*tensors: Tensor) -> Reliability:  # the operators have their own tests
+    def on_cpu(*tensors: Tensor) -> Reliability:
         with torch.device("cpu"):
             return reliability(*tensors)
 
     monkeypatch.setattr("tadperf.trust.recalibrate.nearest_anchors", on_cpu)
+
+
+@pytest.mark.usefixtures("reliability_on_cpu")
+def test_recalibrate(clouds):
+    features, labels, losses = clouds
+    split = partition(losses, labels)
     expected = recalibrate(features, labels, split.trusted, split.posterior, 3)
     with torch.device("meta"):
         result = recalibrate(features, labels, split.trusted, split.posterior, 3)
@@ -63,6 +73,37 @@ def test_neighbours(clouds, monkeypatch, fold_size):
     with torch.device("meta"):
         result = estimate_from_neighbours(features, labels, 3, 0)
     assert torch.equal(result.posterior, expected.posterior)
+
+
+@pytest.mark.usefixtures("reliability_on_cpu")
+@pytest.mark.parametrize("number", [1, 2])
+def test_verdicts(clouds, number):
+    features, labels, losses = clouds
+    probabilities = torch.nn.functional.one_hot(labels, 3) * 0.8 + 0.05
+    outputs, config = ProxyOutputs(losses, probabilities, features), TrustConfig()
+    before = as_given(labels, ("a", "b", "c"))
+    expected = assign_verdicts(outputs, before, number, config, 0)
+    with torch.device("meta"):
+        state = assign_verdicts(outputs, before, number, config, 0)
+    assert all(torch.equal(getattr(state, name), getattr(expected, name)) for name in DTYPES)
+    assert set(expected.verdict.tolist()) >= {TRUSTED, RELABELLED}
+
+
+def test_verdicts_do_not_depend_on_the_settings_of_tf32(clouds, monkeypatch):
+    """The products that decide run with full precision, and the caller's setting is restored."""
+    seen = []
+
+    def estimate(features: Tensor, labels: Tensor, classes: int, *_: object) -> NeighbourEstimate:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return estimate_from_neighbours(features, labels, classes, 0)
+
+    monkeypatch.setattr("tadperf.trust.loop.estimate_from_neighbours", estimate)
+    features, labels, losses = clouds
+    outputs = ProxyOutputs(losses, torch.full((120, 3), 1 / 3), features)
+    with torch_settings(tf32=True):
+        assign_verdicts(outputs, as_given(labels, ("a", "b", "c")), 1, TrustConfig(), 0)
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+    assert seen == [False, True]
 
 
 def test_as_given(clouds):
