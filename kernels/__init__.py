@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from tadperf.kernels.ops.conv3x3 import conv3x3, conv3x3_input, conv3x3_kernel
+from tadperf.kernels.ops.differentiable_augment import (
+    differentiable_augment,
+    differentiable_augment_adjoint,
+    differentiable_augment_adjoint_reference,
+    differentiable_augment_reference,
+)
 from tadperf.kernels.ops.diverse_pick import DiversePick, diverse_pick, diverse_pick_reference
 from tadperf.kernels.ops.mixture import Mixture, mixture, mixture_reference
 from tadperf.kernels.ops.norm_relu_pool import (
@@ -40,6 +46,10 @@ __all__ = [
     "conv3x3",
     "conv3x3_input",
     "conv3x3_kernel",
+    "differentiable_augment",
+    "differentiable_augment_adjoint",
+    "differentiable_augment_adjoint_reference",
+    "differentiable_augment_reference",
     "diverse_pick",
     "diverse_pick_reference",
     "implementations",

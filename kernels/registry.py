@@ -12,14 +12,16 @@ from tadperf.kernels import gpu, native
 class Operator(NamedTuple):
     """The implementation of an operator on each device. If it is not available, the plain PyTorch reference runs."""
 
-    cpu: Literal["native"]
+    cpu: Literal["native", "reference"]
     cuda: Literal["triton", "reference"]
 
 
 _operators: dict[str, Operator] = {}
 
 
-def register(name: str, *, cpu: Literal["native"] = "native", cuda: Literal["triton", "reference"] = "triton") -> None:
+def register(
+    name: str, *, cpu: Literal["native", "reference"] = "native", cuda: Literal["triton", "reference"] = "triton"
+) -> None:
     """Adds an operator to the list."""
     _operators[name] = Operator(cpu, cuda)
 

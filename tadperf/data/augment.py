@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.errors import UserError
+from tadperf.kernels import differentiable_augment, differentiable_augment_adjoint
+from tadperf.kernels.ops.differentiable_augment import is_fused
 
 # The strengths in the public code of DSA (Zhao and Bilen, 2021).
 CROP = 0.125  # largest shift, as a share of the side
@@ -104,24 +106,21 @@ def draw(strategy: str, count: int, size: int, *generators: torch.Generator) -> 
 
 def apply(x: Tensor, drawn: Draw) -> Tensor:
     """Applies a drawn augmentation to images [B, C, H, W]. Differentiable in `x`."""
-    if drawn.color is not None:
-        brightness, saturation, contrast = drawn.color.to(x)[:, :, None, None, None].unbind(1)
-        x = x + brightness
-        if x.shape[1] > 1:
-            grey = x.mean(1, keepdim=True)
-            x = grey + (x - grey) * saturation
-        mean = x.mean((1, 2, 3), keepdim=True)
-        x = mean + (x - mean) * contrast
-    if drawn.affine is not None:
-        grid = F.affine_grid(drawn.affine.to(x), list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, align_corners=False)
-    if drawn.hole is not None:
-        height, width = x.shape[2:]
-        side = int(height * CUTOUT + 0.5)
-        row, column = drawn.hole.to(x.device)[:, :, None].unbind(1)  # [B, 1]
-        rows = (torch.arange(height, device=x.device) - row + side // 2).floor_divide(side) == 0
-        columns = (torch.arange(width, device=x.device) - column + side // 2).floor_divide(side) == 0
-        x = x.masked_fill(
-            rows[:, None, :, None] & columns[:, None, None, :], 0.0
-        )  # comparisons with NaN are false: no hole
-    return x
+    return differentiable_augment(x, *drawn.to(x.device), _hole_side(x))
+
+
+def apply_with_adjoint(x: Tensor, drawn: Draw) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Returns `apply(x, drawn)` without a graph, and the function from its gradient to the gradient of x.
+
+    The function may be called once. On CUDA it runs the adjoint operator, elsewhere autograd.
+    """
+    x, drawn = x.detach(), drawn.to(x.device)
+    if is_fused(x, *drawn):
+        return apply(x, drawn), lambda grad: differentiable_augment_adjoint(grad, *drawn, _hole_side(x))
+    x.requires_grad_()
+    result = apply(x, drawn)
+    return result.detach(), lambda grad: torch.autograd.grad(result, x, grad)[0]
+
+
+def _hole_side(x: Tensor) -> int:
+    return int(x.shape[2] * CUTOUT + 0.5)

@@ -123,11 +123,9 @@ def step_products(
     backend: StepBackend, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool
 ) -> Products:
     """Returns the `Products` of one step with respect to its batch x [B, C, H, W] before the augmentation."""
-    x = x.detach().requires_grad_()
-    batch = augment.apply(x, drawn)
-    products = backend.products(theta, lam, batch.detach(), y, exact)
-    (grad_x,) = torch.autograd.grad(batch, x, products.x)
-    return products._replace(x=grad_x)
+    batch, adjoint_of_augmentation = augment.apply_with_adjoint(x, drawn)
+    products = backend.products(theta, lam, batch, y, exact)
+    return products._replace(x=adjoint_of_augmentation(products.x))
 
 
 def adjoint(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tadperf.data import augment
-from tadperf.data.augment import CONTRAST, CROP, KINDS, ROTATE, SCALE, Draw, apply, draw, parse
+from tadperf.data.augment import CONTRAST, CROP, KINDS, ROTATE, SCALE, Draw, apply, apply_with_adjoint, draw, parse
 from tadperf.errors import UserError
 
 FULL = "color_crop_cutout_flip_scale_rotate"
@@ -218,6 +218,31 @@ def test_the_gradient_with_respect_to_the_images(strategy):
     x = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=seeded(), requires_grad=True)
     drawn = draw(strategy, 6, 6, seeded(3))
     assert torch.autograd.gradcheck(lambda x: apply(x, drawn), x)
+
+
+@pytest.mark.parametrize("strategy", ["none", "flip", FULL])
+def test_apply_with_adjoint_gives_the_bits_of_autograd(strategy):
+    x, drawn = images(), draw(strategy, 16, 12, seeded())
+    grad = torch.randn(x.shape, generator=seeded(1))
+    y, adjoint = apply_with_adjoint(x, drawn)
+    assert not y.requires_grad
+    assert not x.requires_grad
+    assert torch.equal(y, apply(x, drawn))
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(adjoint(grad), torch.autograd.grad(apply(leaf, drawn), leaf, grad)[0])
+
+
+def test_apply_with_adjoint_takes_the_adjoint_operator_where_the_kernels_run(monkeypatch):
+    x, drawn = images(), draw(FULL, 16, 12, seeded())
+    grad = torch.randn(x.shape, generator=seeded(1))
+    _, by_autograd = apply_with_adjoint(x, drawn)
+    monkeypatch.setattr(augment, "is_fused", lambda *tensors: True)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    y, adjoint = apply_with_adjoint(x, drawn)
+    assert not y.requires_grad
+    found = adjoint(grad)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, by_autograd(grad), rtol=0, atol=1e-5)
 
 
 def test_none_changes_nothing():

@@ -111,6 +111,20 @@ def convolution_cases() -> dict[str, Case]:
     }
 
 
+def augment_cases() -> dict[str, Case]:
+    """differentiable_augment and its adjoint."""
+    draws = Draws(3)
+    affine = torch.eye(2, 3) + 0.2 * draws.normal(3, 2, 3)
+    color = torch.tensor([0.2, 1.4, 0.7]) + 0.1 * draws.normal(3, 3)
+    parts = {"affine": affine, "color": color, "hole": draws.integers(6, 3, 2).float()}
+    cases = {}
+    for name, image in (("differentiable_augment", "x"), ("differentiable_augment_adjoint", "grad")):
+        functions = getattr(tk, name), getattr(tk, f"{name}_reference")
+        operator, reference = (lambda *inputs, f=f: f(*inputs, hole_side=3) for f in functions)
+        cases[name] = Case(operator, reference, {image: draws.normal(3, 2, 6, 5), **parts}, True)
+    return cases
+
+
 def as_dual(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the operator as a function of tensors only."""
     return lambda x, x_dot, *affine: function(tk.Dual(x, x_dot), tk.Affine(*affine))
@@ -156,4 +170,4 @@ def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
     )
 
 
-CASES = {**sample_cases(), **norm_cases(), **convolution_cases()}
+CASES = {**sample_cases(), **norm_cases(), **convolution_cases(), **augment_cases()}

@@ -21,7 +21,15 @@ from tadperf.kernels.ops.per_sample import loss_gradient
 from .operator_cases import CASES, assert_close, results_of, same_bits
 
 every_operator = pytest.mark.parametrize("name", CASES)
-PLAIN = ("norm_relu_pool_dual", "norm_relu_pool_dual_gradient", "conv3x3", "conv3x3_input", "conv3x3_kernel")
+PLAIN = (
+    "norm_relu_pool_dual",
+    "norm_relu_pool_dual_gradient",
+    "conv3x3",
+    "conv3x3_input",
+    "conv3x3_kernel",
+    "differentiable_augment",
+    "differentiable_augment_adjoint",
+)
 WITHOUT_DERIVATIVE = ("mixture", "reliability", "diverse_pick")
 
 
@@ -31,6 +39,8 @@ ALLOWED = {
     ("norm_relu_pool_moments", "x", 3),
     ("conv3x3", "x", 3),
     ("conv3x3_input", "grad", 3),
+    ("differentiable_augment", "x", 3),
+    ("differentiable_augment_adjoint", "grad", 3),
     ("reliability", "features", 4),
     *(("trajectory_distance", x, 4) for x in ("student", "target", "start")),
 }
@@ -141,6 +151,10 @@ def test_forward_mode_tangents_are_never_dropped(name):
         dual = forward_ad.make_dual(first, tangent)
         if name not in PLAIN:
             with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+                case.operator(dual, *others)
+            return
+        if name == "differentiable_augment":  # grid_sample has none
+            with pytest.raises(NotImplementedError, match="forward AD"):
                 case.operator(dual, *others)
             return
         found = results_of(case.operator, dual, *others)

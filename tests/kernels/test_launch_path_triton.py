@@ -45,7 +45,8 @@ class Guard:
 
 torch.cuda.device_of = Guard
 from tadperf.kernels.gpu import (
-    diverse_pick, mixture, norm_relu_pool, per_sample, per_sample_linear, reliability, trajectory_distance, trial
+    differentiable_augment as augment, diverse_pick, mixture, norm_relu_pool, per_sample, per_sample_linear,
+    reliability, trajectory_distance, trial
 )
 
 labels = torch.zeros(8, dtype=torch.int64)
@@ -65,10 +66,17 @@ for dtype in (torch.float32, torch.bfloat16):
         maps = torch.randn(2, 4, 6, 6).to(dtype).contiguous(memory_format=last)
         y, moments = norm_relu_pool.norm_relu_pool(maps, torch.ones(4), torch.ones(4), 1e-5, True)
         norm_relu_pool.norm_relu_pool_gradient(y, maps, torch.ones(4), torch.ones(4), moments, True)
+        for images in (torch.randn(2, 3, 6, 6), maps.float(), torch.randn(2, 1, 1, 1), torch.randn(2, 3, 40, 40)):
+            affine, color, hole = torch.randn(2, 2, 3), torch.randn(2, 3), torch.randn(2, 2)
+            for parts in ((affine, color, hole), (affine, None, None)):
+                augment.differentiable_augment(images.to(dtype), *parts, 3)
+                augment.differentiable_augment_adjoint(images.to(dtype), *parts, 3)
     mixture.mixture(torch.rand(30).to(dtype), torch.zeros(30, dtype=torch.int64), 1, 100, 1e-7, 1e-6, True)
 print(*sorted(set(launched)))
 '''
 KERNELS = {
+    "adjoint_kernel",
+    "augment_kernel",
     "backward_kernel",
     "block_sums_kernel",
     "forward_kernel",
@@ -78,6 +86,7 @@ KERNELS = {
     "linear_kernel",
     "loss_gradient_kernel",
     "merge_kernel",
+    "means_kernel",
     "mixture_kernel",
     "per_sample_kernel",
     "rank_kernel",

@@ -13,6 +13,7 @@ def test_all_operators_are_listed_and_public():
     names = set(implementations())
     assert names == {
         "conv3x3",
+        "differentiable_augment",
         "diverse_pick",
         "mixture",
         "norm_relu_pool",
@@ -35,6 +36,7 @@ def test_implementations(monkeypatch, cuda, triton, compiled):
     monkeypatch.setattr(native, "available", lambda: compiled)
     found = implementations()
     cpu = "native" if compiled else "reference"
+    assert found.pop("differentiable_augment")["cpu"] == "reference"
     assert {row["cpu"] for row in found.values()} == {cpu}
     assert found["per_sample"]["cuda"] == ("not available" if not cuda else "triton" if triton else "reference")
     assert found["conv3x3"]["cuda"] == ("reference" if cuda else "not available")
