@@ -114,6 +114,9 @@ class ExpertConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay of SGD")
     rho: float = Field(default=0.0, ge=0, description="GSAM's radius, relative to each weight; 0 is plain SGD")
     alpha: float = Field(default=0.0, ge=0, description="GSAM's weight of the gap: loss at that radius - loss")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="type of the feature maps on CUDA; weights and sums are float32"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of the stored snapshots")
     path: str | None = Field(
         default=None, description="use the experts of the run in this folder; by default they are trained"

@@ -71,6 +71,7 @@ def train_experts(
         decay=False,
         rho=config.rho,
         alpha=config.alpha,
+        precision=getattr(torch, config.precision),
     )
     shape = epochs + 1, FlatNet(build(problem.net, problem.shape, problem.num_classes, 0)).num_parameters
     missing = ranks.once(lambda: [i for i in range(config.count) if not store.is_complete(folder, i, shape)])

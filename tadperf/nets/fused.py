@@ -120,7 +120,7 @@ def _conv_norm_relu_pool(conv: nn.Conv2d, norm: nn.GroupNorm, pool: bool, x: Ten
     if three_by_three and x.is_cpu and not x.requires_grad and conv.in_channels <= FEW_CHANNELS:
         x = _few_channel_conv(x, conv.weight, padding[0])
     elif three_by_three and padding == (1, 1):
-        x = conv3x3(x, conv.weight)
+        x = conv3x3(x, conv.weight.to(x.dtype))  # bfloat16 maps under autocast
     else:
         x = F.conv2d(x, conv.weight, None, conv.stride, padding)
     return norm_relu_pool(x, norm.weight, norm.bias, norm.eps, pool)

@@ -37,7 +37,8 @@ class Recipe(NamedTuple):
     """The settings of a training with SGD.
 
     decay: divides the learning rate by 10 after half of the epochs. rho, alpha: arguments of `gsam_gradient`, which is
-    used if rho > 0 and costs a second pass.
+    used if rho > 0 and costs a second pass. precision: type of the feature maps on CUDA; weights, statistics of norms
+    and updates are float32. On CUDA, bfloat16 maps halve the memory traffic of a step. A CPU uses float32.
     """
 
     epochs: int
@@ -49,6 +50,7 @@ class Recipe(NamedTuple):
     decay: bool = True
     rho: float = 0.0
     alpha: float = 0.0
+    precision: torch.dtype = torch.float32
 
 
 @torch.no_grad()
@@ -86,7 +88,7 @@ def logits_gradient(logits: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     CUDA. Autograd takes 6 for the loss and its gradient with classes, and 10 with probabilities (counted).
     """
     if target.is_floating_point():
-        return logits.softmax(1).sub_(target).mul_(scale[:, None])
+        return logits.softmax(1, torch.float32).sub_(target).mul_(scale[:, None]).to(logits.dtype)
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return loss_gradient(logits, target, logits.amax(1).float(), per_sample(logits, target).confidence, scale, out)
 
@@ -289,6 +291,8 @@ def training_step(
 
     # A CPU keeps autograd's order of operations, and with it the bits. Plain PyTorch would copy the labels to the CPU.
     needs_loss = not target.is_cuda or implementations()["per_sample"]["cuda"] != "triton"
+    if target.is_cuda and recipe.precision != torch.float32:
+        predict = in_precision(predict, recipe.precision)
     scales: dict[int, Tensor] = {}  # without weights, by batch size; a recorded graph reads them again and again
 
     def gradient(x: Tensor, target: Tensor, share: Tensor | None) -> tuple[Tensor, ...]:
@@ -311,6 +315,16 @@ def training_step(
         sgd_step(parameters, velocity, gradients, lr, recipe.momentum, recipe.weight_decay)
 
     return step
+
+
+def in_precision(predict: Callable[[Tensor], Tensor], precision: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Returns `predict` on CUDA with feature maps of this type, from the images to the logits."""
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cuda", precision):
+            return predict(x.to(precision))
+
+    return run
 
 
 def _schedule(

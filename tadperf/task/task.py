@@ -34,7 +34,9 @@ class Task:
 def expert_identity(task: Task) -> dict[str, Any]:
     """Returns everything that an expert's trajectory depends on. Runs with equal identities can share experts."""
     config = task.config
-    recipe = config.experts.model_dump(mode="json", exclude={"count", "epochs", "path", "workers"})
+    recipe = config.experts.model_dump(mode="json", exclude={"count", "epochs", "path", "workers", "precision"})
+    # An entry for float32 would refuse experts that were stored before there was a choice.
+    precision = {} if config.experts.precision == "float32" else {"precision": config.experts.precision}
     labels = {"trust": config.trust.model_dump(mode="json"), "holdout": config.data.holdout}
     if config.trust.mode == "oracle" and task.train.clean_labels is not None:
         labels["clean"] = task.train.with_labels(task.train.clean_labels, None).fingerprint
@@ -46,7 +48,7 @@ def expert_identity(task: Task) -> dict[str, Any]:
         "net": config.net.model_dump(mode="json"),
         "seed": config.seed,
         # None on a CPU, so that experts that were stored before this entry existed still fit: all came from CPUs.
-        "cuda": {"tf32": config.tf32} if task.device.type == "cuda" else None,
+        "cuda": {"tf32": config.tf32, **precision} if task.device.type == "cuda" else None,
         **recipe,
     }
 

@@ -27,7 +27,9 @@ def matching(measured: dict[str, Any]) -> dict[str, Any]:
     return measured["matching"]
 
 
-@pytest.mark.parametrize("name", ["plain", "weights", "soft", "gsam", "subset", "pixels on the device"])
+@pytest.mark.parametrize(
+    "name", ["plain", "weights", "soft", "gsam", "subset", "pixels on the device", "bfloat16", "bfloat16 soft"]
+)
 def test_a_step_on_images_on_the_device_is_one_replay(training: dict[str, Any], name: str):
     counts = training[name]["counts"]
     assert not any(counts.get(kind) for kind in BLOCKING), counts
@@ -55,6 +57,11 @@ def test_the_snapshots_of_an_expert_are_not_awaited(training: dict[str, Any]):
 )
 def test_the_weights_are_those_of_a_cpu(training: dict[str, Any], name: str):
     assert training[name]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 soft"])
+def test_bfloat16_maps_give_nearly_the_weights_of_float32(training: dict[str, Any], name: str):
+    assert 1e-6 < training[name]["error"] < 0.05
 
 
 @pytest.mark.parametrize(("name", "trajectories"), [("one trajectory", 1), ("three trajectories", 3)])

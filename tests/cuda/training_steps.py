@@ -35,7 +35,7 @@ def case(name: str, device: str) -> dict[str, Any]:
     values: dict[str, Any] = {"images": images[1:], "labels": LABELS, "weights": None}
     if name == "weights":
         values |= {"weights": WEIGHTS}
-    if name == "soft":
+    if name in ("soft", "bfloat16 soft"):
         values |= {"labels": torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(1))}
     if name == "subset":
         values |= {"images": ImageSubset(images, rows)}
@@ -49,6 +49,8 @@ def case(name: str, device: str) -> dict[str, Any]:
 def train(name: str, device: str, epochs: int) -> tuple[torch.Tensor, dict[str, int]]:
     """Returns the weights after some epochs, and the counts of the training."""
     recipe, values = RECIPE._replace(epochs=epochs, rho=0.1 if name == "gsam" else 0.0, alpha=0.3), case(name, device)
+    if name.startswith("bfloat16"):
+        recipe = recipe._replace(precision=torch.bfloat16)
     module = build(NET, (3, 8, 8), 3, 0).to(device)
     counters.reset()
     training.fit(module, values["images"], values["labels"], recipe, 0, weights=values["weights"])
@@ -82,7 +84,10 @@ def expert() -> dict[str, Any]:
     return {"counts": difference(counts, found["cuda", 2][2]), "error": error}
 
 
-CASES = ("plain", "weights", "soft", "gsam", "subset", "pixels on the device", "pixels on the CPU")
+CASES = (
+    "plain", "weights", "soft", "gsam", "subset", "pixels on the device", "pixels on the CPU", "bfloat16",
+    "bfloat16 soft",
+)  # fmt: skip
 
 
 def measure() -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""Experts are shared by runs that would train the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tadperf.config.merge import merge
+from tadperf.pipeline.prepare import prepare
+from tadperf.task.task import Task, expert_identity
+
+
+def test_the_precision_belongs_to_the_identity_of_experts_on_cuda_only():
+    """A CPU always trains in float32. Stored float32 experts of earlier versions must still fit."""
+
+    def task(precision: str, device: str) -> Task:
+        prepared = prepare(merge("digits", sets=[f"experts.precision={precision}"], options={"device": "cpu"}))
+        return replace(prepared, device=torch.device(device))
+
+    on_cpu, on_cuda = (
+        [expert_identity(task(name, device)) for name in ("float32", "bfloat16")] for device in ("cpu", "cuda")
+    )
+    assert on_cpu[0] == on_cpu[1]
+    assert on_cpu[0]["cuda"] is None
+    assert "precision" not in on_cpu[0]
+    assert [identity["cuda"] for identity in on_cuda] == [{"tf32": True}, {"tf32": True, "precision": "bfloat16"}]
+    assert {name for name in on_cuda[0] if on_cuda[0][name] != on_cuda[1][name]} == {"cuda"}
