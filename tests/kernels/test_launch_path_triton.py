@@ -71,7 +71,8 @@ for dtype in (torch.float32, torch.bfloat16):
             for parts in ((affine, color, hole), (affine, None, None)):
                 augment.differentiable_augment(images.to(dtype), *parts, 3)
                 augment.differentiable_augment_adjoint(images.to(dtype), *parts, 3)
-    mixture.mixture(torch.rand(30).to(dtype), torch.zeros(30, dtype=torch.int64), 1, 100, 1e-7, 1e-6, True)
+    for mixture.ONE_PROGRAM in (30, 0):  # one program for each group, then several
+        mixture.mixture(torch.rand(30).to(dtype), torch.zeros(30, dtype=torch.int64), 1, 3, 1e-7, 1e-6, True)
 print(*sorted(set(launched)))
 '''
 KERNELS = {
@@ -79,6 +80,7 @@ KERNELS = {
     "augment_kernel",
     "backward_kernel",
     "block_sums_kernel",
+    "fold_kernel",
     "forward_kernel",
     "gradient_kernel",
     "gram_kernel",
@@ -88,11 +90,14 @@ KERNELS = {
     "merge_kernel",
     "means_kernel",
     "mixture_kernel",
+    "part_kernel",
     "per_sample_kernel",
     "rank_kernel",
+    "result_kernel",
     "scan_kernel",
     "segment_sums_kernel",
     "whiten_kernel",
+    "write_kernel",
 }
 
 
