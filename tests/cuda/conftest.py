@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,33 +38,45 @@ class JobReports(NamedTuple):
         assert counts.get("graph replay", 0) >= counts.get("graph record", 0) >= len(lines)
 
 
-RunOnTwin = Callable[..., dict[str, Any]]
+RunScript = Callable[..., dict[str, Any]]
+RunOnTwin = RunScript
 RunJobs = Callable[..., JobReports]
 
 
 @pytest.fixture(scope="session")
-def run_on_twin() -> RunOnTwin:
-    """Returns a function that runs a script of this folder on the twin, and returns the JSON of its last line."""
+def stub_of_cuda() -> None:
+    """Skips the test if the stub cannot be built here."""
     try:
         stub.build()
     except stub.UnavailableError as error:
         pytest.skip(str(error))
 
-    def run(script: str, *arguments: object) -> dict[str, Any]:
-        command = [sys.executable, HERE / "run_twin.py", HERE / script, *map(str, arguments)]
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        return json.loads(result.stdout.splitlines()[-1])
 
-    return run
+@pytest.fixture(scope="session")
+def run_on_twin(stub_of_cuda: None) -> RunScript:
+    """Returns a function that runs a script of this folder on the twin, and returns the JSON of its last line."""
+    return partial(_run, "run_twin.py")
+
+
+@pytest.fixture(scope="session")
+def run_on_stub(stub_of_cuda: None) -> RunScript:
+    """Returns a function that runs a script of this folder by run_stub.py, and returns the JSON of its last line."""
+    return partial(_run, "run_stub.py")
+
+
+def _run(runner: str, script: str, *arguments: object) -> Any:
+    command = [sys.executable, HERE / runner, HERE / script, *map(str, arguments)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def run_jobs(run_on_twin: RunOnTwin, tmp_path_factory: pytest.TempPathFactory) -> RunJobs:
+def run_jobs(run_on_twin: RunScript, tmp_path_factory: pytest.TempPathFactory) -> RunJobs:
     """Returns a function that runs jobs of jobs.py on the twin, in one process."""
     folder = tmp_path_factory.mktemp("twin")
-    return lambda *names: JobReports(folder, run_on_twin("jobs.py", folder, *names))
+    return lambda *names: JobReports(folder, run_on_twin("jobs.py", "cuda", folder, *names))
 
 
 def assert_results_of_cpu(on_twin: JobReports, tmp_path: Path, job: str) -> None:

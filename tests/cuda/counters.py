@@ -31,6 +31,7 @@ class Counters:
         self.counts: collections.Counter[str] = collections.Counter()
         self.lines: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self.graphs: list[RecordedGraph] = []
+        self.graph_lines: list[dict[str, int]] = []  # the nodes of each graph by line
         self.problems: list[str] = []
 
     def reset(self) -> None:
@@ -38,6 +39,7 @@ class Counters:
         self.counts.clear()
         self.lines.clear()
         self.graphs.clear()
+        self.graph_lines.clear()
 
     def add(self, kind: str, operator: str, number: int = 1) -> None:
         self.counts[kind] += number

@@ -68,7 +68,7 @@ class Graph:
 def record(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     """Replaces torch.cuda.graph."""
     assert Graph.recording is None
-    Graph.recording, launches = graph, counters.counts[LAUNCH]
+    Graph.recording, before = graph, counters.lines[LAUNCH].copy()
     try:
         yield
     finally:
@@ -76,7 +76,9 @@ def record(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         for memory, values in graph.before.values():
             memory.copy_(values)
     graph.finished = True
-    counters.graphs.append(RecordedGraph(line_of_tadperf(6), counters.counts[LAUNCH] - launches))
+    nodes = counters.lines[LAUNCH] - before
+    counters.graphs.append(RecordedGraph(line_of_tadperf(6), sum(nodes.values())))
+    counters.graph_lines.append(dict(nodes))
     counters.add(RECORD, "graph")
 
 

@@ -1,6 +1,6 @@
 """Small whole jobs for a CUDA device and for the CPU.
 
-python tests/cuda/run_twin.py tests/cuda/jobs.py <folder> <job>...     runs them on the twin, each in its own folder
+python tests/cuda/run_twin.py tests/cuda/jobs.py cuda <folder> <job>...     runs them on the twin, each in its folder
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tadperf.config import Config
 from tadperf.config.merge import merge
@@ -93,16 +95,18 @@ JOBS: dict[str, Callable[[Path, str], None]] = {
 }
 
 
-def run_on_twin(folder: Path, job: str) -> dict[str, Any]:
-    """Runs a job, and returns the counts, the recorded graphs, and what CUDA would refuse."""
+def run(job: str, folder: Path, device: str) -> dict[str, Any]:
+    """Runs a job, and returns the counts, the recorded graphs, and what CUDA would refuse; all empty on a CPU."""
     from counters import counters
 
     counters.reset()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "CUDA graph failed")  # the run would go on without a graph
-        JOBS[job](folder / job, "cuda")
+        JOBS[job](folder / job, device)
     return {"counts": dict(counters.counts), "graphs": list(counters.graphs), "problems": list(counters.problems)}
 
 
 if __name__ == "__main__":
-    print(json.dumps({job: run_on_twin(Path(sys.argv[1]), job) for job in sys.argv[2:]}))
+    device, folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    print(json.dumps({job: run(job, Path(folder), device) for job in names}))

@@ -70,6 +70,9 @@ class Twin(Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"Twin({self.held!r})"
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 

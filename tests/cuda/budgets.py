@@ -1,0 +1,31 @@
+"""How much one unit of work may ask of a CUDA device. tests/cuda/test_budgets.py compares it with work_units.py.
+
+Lower a number when the code gets better; a larger number needs a reason. The ConvNet has depth 3, as for CIFAR. Nodes
+are the kernels inside the CUDA graph of a unit, launches are those outside. A blocking copy and a wait each stop the
+CPU until the device is done with everything before. A fraction is something that happens once in several units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    """The most that one unit may need."""
+
+    nodes: int
+    launches: float = 0
+    async_copies: float = 0
+    blocking_copies: float = 0
+    waits: float = 0
+
+
+BUDGETS = {
+    "expert step": Budget(nodes=66),
+    "flat expert step": Budget(nodes=127),  # experts.rho > 0: two passes
+    "student step": Budget(nodes=71),  # soft labels
+    # Once in an epoch, here 4 steps: the augmentation and the upload of its draws.
+    "proxy step": Budget(nodes=45, launches=10.5, async_copies=0.25),
+    # nodes: those of one inner step and its adjoint.
+    "matching iteration": Budget(nodes=411, launches=37, async_copies=2, waits=1),
+}
