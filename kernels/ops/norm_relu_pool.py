@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_like, check_memory
-from tadperf.kernels.dispatch import Route, route
+from tadperf.kernels.dispatch import Route, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("norm_relu_pool")
@@ -143,6 +143,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) ->
     """Returns y, and the mean and rstd of each plane [2, N, C]."""
     check_memory(x=x, weight=weight, bias=bias)
     device, wanted = _compiled(x), _format(x)
+    record_call("norm_relu_pool", device)
     if device is None:
         return _forward_reference(x, weight, bias, eps, pool)
     if device == "cuda":
@@ -174,13 +175,14 @@ def _backward(
     """Returns the gradients of x, weight and bias."""
     check_memory(grad_y=grad_y, x=x, weight=weight, bias=bias, moments=moments)
     device, wanted = _compiled(x), _format(x)
+    record_call("norm_relu_pool_gradient", device)
     if device is None:
         return _backward_reference(grad_y, x, weight, bias, moments, pool)
     if device == "cuda":
         from tadperf.kernels.gpu import norm_relu_pool as triton
 
-        maps = _in_format(grad_y, wanted), _in_format(x, wanted)
-        return triton.norm_relu_pool_gradient(*maps, weight, bias, moments, pool)
+        maps = _in_format(grad_y, _format(grad_y)), _in_format(x, wanted)
+        return triton.norm_relu_pool_gradient(*maps, weight, bias, moments.contiguous(), pool)
     layout = _native_format(x, wanted)
     inputs = _in_format(grad_y, layout), _in_format(x, layout), _float32(weight), _float32(bias)
     _, *like = inputs

@@ -24,6 +24,7 @@ from tadperf.kernels import (
     norm_relu_pool_moments,
 )
 from tadperf.kernels.ops.conv3x3 import covers
+from tadperf.kernels.ops.norm_relu_pool_dual import join
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.fused import fits_block, has_hooks, is_half_pool
 
@@ -143,7 +144,7 @@ def products(
         output, conv, moments = _forward(stacked, params, params_dot, block, form)
         saved.append((stacked, conv, moments))
         # Passing a list of Dual values would keep the graph out of the compiler's cache.
-        stacked = torch.cat([output.value, output.dot])
+        stacked = join(*output)
     grad, grads, h, grad_labels = _classifier(stacked, params, params_dot, y, form)
     grad_x = x
     for block, (stacked, conv, moments) in zip(reversed(form.blocks), reversed(saved), strict=True):
@@ -153,7 +154,7 @@ def products(
         )
         grads |= {f"{block.norm}.weight": grad_scale, f"{block.norm}.bias": grad_shift}
         kernel, kernel_dot = params[f"{block.conv}.weight"], params_dot[f"{block.conv}.weight"]
-        grad_stacked = grad_conv.dot if first else torch.cat([grad_conv.dot, grad_conv.value])
+        grad_stacked = grad_conv.dot if first else join(grad_conv.dot, grad_conv.value)
         if exact:
             grads[f"{block.conv}.weight"] = _kernel_gradient(grad_stacked, stacked, kernel, block, form)
         if first:

@@ -1,9 +1,9 @@
 """Backends that compute one inner step and its second derivatives: explicit formulas, autograd, or compiled.
 
 All are exact up to rounding, and one float64 test covers all of them. The formulas of `convnet_second_order` cover the
-ConvNet with instance norm. Autograd works for every network. Compiled means one fullgraph region for the step and one
-for its products. Both regions come from the formulas or, for other networks, from nested torch.func.grad (reverse over
-reverse).
+ConvNet with instance norm; their norm, ReLU and pool are compiled operators on a CPU and on CUDA. Autograd works for
+every network. Compiled means one fullgraph region for the step and one for its products. Both regions come from the
+formulas or, for other networks, from nested torch.func.grad (reverse over reverse).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tadperf.compute.compile import load_compile_cache, with_fallback
 from tadperf.config import MatchConfig
+from tadperf.kernels import implementations
 from tadperf.matching import convnet_second_order
 from tadperf.matching.convnet_second_order import Products
 from tadperf.nets.flat import FlatNet
@@ -154,11 +155,13 @@ def choose_step_backend(
     if config.compile == "on":
         return compiled(net, precision)
     backend = eager(net, precision)
-    if device.type == "cuda":
+    operators = implementations()["norm_relu_pool_dual"]
+    if backend.name == "formulas" and (device.type == "cpu" or operators.get(device.type) == "triton"):
+        # On a CPU, Inductor's code for norm, ReLU and pool is slower than ours (bench/results/matching.md). On CUDA it
+        # moves more bytes than the Triton kernels (counted, bench/results/ledger.md) and takes a minute to build.
+        reason = "its norm, ReLU and pool are compiled operators"
+    elif device.type == "cuda":
         backend, reason = compiled(net, precision), "it runs on CUDA"
-    elif backend.name == "formulas":
-        # Norm, ReLU and pool are native code on a CPU. Inductor's code for them is slower (bench/results/matching.md).
-        reason = "on a CPU no compiled form of this network is faster"
     else:
         saved = COMPILE_SAVING * iterations * config.steps * 10 * flops(net, shape) / EAGER_FLOPS
         reason = f"compiling would take about {COMPILE_SECONDS:.0f} s and save about {saved:.3g} s"

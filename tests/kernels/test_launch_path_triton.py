@@ -45,8 +45,8 @@ class Guard:
 
 torch.cuda.device_of = Guard
 from tadperf.kernels.gpu import (
-    differentiable_augment as augment, diverse_pick, mixture, norm_relu_pool, per_sample, per_sample_linear,
-    reliability, trajectory_distance, trial
+    differentiable_augment as augment, diverse_pick, mixture, norm_relu_pool, norm_relu_pool_dual,
+    per_sample, per_sample_linear, reliability, trajectory_distance, trial
 )
 
 labels = torch.zeros(8, dtype=torch.int64)
@@ -66,6 +66,9 @@ for dtype in (torch.float32, torch.bfloat16):
         maps = torch.randn(2, 4, 6, 6).to(dtype).contiguous(memory_format=last)
         y, moments = norm_relu_pool.norm_relu_pool(maps, torch.ones(4), torch.ones(4), 1e-5, True)
         norm_relu_pool.norm_relu_pool_gradient(y, maps, torch.ones(4), torch.ones(4), moments, True)
+        affine, moments = [torch.ones(4)] * 4, torch.empty(4, 2, 4)
+        norm_relu_pool_dual.norm_relu_pool_dual((maps, maps), affine, moments, (y, y), 1e-5, True)
+        norm_relu_pool_dual.norm_relu_pool_dual_gradient((y, y), (maps, maps), affine, moments, (maps, maps), True)
         for images in (torch.randn(2, 3, 6, 6), maps.float(), torch.randn(2, 1, 1, 1), torch.randn(2, 3, 40, 40)):
             affine, color, hole = torch.randn(2, 2, 3), torch.randn(2, 3), torch.randn(2, 2)
             for parts in ((affine, color, hole), (affine, None, None)):
@@ -80,6 +83,8 @@ KERNELS = {
     "augment_kernel",
     "backward_kernel",
     "block_sums_kernel",
+    "dual_backward_kernel",
+    "dual_forward_kernel",
     "fold_kernel",
     "forward_kernel",
     "gradient_kernel",

@@ -64,10 +64,11 @@ def test_nan_and_constant_planes():
     assert torch.equal(y[1, 2], torch.full((2, 3), 0.3))
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(("name", "entry", "chunks"), [("bf16", 0, 1), ("fp32", -1, 3)])
-def test_compiles_without_spills(aot, name, entry, chunks, last):
-    """Compiles for the smallest planes in one chunk, and for the largest in several."""
+@pytest.mark.parametrize(
+    ("name", "last", "entry"), [*(("fp32", True, i) for i in range(4)), ("bf16", True, 2), ("fp32", False, 2)]
+)
+def test_compiles_without_spills_and_reads_a_plane_once(aot, name, last, entry):
+    """A thread loads its values of a plane once if the plane fits into one chunk, 4 at a time in channels_last."""
     from tadperf.kernels.gpu import norm_relu_pool as triton_kernels
 
     sizes = dict.fromkeys(("n_planes", "n_channels", "height", "width"), "i32")
@@ -82,8 +83,16 @@ def test_compiles_without_spills(aot, name, entry, chunks, last):
         **sizes,
     }
     how = launch_configs.shipped("norm_relu_pool_channels_last" if last else "norm_relu_pool")[entry]
-    constants = {"PLANES": how["tile"] // how["block"], "BLOCK": how["block"], "WINDOW": 2}
+    chunks = 3 if last and how["up_to"] is None else 1
+    constants = {"PLANES": how["tile"] // how["block"], "BLOCK": how["block"] // 4, "WINDOW": 2}
     constants |= {"LAST": last, "CHUNKS": chunks}
-    for kernel, signature in ((triton_kernels.forward_kernel, forward), (triton_kernels.backward_kernel, backward)):
-        found = aot(kernel, signature, constants, num_warps=how["num_warps"])
+    values = how["tile"] // (32 * how["num_warps"])  # of one map in a thread
+    for kernel, signature, more, maps, vectors in (
+        (triton_kernels.forward_kernel, forward, {}, values, 2),
+        (triton_kernels.backward_kernel, backward, {"GRAD_LAST": last}, values + values // 4, 4),
+    ):
+        found = aot(kernel, signature, constants | more, aligned=True, num_warps=how["num_warps"])
         assert {target: used.spills for target, used in found.items()} == dict.fromkeys(found, 0)
+        if chunks == 1 and name == "fp32":  # and each vector [C] by one load or two
+            rest = {used.loads - maps // (4 if last else 1) for used in found.values() if used.loads}
+            assert rest <= {vectors, 2 * vectors}

@@ -130,3 +130,20 @@ def test_auto_chooses_by_the_amount_of_work():
     assert name(other, 10**9) == "compiled, functional"
     assert name(other, 10**9, "off") == "autograd"
     assert name(small, 1, "on") == "compiled, formulas"
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_auto_compiles_on_cuda_only_what_has_no_kernels(monkeypatch, implementation):
+    small = FlatNet(build(NetConfig(width=8), (1, 8, 8), 10, 0))
+    other = FlatNet(build(NetConfig(width=8, norm="group"), (1, 8, 8), 10, 0))
+    found = {"norm_relu_pool_dual": {"cpu": "native", "cuda": implementation}}
+    monkeypatch.setattr(step_backends, "implementations", lambda: found)
+
+    def name(net: FlatNet, compile: str = "auto") -> str:
+        config = MatchConfig(compile=compile)
+        return step_backends.choose_step_backend(config, net, (50, 1, 8, 8), torch.device("cuda"), 10).name
+
+    assert name(small) == ("formulas" if implementation == "triton" else "compiled, formulas")
+    assert name(small, "on") == "compiled, formulas"
+    assert name(small, "off") == "formulas"
+    assert name(other) == "compiled, functional"
