@@ -22,11 +22,13 @@ from tadperf.nets.training import Recipe
 from tadperf.progress import Progress, silent
 
 
-def train_expert(problem: Problem, recipe: Recipe, seed: int) -> tuple[Tensor, float]:
+def train_expert(
+    problem: Problem, recipe: Recipe, seed: int, precision: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
     """Trains one expert; returns its snapshots float32 [epochs + 1, P] and the final training accuracy.
 
     The first snapshot holds the initial weights. For label logits [N, C] the largest one counts as the label.
-    seed: seed of this expert; `problem.seed` and `problem.augment` are not used.
+    seed: seed of this expert; `problem.seed` and `problem.augment` are not used. precision: as for `training.fit`.
     """
     module = build(problem.net, problem.shape, problem.num_classes, seed).to(problem.device)
     flat = FlatNet(module)
@@ -39,7 +41,7 @@ def train_expert(problem: Problem, recipe: Recipe, seed: int) -> tuple[Tensor, f
         snapshots.append(before.read().clone())  # one epoch late, so that CUDA never runs out of work
 
     images, labels = problem.images, problem.labels
-    training.fit(module, images, labels, recipe, seed, keep, problem.weights)
+    training.fit(module, images, labels, recipe, seed, keep, problem.weights, precision)
     snapshots.append(latest.read())
     classes = labels.argmax(1) if labels.is_floating_point() else labels
     return torch.stack(snapshots), training.accuracy(module, images, classes)
@@ -71,7 +73,6 @@ def train_experts(
         decay=False,
         rho=config.rho,
         alpha=config.alpha,
-        precision=getattr(torch, config.precision),
     )
     shape = epochs + 1, FlatNet(build(problem.net, problem.shape, problem.num_classes, 0)).num_parameters
     missing = ranks.once(lambda: [i for i in range(config.count) if not store.is_complete(folder, i, shape)])
@@ -79,7 +80,8 @@ def train_experts(
     progress("experts", done, config.count)
 
     def train(index: int) -> float:
-        snapshots, accuracy = train_expert(problem, recipe, seeds.derive(problem.seed, "expert", index))
+        seed, precision = seeds.derive(problem.seed, "expert", index), getattr(torch, config.precision)
+        snapshots, accuracy = train_expert(problem, recipe, seed, precision)
         store.save_expert(folder, index, snapshots.to(getattr(torch, config.dtype)), train_accuracy=accuracy)
         return accuracy
 

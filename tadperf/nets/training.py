@@ -37,8 +37,7 @@ class Recipe(NamedTuple):
     """The settings of a training with SGD.
 
     decay: divides the learning rate by 10 after half of the epochs. rho, alpha: arguments of `gsam_gradient`, which is
-    used if rho > 0 and costs a second pass. precision: type of the feature maps on CUDA; weights, statistics of norms
-    and updates are float32. On CUDA, bfloat16 maps halve the memory traffic of a step. A CPU uses float32.
+    used if rho > 0 and costs a second pass.
     """
 
     epochs: int
@@ -50,7 +49,6 @@ class Recipe(NamedTuple):
     decay: bool = True
     rho: float = 0.0
     alpha: float = 0.0
-    precision: torch.dtype = torch.float32
 
 
 @torch.no_grad()
@@ -254,19 +252,23 @@ def fit(
     seed: int,
     after_epoch: Callable[[int], None] | None = None,
     weights: Tensor | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Trains `module` in place on images [N, C, H, W]; returns it in eval mode.
 
     labels: int64 [N], or label logits [N, K]. weights: float [N], the importance of each image. They are scaled to mean
     one over all N, not within a batch: so the weight of an image does not depend on its batch, and equal weights
     change nothing. after_epoch: called with the number of each finished epoch.
+    precision: type of the feature maps on CUDA; weights, statistics of norms and updates are float32. bfloat16 maps
+    halve the memory traffic of a step. A CPU always uses float32.
     Every draw comes from (seed, epoch), so the result does not depend on what ran before.
     Raises UserError if the weights have another shape, are negative, not finite or all zero.
     """
     device = next(module.parameters()).device
     target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
     share = None if weights is None else _scale_to_mean_one(weights, len(images)).to(device)
-    run_batch, passes = _schedule(training_step(module, target, share, recipe), images, recipe, seed, device)
+    step = training_step(module, target, share, recipe, precision)
+    run_batch, passes = _schedule(step, images, recipe, seed, device)
     for epoch, epoch_batches in enumerate(passes):
         lr = recipe.lr * (0.1 if recipe.decay and epoch > recipe.epochs // 2 else 1.0)
         for batch in epoch_batches:
@@ -277,7 +279,7 @@ def fit(
 
 
 def training_step(
-    module: nn.Module, target: Tensor, share: Tensor | None, recipe: Recipe
+    module: nn.Module, target: Tensor, share: Tensor | None, recipe: Recipe, precision: torch.dtype
 ) -> Callable[[Tensor, Tensor, float], None]:
     """Returns the function that takes one step of SGD on `module` in place: (index [B], x [B, C, H, W], lr) -> None.
 
@@ -291,8 +293,8 @@ def training_step(
 
     # A CPU keeps autograd's order of operations, and with it the bits. Plain PyTorch would copy the labels to the CPU.
     needs_loss = not target.is_cuda or implementations()["per_sample"]["cuda"] != "triton"
-    if target.is_cuda and recipe.precision != torch.float32:
-        predict = in_precision(predict, recipe.precision)
+    if target.is_cuda and precision != torch.float32:
+        predict = in_precision(predict, precision)
     scales: dict[int, Tensor] = {}  # without weights, by batch size; a recorded graph reads them again and again
 
     def gradient(x: Tensor, target: Tensor, share: Tensor | None) -> tuple[Tensor, ...]:

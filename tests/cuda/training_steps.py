@@ -49,11 +49,10 @@ def case(name: str, device: str) -> dict[str, Any]:
 def train(name: str, device: str, epochs: int) -> tuple[torch.Tensor, dict[str, int]]:
     """Returns the weights after some epochs, and the counts of the training."""
     recipe, values = RECIPE._replace(epochs=epochs, rho=0.1 if name == "gsam" else 0.0, alpha=0.3), case(name, device)
-    if name.startswith("bfloat16"):
-        recipe = recipe._replace(precision=torch.bfloat16)
+    precision = torch.bfloat16 if name.startswith("bfloat16") else torch.float32
     module = build(NET, (3, 8, 8), 3, 0).to(device)
     counters.reset()
-    training.fit(module, values["images"], values["labels"], recipe, 0, weights=values["weights"])
+    training.fit(module, values["images"], values["labels"], recipe, 0, None, values["weights"], precision)
     counts = dict(counters.counts)
     return FlatNet(module).flatten().cpu(), counts
 
