@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -93,13 +94,15 @@ def slug(name: str) -> str:
 def output_file(field: str, path: Path, device: torch.device, suffix: str) -> Path:
     """Returns `path`, or a file named after the device if `path` is a folder.
 
-    Raises UserError if the folder of the file does not exist, or if the file has another suffix.
+    Raises UserError if the folder of the file does not exist, if the file cannot be written or has another suffix.
     """
     file = path / f"{slug(describe_device(device))}{suffix}" if path.is_dir() else path
     if not file.parent.is_dir():
         raise UserError(field, path, f"there is no folder {file.parent}; make it first")
     if file.suffix != suffix:
         raise UserError(field, path, f"must be a folder or a file that ends in {suffix}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(field, path, "cannot be written; choose another place, or change its permissions")
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def check_audit_file(path: Path) -> None:
             raise UserError("--out", file, "exists already; choose another name")
     if not path.absolute().parent.is_dir():
         raise UserError("--out", path, "its folder does not exist; make it first")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError("--out", path, "its folder cannot be written; choose another")
 
 
 def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, str]:

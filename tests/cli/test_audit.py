@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -64,6 +65,15 @@ def test_the_worst_samples_of_a_folder_are_named_by_their_files(tadperf, tmp_pat
     assert "worst samples (file)" in shown.out
     assert "b/6.png" in shown.out
     assert tadperf("audit", "set", *FAST, "--labels", "list.csv").code == 0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_audit(tadperf, tmp_path, monkeypatch):
+    from tadperf.pipeline import audit
+
+    monkeypatch.setattr(audit.os, "access", lambda path, mode: Path(path) != tmp_path)
+    code, out, err = tadperf("audit", "digits", "--out", "labels.csv")
+    assert (code, out) == (2, "")
+    assert err == "tadperf: --out: labels.csv: its folder cannot be written; choose another\n"
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,16 @@ def test_a_wrong_provider_gives_exit_code_1(tadperf, monkeypatch):
     assert "50x10 float32 eager: loss: " in out
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_measurement(tadperf, tmp_path, monkeypatch, option):
+    from tadperf.bench.operators import report
+
+    monkeypatch.setattr(report.os, "access", lambda path, mode: tmp_path not in (path, path.absolute()))
+    code, out, err = tadperf("bench", "per_sample", "--device", "cpu", option, tmp_path)
+    assert (code, out) == (2, "")
+    assert err == f"tadperf: {option}: {tmp_path}: cannot be written; choose another place, or change its permissions\n"
+
+
 def test_a_missing_package_has_a_remedy(monkeypatch):
     from tadperf.bench.operators import (
         catalogue,
