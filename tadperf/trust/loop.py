@@ -105,7 +105,8 @@ def assign_verdicts(
 ) -> TrustState:
     """Returns one round's verdicts: a pure function of the proxies' losses, probabilities and features.
 
-    Everything is computed on the device of the outputs; the state that is returned is on the CPU.
+    Everything is computed on the device of the outputs; the state that is returned is on the CPU. On CUDA the order of
+    some sums is not fixed, so the last bits of a score may change from run to run.
     before: the state after the previous round. number: the number of this round, from 1. seed: for the neighbours.
     The loss of a sample is the mean of the proxies' and the neighbours' loss. With `config.memory`, the score comes
     from the mean loss of all rounds. On 3000 CIFAR-10 images with CIFAR-10N's worse labels, its average precision after

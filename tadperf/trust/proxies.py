@@ -160,10 +160,10 @@ class OutputMeans:
     def add(self, classify: Callable[[Tensor], Tensor], inputs: Images, index: Tensor) -> None:
         """Adds one epoch. The samples are inputs[index]; `classify` returns the logits of a batch of them.
 
-        Loss and probabilities are read from the logits of one batch, which are still in the cache. `per_sample_linear`
-        would save one of these reads, 4 C bytes a sample, but the probabilities need the logits anyway, so it would
-        compute them twice: 2 C D operations more for D features. So it is not used, for any number of classes. This is
-        a count; nobody measured it on a GPU.
+        Loss and probabilities are read from the logits of one batch, while they are in the cache: 4 MB for 1000
+        classes. `per_sample_linear` needs no logits, but the probabilities do. It would save one read of 4 C bytes a
+        sample from the cache, and multiply D features by C classes a second time. So it is not used for any number of
+        classes. This is a count; nobody measured it on a GPU.
         """
         for start in range(0, len(index), EVAL_BATCH):
             rows = slice(start, start + EVAL_BATCH)
