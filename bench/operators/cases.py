@@ -21,6 +21,7 @@ SMALL: dict[str, Size] = {
     "reliability": (129, 31, 5),
     "diverse_pick": (21, 5, 33, 3),
     "norm_relu_pool": (5, 7, 9, 6),
+    "norm_relu_pool_dual": (5, 7, 9, 6),
 }
 # Only operators with independent rows: the last rows are compared. The others would take minutes.
 HUGE: dict[str, Size] = {
@@ -121,6 +122,16 @@ def _norm_relu_pool() -> list[tuple[Any, ...]]:
     return [(maps_x, weight, bias, maps_y) for maps_x, maps_y in pairs]
 
 
+def _norm_relu_pool_dual() -> list[tuple[Any, ...]]:
+    """The planes of `_norm_relu_pool` with tangents."""
+    generator = torch.Generator().manual_seed(1)
+    cases = []
+    for x, weight, bias, grad in _norm_relu_pool():
+        dots = [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in (x, weight, bias, grad)]
+        cases.append((x, dots[0], weight, bias, *dots[1:3], grad, dots[3]))
+    return cases
+
+
 HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "per_sample": _per_sample,
     "per_sample_linear": _per_sample_linear,
@@ -129,6 +140,7 @@ HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "reliability": _reliability,
     "diverse_pick": _diverse_pick,
     "norm_relu_pool": _norm_relu_pool,
+    "norm_relu_pool_dual": _norm_relu_pool_dual,
 }
 
 
@@ -139,6 +151,8 @@ def without_samples(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return inputs[0][:0], inputs[1], inputs[2][:0]
     if name == "norm_relu_pool":
         return inputs[0][:0], *inputs[1:3], inputs[3][:0]
+    if name == "norm_relu_pool_dual":
+        return *(x[:0] for x in inputs[:2]), *inputs[2:6], *(x[:0] for x in inputs[6:])
     if name == "diverse_pick":
         return inputs[0][:0], inputs[1][:0], inputs[2], inputs[3][:0], inputs[4]
     return tuple(x[:0] if place < samples[name] else x for place, x in enumerate(inputs))

@@ -18,6 +18,7 @@ NAMES = (
     "reliability",
     "diverse_pick",
     "norm_relu_pool",
+    "norm_relu_pool_dual",
 )
 OWN_COMMANDS = {  # measured by their own programs
     "conv3x3": "python -m tadperf.bench.operators.conv3x3 (CPU only)",

@@ -168,12 +168,12 @@ def _wide(x: Dual, affine: Affine) -> tuple[Dual, Affine]:
 
 
 def _parts(x: Dual, affine: Affine, moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Affine, Tensor]:
-    """Returns u, u', which pixels are positive, the weights and biases [C, 1, 1], and the input of ReLU."""
+    """Returns u, u', which pixels are positive or NaN, the weights and biases [C, 1, 1], and the input of ReLU."""
     mean, rstd, mean_dot, slope = moments
     by_channel = Affine(*(part[:, None, None] for part in affine))
     u = (x.value - mean) * rstd
     n = by_channel.weight * u + by_channel.bias
-    return u, rstd * (x.dot - mean_dot - u * slope), n > 0, by_channel, n
+    return u, rstd * (x.dot - mean_dot - u * slope), ~(n <= 0), by_channel, n
 
 
 def _unpooled(grad: Tensor, x: Tensor, pool: bool) -> Tensor:
