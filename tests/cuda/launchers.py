@@ -21,6 +21,11 @@ from twin import Twin, unwrap
 
 # CPU forms whose arguments differ from those of the launcher. For all others, ops.<module>.<name> takes the same.
 CPU_FORMS: dict[str, Callable[..., Any]] = {}
+# For launchers that fill some of their arguments: (arguments, result) -> the tensors that the CPU form returns.
+FILLED: dict[str, Callable[[tuple[Any, ...], Any], Any]] = {
+    "norm_relu_pool_dual.norm_relu_pool_dual": lambda args, _: (args[3], args[2]),
+    "norm_relu_pool_dual.norm_relu_pool_dual_gradient": lambda args, result: (args[4], result),
+}
 
 
 def cpu_form(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -38,6 +43,42 @@ def _norm_relu_pool(*args: Any) -> Any:
     from tadperf.kernels.ops.norm_relu_pool import norm_relu_pool_moments
 
     return norm_relu_pool_moments(*args)
+
+
+@cpu_form("norm_relu_pool_dual.norm_relu_pool_dual")
+def _norm_relu_pool_dual(x: Any, affine: Any, moments: Tensor, y: Any, eps: float, pool: bool) -> None:
+    """Fills y and the moments, as the launcher does."""
+    from tadperf.kernels.ops.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual
+
+    output, values = norm_relu_pool_dual(Dual(*x), Affine(*affine), eps, pool)
+    for target, value in zip((*y, moments), (*output, values), strict=True):
+        target.copy_(value)
+
+
+@cpu_form("norm_relu_pool_dual.norm_relu_pool_dual_gradient")
+def _norm_relu_pool_dual_gradient(grad: Any, x: Any, affine: Any, moments: Tensor, grad_x: Any, pool: bool) -> Tensor:
+    """Fills grad_x, as the launcher does."""
+    from tadperf.kernels.ops.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual_gradient
+
+    result, *sums = norm_relu_pool_dual_gradient(Dual(*grad), Dual(*x), Affine(*affine), moments, pool)
+    for target, value in zip(grad_x, result, strict=True):
+        target.copy_(value)
+    return torch.stack(sums)
+
+
+@cpu_form("norm_relu_pool_dual.norm_relu_pool_dual")
+def _norm_relu_pool_dual(x: Any, affine: Any, moments: Tensor, y: Any, eps: float, pool: bool) -> Any:
+    from tadperf.kernels import norm_relu_pool_dual
+
+    return norm_relu_pool_dual(x, affine, eps, pool)
+
+
+@cpu_form("norm_relu_pool_dual.norm_relu_pool_dual_gradient")
+def _norm_relu_pool_dual_gradient(grad: Any, x: Any, affine: Any, moments: Tensor, grad_x: Any, pool: bool) -> Any:
+    from tadperf.kernels import norm_relu_pool_dual_gradient
+
+    grad_x, *by_channel = norm_relu_pool_dual_gradient(grad, x, affine, moments, pool)
+    return grad_x, torch.stack(by_channel)
 
 
 @cpu_form("mixture.mixture")
@@ -118,7 +159,8 @@ def _with_values(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         if not outside or not any(isinstance(leaf, Twin) for leaf in tree_leaves((args, kwargs))):
             return launcher(*args, **kwargs)
         result = _run_launcher(launcher, args, kwargs)
-        targets = [unwrap(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        filled = FILLED[name](args, result) if name in FILLED else result
+        targets = [unwrap(leaf) for leaf in tree_leaves(filled) if isinstance(leaf, Tensor)]
         compute, values = _cpu_form(name), unwrap((args, kwargs))
 
         def fill() -> None:
