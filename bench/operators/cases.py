@@ -12,7 +12,12 @@ from tadperf.bench.operators.engine import Size
 
 INF, NAN = float("inf"), float("nan")
 # operator -> the result whose gradient with respect to the first input is checked
-GRADIENTS = {"per_sample": "loss", "per_sample_linear": "loss", "trajectory_distance": "ratio"}
+GRADIENTS = {
+    "per_sample": "loss",
+    "per_sample_linear": "loss",
+    "trajectory_distance": "ratio",
+    "differentiable_augment": "y",
+}
 SMALL: dict[str, Size] = {
     "per_sample": (507, 7),
     "per_sample_linear": (65, 24, 129),
@@ -22,6 +27,7 @@ SMALL: dict[str, Size] = {
     "diverse_pick": (21, 5, 33, 3),
     "norm_relu_pool": (5, 7, 9, 6),
     "norm_relu_pool_dual": (5, 7, 9, 6),
+    "differentiable_augment": (12, 3, 9, 7),
 }
 # Only operators with independent rows: the last rows are compared. The others would take minutes.
 HUGE: dict[str, Size] = {
@@ -122,6 +128,28 @@ def _norm_relu_pool() -> list[tuple[Any, ...]]:
     return [(maps_x, weight, bias, maps_y) for maps_x, maps_y in pairs]
 
 
+def _differentiable_augment() -> list[tuple[Any, ...]]:
+    """Maps with shear and strong zoom, singular ones, and values that are not finite in an image with contrast."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 8, 3, 9, 6, generator=generator)
+    affine = torch.randn(8, 2, 3, generator=generator)
+    affine[0], affine[1], affine[2, 1] = torch.eye(2, 3), 0, affine[2, 0]
+    affine[3], affine[4, :, 2] = 3 * affine[3], 5
+    color = torch.rand(8, 3, generator=generator) + 0.2
+    color[5:, 2] = 1
+    hole = torch.rand(8, 2, generator=generator) * 9
+    hole[::3], x[0, 0, 2, 3], x[3, 1, 0, 0] = NAN, NAN, INF
+    large = torch.randn(2, 3, 40, 36, generator=generator)  # the mean comes from a kernel of its own
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad)]
+    return [
+        (x, affine, color, hole, grad),
+        (last[0], affine, color, hole, last[1]),
+        (x[:, :1], affine, color, hole, grad[:, :1]),
+        (x[:, :, :1, :1], affine, color, hole, grad[:, :, :1, :1]),
+        (large, affine[4:6], color[:2], hole[:2], large.flip(0)),
+    ]
+
+
 def _norm_relu_pool_dual() -> list[tuple[Any, ...]]:
     """The planes of `_norm_relu_pool` with tangents."""
     generator = torch.Generator().manual_seed(1)
@@ -141,12 +169,13 @@ HARD: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "diverse_pick": _diverse_pick,
     "norm_relu_pool": _norm_relu_pool,
     "norm_relu_pool_dual": _norm_relu_pool_dual,
+    "differentiable_augment": _differentiable_augment,
 }
 
 
 def without_samples(name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the same inputs with zero samples."""
-    samples = {"per_sample": 2, "mixture": 2, "trajectory_distance": 3, "reliability": 1}
+    samples = {"per_sample": 2, "mixture": 2, "trajectory_distance": 3, "reliability": 1, "differentiable_augment": 5}
     if name == "per_sample_linear":
         return inputs[0][:0], inputs[1], inputs[2][:0]
     if name == "norm_relu_pool":

@@ -19,6 +19,7 @@ NAMES = (
     "diverse_pick",
     "norm_relu_pool",
     "norm_relu_pool_dual",
+    "differentiable_augment",
 )
 OWN_COMMANDS = {  # measured by their own programs
     "conv3x3": "python -m tadperf.bench.operators.conv3x3 (CPU only)",
