@@ -15,8 +15,9 @@ u = (x - mean) rstd:
     x        rstd w (g - sum g / P - u sum (g u) / P)
 
 The backward pass keeps x, mean and rstd, and computes again which pixels ReLU passed. It saves no other map. A NaN or
-an infinity makes its whole plane NaN. A convolution before this operator needs no bias: instance norm removes a shift
-of a channel, and the gradient of that bias is 0 up to rounding.
+an infinity makes its whole plane NaN. Values of about 1e19 and more overflow when they are squared; the result of their
+plane is then meaningless. A convolution before this operator needs no bias: instance norm removes a shift of a channel,
+and the gradient of that bias is 0 up to rounding.
 
 For first-order training only: experts, students, proxies. A second derivative raises RuntimeError. Use
 `norm_relu_pool_reference` for anything that is differentiated twice.
