@@ -107,7 +107,7 @@ def step_gradient(form: ConvNetForm, net: FlatNet, theta: Tensor, x: Tensor, y: 
 
     y: labels int64 [B], or label logits [B, K].
     """
-    params, saved = net.views(theta), []
+    params, saved = _parameters(form, net, theta), []
     x = _channels_last(x)
     for block in form.blocks:
         conv = _conv(x, params[f"{block.conv}.weight"], block, form)
@@ -137,7 +137,7 @@ def products(
 
     Without `exact` the derivative with respect to theta is not computed.
     """
-    params, params_dot, saved = net.views(theta), net.views(lam), []
+    params, params_dot, saved = _parameters(form, net, theta), _parameters(form, net, lam), []
     # The first input has no tangent. Later inputs hold value and tangent, one after the other in the batch.
     stacked = _channels_last(x)
     for block in form.blocks:
@@ -214,6 +214,14 @@ def _target(y: Tensor, logits: Tensor) -> Tensor:
     return y.softmax(1) if y.is_floating_point() else F.one_hot(y, logits.shape[1]).to(logits.dtype)
 
 
+def _parameters(form: ConvNetForm, net: FlatNet, theta: Tensor) -> dict[str, Tensor]:
+    """Returns the parameters by name. On CUDA, the kernels of convolutions are cast once here, not at every use."""
+    params = net.views(theta)
+    if theta.is_cuda:
+        params |= {f"{b.conv}.weight": _channels_last(_cast(params[f"{b.conv}.weight"], form)) for b in form.blocks}
+    return params
+
+
 def _affine(params: dict[str, Tensor], block: Block) -> tuple[Tensor, Tensor]:
     return params[f"{block.norm}.weight"], params[f"{block.norm}.bias"]
 
@@ -280,5 +288,6 @@ def _cast(x: Tensor, form: ConvNetForm) -> Tensor:
 
 def _concatenate_gradients(net: FlatNet, grads: dict[str, Tensor], theta: Tensor) -> Tensor:
     """Returns one vector [P]. Parameters without a gradient, the biases of the convolutions, get 0."""
-    parts = zip(net.names, net.sizes, strict=True)
-    return torch.cat([grads[name].reshape(-1) if name in grads else theta.new_zeros(size) for name, size in parts])
+    parts = list(zip(net.names, net.sizes, strict=True))
+    zeros = theta.new_zeros(max(size for name, size in parts if name not in grads))
+    return torch.cat([grads[name].reshape(-1) if name in grads else zeros[:size] for name, size in parts])
