@@ -54,4 +54,4 @@ def check_memory(**tensors: Tensor | None) -> None:
 def _end_in_storage(x: Tensor) -> int:
     """Returns the bytes of the storage up to the last element of x, which is not empty."""
     span = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return (x.storage_offset() + span) * x.element_size()
+    return int(x.storage_offset() + span) * x.element_size()

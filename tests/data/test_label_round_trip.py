@@ -30,7 +30,8 @@ def folder(tmp_path) -> Path:
         place = tmp_path / "set" / "train" / ("ant", "bee", "a, cat")[k % 3]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(place / f"{k // 3}.png")
-    os.rename(place / "0.png", os.fsencode(place) + b"/caf\xe9.png")
+    cats = tmp_path / "set" / "train" / "a, cat"
+    os.rename(cats / "0.png", os.fsencode(cats) + b"/caf\xe9.png")
     (tmp_path / "set" / "train" / "ant" / "ant").mkdir()
     (tmp_path / "set" / "train" / "ant" / "1.png").rename(tmp_path / "set" / "train" / "ant" / "ant" / "0.png")
     return tmp_path / "set"
