@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_like, check_memory
-from tadperf.kernels.dispatch import Route, record_call, route
+from tadperf.kernels.dispatch import Route, is_direct, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 
 registry.register("trajectory_distance")
@@ -92,7 +92,8 @@ def student_gradient(student: Tensor, target: Tensor, of_distance: Tensor) -> Te
     `ratio` it is 2 / expert_distance. For formulas, not for autograd.
     """
     factors = of_distance.reshape(1, 1)
-    gradient, _, _ = _gradient(
+    run = _gradients if is_direct(student, target, of_distance) else _gradient
+    gradient, _, _ = run(
         student[None], target[None], target[None], factors, factors, [len(student)], [True, False, False]
     )
     return gradient[0]
@@ -228,8 +229,7 @@ def _gradient_reference(
     return [g.sum_to_size(x.shape).to(x.dtype) for g, x in zip(grads, (student, target, start), strict=True)]
 
 
-@torch.library.custom_op("tadperf::trajectory_distance_gradient", mutates_args=())
-def _gradient(
+def _gradients(
     student: Tensor,
     target: Tensor,
     start: Tensor,
@@ -265,6 +265,10 @@ def _gradient(
     native.call("trajectory_distance_gradient", *adjacent, lengths, of_distance, of_expert, *grads)
     results = zip(grads, inputs, needs, strict=True)
     return _triple(g.to(x.dtype) if needed else x.new_empty(0) for g, x, needed in results)
+
+
+# A call through PyTorch's dispatcher imports its compiler, which takes 2 s.
+_gradient = torch.library.custom_op("tadperf::trajectory_distance_gradient", mutates_args=())(_gradients)
 
 
 @_gradient.register_fake

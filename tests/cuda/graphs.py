@@ -10,7 +10,7 @@ import torch
 from counters import LAUNCH, RECORD, REPLAY, RecordedGraph, counters, line_of_tadperf
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from trees import tensors_of
 
 
 class Node(NamedTuple):
@@ -94,9 +94,6 @@ def _address(tensor: Tensor) -> int:
 
 def _made(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[Tensor]:
     """Returns the tensors of a result that do not share memory with an argument."""
-    inputs = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
-    return [leaf for leaf in tree_leaves(result) if _is_strided(leaf) and _address(leaf) not in inputs]
-
-
-def _is_strided(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    inputs = {_address(tensor) for tensor in tensors_of((args, kwargs)) if tensor.layout is torch.strided}
+    results = [tensor for tensor in tensors_of(result) if tensor.layout is torch.strided]
+    return [tensor for tensor in results if _address(tensor) not in inputs]

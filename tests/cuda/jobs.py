@@ -31,7 +31,8 @@ SMALL = (
     "net.width=8", "net.depth=1", "experts.count=2", "experts.epochs=2", "experts.batch=512", "match.iterations=4",
     "match.check_every=2", "match.steps=2", "match.max_start=1", "match.expert_epochs=1", "evaluate.epochs=3",
     "evaluate.repeats=1", "evaluate.full_epochs=1", "evaluate.full_repeats=1", "evaluate.batch=512", "trust.rounds=1",
-    "trust.proxies=2", "trust.epochs=2", "trust.batch=256", "detector.batch=512",
+    "trust.proxies=2", "trust.epochs=2", "trust.batch=256", "trust.graph=false",
+    "detector.batch=512",
 )  # fmt: skip
 REFINEMENT = (
     "match.ipc=2", "diffusion.width=8", "diffusion.iterations=3", "diffusion.batch=16", "detector.epochs=4",
@@ -70,19 +71,16 @@ def sweep(folder: Path, device: str) -> None:
 
 
 def generative(folder: Path, device: str) -> None:
-    distill(folder, config_of(device, *REFINEMENT, "synthesis=generative", "refine.backend=eager"))
-
-
-def refine_run(folder: Path, device: str) -> None:
-    """Matching, and then a refinement of its images."""
-    first = folder.with_name(f"{folder.name}-first")
-    distill(first, config_of(device, *REFINEMENT, "trust.mode=off"))
-    distill(folder, merge(None, None, ["refine.beta=0.99", "refine.backend=auto"], {}, base=start.config_of(first)))
+    """Generated images, and then a refinement of them."""
+    folder.mkdir()
+    distill(folder / "first", config_of(device, *REFINEMENT, "synthesis=generative", "refine.backend=eager"))
+    again = merge(None, None, ["refine.beta=0.99", "refine.backend=auto"], {}, base=start.config_of(folder / "first"))
+    distill(folder / "again", again)
 
 
 def audit(folder: Path, device: str) -> None:
     folder.mkdir()
-    audit_data(config_of(device, "trust.rounds=2"))[1].save(folder / "trust.safetensors")
+    audit_data(config_of(device, "trust.graph=true"))[1].save(folder / "trust.safetensors")
 
 
 JOBS: dict[str, Callable[[Path, str], None]] = {
@@ -90,20 +88,24 @@ JOBS: dict[str, Callable[[Path, str], None]] = {
     "ftd": ftd,
     "sweep": sweep,
     "generative": generative,
-    "refine_run": refine_run,
     "audit": audit,
 }
 
 
 def run(job: str, folder: Path, device: str) -> dict[str, Any]:
-    """Runs a job, and returns the counts, the recorded graphs, and what CUDA would refuse; all empty on a CPU."""
+    """Runs a job. Returns the counts, the recorded graphs, what CUDA would refuse, and whether a compiler is loaded."""
     from counters import counters
 
     counters.reset()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "CUDA graph failed")  # the run would go on without a graph
         JOBS[job](folder / job, device)
-    return {"counts": dict(counters.counts), "graphs": list(counters.graphs), "problems": list(counters.problems)}
+    return {
+        "counts": dict(counters.counts),
+        "graphs": list(counters.graphs),
+        "problems": list(counters.problems),
+        "compiler": "torch._dynamo" in sys.modules,
+    }
 
 
 if __name__ == "__main__":

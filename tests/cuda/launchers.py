@@ -16,7 +16,7 @@ from counters import LAUNCH, counters
 from graphs import Graph
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from trees import leaves, tensors_of
 from twin import Twin, unwrap
 
 # CPU forms whose arguments differ from those of the launcher. For all others, ops.<module>.<name> takes the same.
@@ -93,9 +93,9 @@ def _mixture(
 
 @cpu_form("trajectory_distance.gradient")
 def _trajectory_gradient(*args: Any) -> Any:
-    from tadperf.kernels.ops.trajectory_distance import _gradient
+    from tadperf.kernels.ops.trajectory_distance import _gradients
 
-    return _gradient(*args)
+    return _gradients(*args)
 
 
 @cpu_form("trajectory_distance.trajectory_distance")
@@ -156,17 +156,17 @@ def _count_launch(self: Any, *args: Any, grid: Any, warmup: bool, **_: Any) -> N
 def _with_values(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         outside = _launches_inside == 0
-        if not outside or not any(isinstance(leaf, Twin) for leaf in tree_leaves((args, kwargs))):
+        if not outside or not any(isinstance(leaf, Twin) for leaf in leaves((args, kwargs))):
             return launcher(*args, **kwargs)
         result = _run_launcher(launcher, args, kwargs)
         filled = FILLED[name](args, result) if name in FILLED else result
-        targets = [unwrap(leaf) for leaf in tree_leaves(filled) if isinstance(leaf, Tensor)]
+        targets = [unwrap(tensor) for tensor in tensors_of(filled)]
         compute, values = _cpu_form(name), unwrap((args, kwargs))
 
         def fill() -> None:
             with _disable_current_modes(), torch.no_grad():
-                computed = [leaf for leaf in tree_leaves(compute(*values[0], **values[1])) if isinstance(leaf, Tensor)]
-                for target, value in zip(targets, computed, strict=True):
+                computed = compute(*values[0], **values[1])
+                for target, value in zip(targets, tensors_of(computed), strict=True):
                     assert (target.shape, target.dtype) == (value.shape, value.dtype), f"{name}: forms differ"
                     if target is not value:
                         target.copy_(value)

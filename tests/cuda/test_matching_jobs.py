@@ -30,3 +30,8 @@ def test_a_job_gives_the_results_of_the_cpu(on_twin: JobReports, tmp_path: Path,
 @pytest.mark.parametrize("job", GRAPHED)
 def test_a_job_records_all_of_its_graphs(on_twin: JobReports, job: str):
     on_twin.assert_recorded(job, GRAPHED[job])
+
+
+@pytest.mark.parametrize("job", GRAPHED)
+def test_a_job_does_not_import_the_compiler(on_twin: JobReports, job: str):
+    assert not on_twin.reports[job]["compiler"], "importing torch._dynamo takes 2 s of every process"

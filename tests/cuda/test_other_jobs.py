@@ -11,7 +11,6 @@ from .conftest import JobReports, RunJobs, assert_results_of_cpu
 # The parts of each job that must run as CUDA graphs, by a line in the stack of their recording.
 GRAPHED = {
     "generative": ("refine/detector.py", "nets/students.py"),
-    "refine_run": ("experts/train.py", "matching/cuda_graph_sweep.py", "refine/detector.py"),
     "audit": (),
 }
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from graphs import Graph, refuse_while_recording
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from trees import map_leaves, tensors_of
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -118,7 +118,7 @@ def start() -> None:
 
 def run_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Checks, counts and carries out one operator."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = tensors_of((args, kwargs))
     twins = [tensor for tensor in tensors if isinstance(tensor, Twin)]
     device = kwargs.get("device")
     on_device = bool(twins) if device is None else torch.device(device).type == "cuda"
@@ -156,19 +156,19 @@ def unwrap(tree: Any) -> Any:
             return leaf.held
         return CPU if isinstance(leaf, torch.device) and leaf.type == "cuda" else leaf
 
-    return tree_map(value, tree)
+    return map_leaves(value, tree)
 
 
 def wrap(result: Any, inputs: list[Tensor], on_device: bool = True) -> Any:
     """Makes each tensor of a result a Twin. A tensor that is one of the inputs stays that input."""
     known = {id(unwrap(tensor)): tensor for tensor in inputs}
 
-    def twin(tensor: Tensor) -> Tensor:
-        if id(tensor) in known:
-            return known[id(tensor)]
-        return Twin(tensor) if on_device else tensor
+    def twin(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not on_device:
+            return known.get(id(leaf), leaf)
+        return known[id(leaf)] if id(leaf) in known else Twin(leaf)
 
-    return tree_map_only(Tensor, twin, result)
+    return map_leaves(twin, result)
 
 
 def _check_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_device: bool) -> bool:
@@ -214,7 +214,7 @@ def _check_devices(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
 def _check_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[Twin]) -> None:
     """Counts an operator that waits for the device."""
     waits = bool(twins) and name in WAITS
-    if name in INDEXED and any(isinstance(leaf, Tensor) and leaf.dtype is torch.bool for leaf in tree_leaves(args[1])):
+    if name in INDEXED and any(tensor.dtype is torch.bool for tensor in tensors_of(args[1])):
         waits = "put" not in name or bool(args[2].ndim)  # a mask and one value: masked_fill, which does not wait
     if name == "repeat_interleave":
         waits = kwargs.get("output_size") is None
@@ -229,5 +229,5 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            written += tensors_of(value)
     return written

@@ -1,0 +1,34 @@
+"""Arguments and results of operators: tuples, lists and dictionaries. Several times faster than PyTorch's pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Yields everything in nested tuples, lists and dictionaries."""
+    if isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from leaves(part)
+    elif isinstance(tree, dict):
+        for part in tree.values():
+            yield from leaves(part)
+    else:
+        yield tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns the same tree with the function of each leaf."""
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, part) for key, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [map_leaves(function, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return function(tree)
