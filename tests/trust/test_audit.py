@@ -1,4 +1,4 @@
-"""find_label_issues: label errors from a model's probabilities, with cleanlab's arguments."""
+"""find_label_issues: label errors from probabilities or features, with cleanlab's arguments; audit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from tadperf.config.merge import merge
 from tadperf.data.open import open_data
-from tadperf.trust.audit import audit, find_label_issues
+from tadperf.trust import audit, find_label_issues, label_quality_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,10 +28,10 @@ def model(count: int = 600, classes: int = 4, seed: int = 0) -> tuple[np.ndarray
     return labels, p / p.sum(1, keepdims=True), z, wrong
 
 
-@pytest.mark.parametrize("with_features", [False, True])
-def test_wrong_labels_are_found_as_mask_and_as_indices(with_features):
+@pytest.mark.parametrize("inputs", ["probabilities", "features", "both"])
+def test_wrong_labels_are_found_as_mask_and_as_indices(inputs):
     labels, p, z, wrong = model()
-    features = z if with_features else None
+    p, features = (None if inputs == "features" else p), (None if inputs == "probabilities" else z)
     mask = find_label_issues(labels, p, features)
     assert mask.dtype == bool
     assert mask.shape == (600,)
@@ -45,8 +45,8 @@ def test_wrong_labels_are_found_as_mask_and_as_indices(with_features):
 
 def test_frac_noise_and_min_examples_per_class():
     labels, p, _, _ = model()
-    order = find_label_issues(labels, p, return_indices_ranked_by="self_confidence")
-    half = find_label_issues(labels, p, return_indices_ranked_by="self_confidence", frac_noise=0.5)
+    order = find_label_issues(labels, p, return_indices_ranked_by="noise_channel")
+    half = find_label_issues(labels, p, return_indices_ranked_by="noise_channel", frac_noise=0.5)
     assert half.tolist() == order[: len(half)].tolist()
     assert len(half) == round(len(order) / 2)
     left = find_label_issues(labels, p, min_examples_per_class=140)
@@ -96,6 +96,18 @@ def test_arguments_are_those_of_cleanlab():
         ({"pred_probs": [[0.5, 0.5], [1.0]]}, "pred_probs: list: must be a rectangular array of numbers"),
         ({"labels": ["cat", "dog", "cat"]}, r"labels: <U3 \[3\]: must be an array of numbers"),
         ({"frac_noise": 2.0}, r"frac_noise: 2.0: must be a share in \[0, 1\]"),
+        ({"frac_noise": 0.5, "filter_by": "confident_learning"}, "frac_noise: does not work with filter_by confident"),
+        ({"confident_joint": np.eye(3)}, r"confident_joint: float64 \[3, 3\]: must be counts \[2, 2\]"),
+        (
+            {"confident_joint": np.eye(2), "filter_by": "predicted_neq_given"},
+            "confident_joint: does not work with filter_by predicted",
+        ),
+        ({"num_to_remove_per_class": [9, 0]}, r"num_to_remove_per_class: 9 for class 0: must be in 0..1"),
+        ({"num_to_remove_per_class": [1]}, r"num_to_remove_per_class: int64 \[1\]: must be integers \[2\]"),
+        ({"rank_by_kwargs": {"typo": 1}}, "rank_by_kwargs: typo: only adjust_pred_probs is supported"),
+        ({"rank_by_kwargs": {"adjust_pred_probs": True}}, "adjust_pred_probs: needs ranking by self_confidence or"),
+        ({"n_jobs": 0}, "n_jobs: 0: must be None or 1 or more"),
+        ({"pred_probs": None}, r"pred_probs: None: give pred_probs \[N, C\], features \[N, D\], or both"),
     ],
     ids=str,
 )
@@ -105,12 +117,102 @@ def test_wrong_use(change, message):
         find_label_issues(**arguments)
 
 
-def test_ignored_arguments_of_cleanlab_warn():
+def test_wrong_labels_of_one_other_class_are_found():
+    """45 % of class c are labelled c + 1; the model has learned these shares."""
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 5, 4000)
+    wrong = rng.random(4000) < 0.45
+    labels = np.where(wrong, (clean + 1) % 5, clean)
+    shares = np.full((5, 5), 0.01) + np.diag(np.full(5, 0.53)) + np.roll(np.diag(np.full(5, 0.42)), 1, axis=1)
+    p = 0.7 * (shares / shares.sum(1, keepdims=True))[clean] + 0.3 * rng.dirichlet(np.ones(5), 4000)
+    mask = find_label_issues(labels, p)
+    assert (mask & wrong).sum() / mask.sum() > 0.95
+    assert (mask & wrong).sum() / wrong.sum() > 0.95
+    assert wrong[p.argmax(1) != labels].mean() < 0.9  # the likeliest class does worse
+
+
+def test_exact_zeros_of_few_votes_do_no_harm():
+    """Shares of 10 votes, as from 10 neighbours: the score of most labels is an exact zero or one."""
+    rng = np.random.default_rng(0)
+    clean, wrong = rng.integers(0, 4, 2000), rng.random(2000) < 0.2
+    labels = np.where(wrong, (clean + rng.integers(1, 4, 2000)) % 4, clean)
+    chances = np.full((4, 4), 0.06) + np.diag(np.full(4, 0.76))
+    p = np.stack([rng.multinomial(10, chances[k]) for k in clean]) / 10
+    mask = find_label_issues(labels, p)
+    assert 2 * (mask & wrong).sum() / (mask.sum() + wrong.sum()) > 0.95
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_certain_right_probabilities_give_no_issue(classes):
+    labels = np.arange(400) % classes
+    assert not find_label_issues(labels, np.eye(classes)[labels]).any()
+
+
+def test_features_alone_work_for_more_features_than_samples():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    z = rng.normal(size=(60, 200)) + 3 * np.eye(3)[labels] @ rng.normal(size=(3, 200))
+    labels[:3] = (labels[:3] + 1) % 3
+    order = find_label_issues(labels, features=z, return_indices_ranked_by="noise_channel")
+    assert set(order[:3]) == {0, 1, 2}
+
+
+def test_numbers_to_remove_from_each_class():
     labels, p, _, _ = model()
-    expected = find_label_issues(labels, p, n_jobs=2, verbose=True)  # neither argument could change a result
-    ignored = {"filter_by": "both", "confident_joint": np.eye(4), "num_to_remove_per_class": [1, 1, 1, 1]}
-    with pytest.warns(UserWarning, match="ignores filter_by, num_to_remove_per_class, confident_joint: tadperf has"):
-        assert np.array_equal(find_label_issues(labels, p, **ignored), expected)
+    remove = [5, 0, 1, 2]
+    for filter_by in ("prune_by_class", "prune_by_noise_rate"):
+        mask = find_label_issues(labels, p, filter_by=filter_by, num_to_remove_per_class=remove)
+        assert np.bincount(labels[mask], minlength=4).tolist() == remove
+    by_class = find_label_issues(labels, p, filter_by="prune_by_class", num_to_remove_per_class=remove)
+    own = p[np.arange(len(labels)), labels]
+    assert set(np.flatnonzero(by_class & (labels == 0))) == set(
+        np.flatnonzero(labels == 0)[own[labels == 0].argsort()[:5]]
+    )
+
+
+def test_filters_of_confident_learning():
+    labels, p, _, wrong = model()
+    masks = {
+        name: find_label_issues(labels, p, filter_by=name)
+        for name in (
+            "prune_by_class",
+            "both",
+            "confident_learning",
+            "predicted_neq_given",
+            "low_normalized_margin",
+            "low_self_confidence",
+        )
+    }
+    assert np.array_equal(masks["predicted_neq_given"], p.argmax(1) != labels)
+    for name, mask in masks.items():
+        assert 2 * (mask & wrong).sum() / (mask.sum() + wrong.sum()) > 0.85, name
+    joint = np.diag(np.bincount(labels)).astype(float)
+    assert not find_label_issues(labels, p, confident_joint=joint).any()
+    joint[0, 1] = joint[0, 0]  # half of class 0 is class 1
+    rates = find_label_issues(labels, p, confident_joint=joint)
+    assert set(labels[rates]) == {0}
+    assert not (masks["both"] & ~masks["prune_by_class"]).any()
+
+
+@pytest.mark.parametrize("method", ["noise_channel", "self_confidence", "normalized_margin"])
+def test_order_of_indices_is_that_of_the_quality_scores(method):
+    labels, p, _, _ = model()
+    order = find_label_issues(labels, p, return_indices_ranked_by=method)
+    scores = label_quality_scores(labels, p, method=method)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert (np.diff(scores[order]) >= 0).all()
+
+
+def test_quality_scores_have_the_values_of_their_formulas():
+    labels, p = np.array([0, 1]), np.array([[0.5, 0.25, 0.25], [0.9, 0.1, 0.0]])
+    assert label_quality_scores(labels, p, method="self_confidence") == pytest.approx([0.5, 0.1])
+    assert label_quality_scores(labels, p, method="normalized_margin") == pytest.approx([0.625, 0.1])
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1) / np.log(3) / np.array([0.5, 0.1])
+    expected = np.log1p(entropy) / entropy
+    assert label_quality_scores(labels, p, method="confidence_weighted_entropy") == pytest.approx(expected)
+    adjusted = label_quality_scores(labels, p, method="self_confidence", adjust_pred_probs=True)
+    shifted = p + 1 - np.array([0.5, 0.1, 1.0])  # class 2 has no label
+    assert adjusted == pytest.approx((shifted / shifted.sum(1, keepdims=True))[[0, 1], labels])
 
 
 @pytest.mark.parametrize("features", [False, True])
