@@ -78,10 +78,11 @@ def estimate_from_neighbours(
     for reach, votes in neighbour_labels(affinity(features), labels, num_classes, seed, report):
         votes = votes / votes.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
         g = votes / votes.sum(1, keepdim=True)
-        row_labels, start = labels[rows], confident_classes(g[rows] / share)
+        selected, row_labels = g[rows], labels[rows]
+        start = confident_classes(selected / share)
         transitions, scores = [], []
         for label_count in LABEL_COUNTS:
-            t, classes = fit_transition(g[rows], row_labels, start, label_count, prior)
+            t, classes = fit_transition(selected, row_labels, start, label_count, prior)
             transitions.append(t)
             scores.append((classes @ t).gather(1, row_labels.unsqueeze(1)).log().mean())
             report()
