@@ -191,12 +191,26 @@ def reliability_cases() -> Iterator[tuple[str, CASE]]:
     yield "1000 x 512 x 100 bfloat16", lambda: module.reliability(*half)
 
 
+def differentiable_augment_cases() -> Iterator[tuple[str, CASE]]:
+    """Yields a name and a call of the operator and its adjoint, for both layouts and for images of 64 x 64."""
+    from tadperf.kernels.gpu import differentiable_augment as module
+
+    for side in (32, 64):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.zeros(100, 3, side, side).contiguous(memory_format=layout)
+            parts = torch.zeros(100, 2, 3), torch.ones(100, 3), torch.zeros(100, 2)
+            for launcher in (module.differentiable_augment, module.differentiable_augment_adjoint):
+                name = f"3 x {side} x {side} {str(layout).removeprefix('torch.')}"
+                yield name, lambda f=launcher, x=x, parts=parts: f(x, *parts, 16)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, CASE]]]] = {
     "per_sample": per_sample_cases,
     "per_sample_linear": per_sample_linear_cases,
     "mixture": mixture_cases,
     "diverse_pick": diverse_pick_cases,
     "reliability": reliability_cases,
+    "differentiable_augment": differentiable_augment_cases,
 }
 
 

@@ -9,7 +9,7 @@ coordinates with f(c) = p. An output pixel q reads p if |f(q) - p| < 1 in both d
 interval of length 2 h holds at most floor(2 h) + 1 pixels. The kernel tries all of them with the weight of the forward
 pass, which is 0 for those that do not read p. If h is infinite or the interval is longer than the image, it tries all
 pixels of the image. A pixel that rounding excludes lies at the edge, where its weight is as small as the rounding
-error. All draws of DSA for square images need 3 x 3 pixels: a zoom by 1.2 has h = 1.2, and a rotation by 15 degrees has
+error. A draw of DSA for square images needs at most 3 x 3: a zoom by 1.2 has h = 1.2, and a rotation by 15 degrees has
 h = cos 15 + sin 15 = 1.22.
 """
 

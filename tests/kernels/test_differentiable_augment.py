@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tadperf.data import augment
 from tadperf.kernels import (
     differentiable_augment,
     differentiable_augment_adjoint,
@@ -20,7 +22,16 @@ from tadperf.kernels import (
 )
 from tadperf.kernels.ops import differentiable_augment as module
 
-from .augment_cases import STRATEGIES, dot, dsa_parts, free_parts, gradient_of_reference, normal, without_brightness
+from .augment_cases import (
+    FULL,
+    STRATEGIES,
+    dot,
+    dsa_parts,
+    free_parts,
+    gradient_of_reference,
+    normal,
+    without_brightness,
+)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -47,6 +58,26 @@ def test_adjoint_identity(strategy, height, width, channels, seed):
         left = dot(differentiable_augment_reference(x, *linear), y)
         right = dot(x, differentiable_augment_adjoint_reference(y, *linear))
         assert abs(left - right) <= 1e-11 * (1 + abs(left))
+
+
+@pytest.mark.parametrize("size", [8, 13])
+def test_at_most_three_pixels_of_a_draw_read_a_pixel_in_each_direction(size):
+    """The Triton adjoint tries floor(2 h) + 1 output pixels in each direction: at most 3 for a draw, and enough."""
+    zoom, angle = torch.tensor([1 / augment.SCALE, augment.SCALE]).double(), math.radians(augment.ROTATE)
+    limits = [torch.tensor([[x, 0, 0], [0, y, 0]]).double() for x in (*zoom, -1.0) for y in zoom]
+    limits += [torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) for a in (-angle, angle)]
+    drawn = augment.draw(FULL, 200, size, torch.Generator().manual_seed(0)).affine
+    assert drawn is not None
+    affine = torch.cat([drawn.double(), torch.stack([limit.double() for limit in limits])])
+    half = torch.linalg.inv(affine[:, :, :2]).abs().sum(2)
+    assert float((torch.floor(2 * half) + 1).max()) == 3
+    grid = torch.nn.functional.affine_grid(affine, [len(affine), 1, size, size], align_corners=False)
+    source = ((grid.flatten(1, 2) + 1) * size - 1) / 2
+    pixel = torch.cartesian_prod(*[torch.arange(size).double()] * 2).flip(1)
+    reads = ((source[:, :, None] - pixel).abs() < 1).all(3)  # [N, output pixels, input pixels]
+    for place in pixel.T[:, None, :, None]:
+        highest, lowest = (torch.where(reads, place, end) for end in (-math.inf, math.inf))
+        assert (highest.amax(1) - lowest.amin(1) < 3).all()
 
 
 def test_the_operator_is_linear_up_to_the_brightness():

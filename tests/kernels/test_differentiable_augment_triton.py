@@ -123,12 +123,13 @@ def test_values_that_are_not_finite():
     x = normal((4, 3, 6, 6), 0)
     x[1, 0, 2, 3], x[2, 1, 0, 0] = math.nan, math.inf
     affine, color = torch.eye(2, 3).repeat(4, 1, 1), torch.tensor([0.1, 1.5, 0.7]).repeat(4, 1)
-    affine[3] = math.nan
+    affine[1, 0, 2], affine[3] = 2.5 * 2 / 6, math.nan
     hole = torch.full((4, 2), math.nan)
     y = run("differentiable_augment", x, (affine, color, hole, 3))
     expected = differentiable_augment_reference(x[:3].double(), affine[:3], color[:3], hole[:3], 3)
     torch.testing.assert_close(y[:3].double(), expected, rtol=0, atol=1e-5, equal_nan=True)
-    assert y[1].isnan().all()
+    assert y[1, :, :, :4].isnan().all()
+    assert not y[1, :, :, 4:].any()
     assert not y[3].any()
     grad_x = run("differentiable_augment_adjoint", normal((4, 3, 6, 6), 1), (affine, color, hole, 3))
     assert grad_x[:3].isfinite().all()
