@@ -140,7 +140,7 @@ def test_auto_compiles_on_cuda_only_what_has_no_kernels(monkeypatch, implementat
     monkeypatch.setattr(step_backends, "implementations", lambda: found)
 
     def name(net: FlatNet, compile: str = "auto") -> str:
-        config = MatchConfig(compile=compile)
+        config = MatchConfig().model_copy(update={"compile": compile})
         return step_backends.choose_step_backend(config, net, (50, 1, 8, 8), torch.device("cuda"), 10).name
 
     assert name(small) == ("formulas" if implementation == "triton" else "compiled, formulas")
