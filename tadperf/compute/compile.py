@@ -4,7 +4,7 @@
 `config` work as before. If a compiler is missing or fails, the run continues with a warning.
 
 The TensorRT backend has never run on a GPU. Tests check every name and keyword that is used here against the sources of
-the supported versions of torch-tensorrt.
+the supported versions of torch-tensorrt. The result of an engine is compared with PyTorch's before it is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast, get_args
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from tadperf.compute.engine_check import checked, weight_versions
 from tadperf.compute.versions import versions
 from tadperf.config import Backend
 from tadperf.errors import UserError
@@ -60,6 +60,7 @@ def compile_for_inference(
 
     backend: one of BACKENDS. "auto" chooses eager or Inductor by the operations of the first call and logs it.
     "cudagraphs" is Inductor with CUDA graphs. "tensorrt" falls back to Inductor, and Inductor to eager, with a warning.
+    So does an engine of TensorRT whose first result is not that of PyTorch.
     batch: rows of every compiled call. Smaller inputs are padded with their last row, larger ones are split. So there
     is one shape, compiled once, and the result of a row does not depend on other rows.
     dtype: weights and inputs of two or more dimensions are cast to it. Results are cast back to the type of the first
@@ -90,7 +91,7 @@ def _compiled_forward(inner: nn.Module, backend: str, device: torch.device, batc
     if backend == "tensorrt":
         return with_fallback(
             "TensorRT",
-            lambda: _tensorrt(inner, device),
+            lambda: checked(_tensorrt(inner, device), inner),
             "Inductor",
             lambda: _compiled_forward(inner, "inductor", device, batch),
         )
@@ -158,24 +159,19 @@ def _tensorrt(inner: nn.Module, device: torch.device) -> Call:
             engine_cache_dir=str(folder / "engines"),
             timing_cache_path=str(folder / "timing.bin"),
         )
-    fitted = _weight_versions(inner)
+    fitted = weight_versions(inner)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal fitted
-        if _weight_versions(inner) != fitted:
+        if weight_versions(inner) != fitted:
             engine.load_state_dict(inner.state_dict())  # requests a refit
         with torch.cuda.device(device):
             result = engine(*args, **kwargs)
         inner.to(device)  # a refit leaves the weights on the CPU
-        fitted = _weight_versions(inner)
+        fitted = weight_versions(inner)
         return result
 
     return call
-
-
-def _weight_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Returns the address and the write count of every weight, to detect changes."""
-    return [(t.data_ptr(), t._version) for t in chain(module.parameters(), module.buffers())]
 
 
 def with_fallback(name: str, build: Callable[[], Call], other: str, build_other: Callable[[], Call]) -> Call:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
 
+from tadperf.compute import compile as compile_module
 from tadperf.compute.compile import (
     _mostly_repeated,
-    _weight_versions,
     choose_backend,
     compile_for_inference,
     load_compile_cache,
     save_compile_cache,
     with_fallback,
 )
+from tadperf.compute.engine_check import LIMIT, checked, relative_error, weight_versions
 from tadperf.config import NetConfig
 from tadperf.errors import UserError
 from tadperf.nets.architectures import build
@@ -213,6 +214,55 @@ def test_tensorrt_falls_back_to_inductor_and_warns_once(graphs):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda y: 1.2 * y, lambda y: y[:-1], lambda y: y * float("nan"), lambda y: y.flip(1)]
+)
+def test_a_wrong_engine_of_tensorrt_is_not_used(graphs, monkeypatch, wrong):
+    """The engine is fake: it runs the network and changes the result."""
+    net = detector()
+    (x,), _ = inputs(net)
+    expected = net(x)
+    monkeypatch.setattr(compile_module, "_tensorrt", lambda inner, _: lambda x: wrong(inner.forward(x)))
+    compile_for_inference(net, "tensorrt")
+    message = r"TensorRT failed, Inductor is used instead: .* relative error of (0.2|inf|nan|\d\.\d+) against PyTorch"
+    with pytest.warns(RuntimeWarning, match=message):
+        torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(net(x), expected)
+    assert len(graphs) == 1
+
+
+def test_a_right_engine_is_compared_once_for_each_shape_and_after_each_change_of_weights():
+    net = Rows()
+    eager, engine, calls = copy.copy(net), copy.copy(net), []
+
+    def run(x: Tensor, time: float) -> dict[str, Tensor]:
+        calls.append(len(x))
+        return {name: (1 + LIMIT / 2) * value for name, value in engine.forward(x, time).items()}
+
+    eager.rows = []
+    call = checked(run, eager)
+    for rows in (3, 3, 5, 3, 5):
+        result = call(torch.ones(rows, 3), 2.0)
+    assert relative_error(result, eager.forward(torch.ones(5, 3), 2.0)) == pytest.approx(LIMIT / 2, rel=1e-5)
+    assert (eager.rows[:-1], calls) == ([3, 5], [3, 3, 5, 3, 5])
+    with torch.no_grad():
+        net.linear.weight.mul_(2)
+    call(torch.ones(5, 3), 2.0)
+    assert eager.rows[-1] == 5
+    assert len(eager.rows) == 4
+
+
+def test_relative_error():
+    x = torch.tensor([3.0, 4.0])
+    changed = 2 * x + torch.tensor([0.0, 1.0])  # of length sqrt(117)
+    assert relative_error((x, {"a": 2 * x}), (x, {"a": changed})) == pytest.approx(117**-0.5)
+    assert relative_error([x.bfloat16()], [x]) == 0
+    assert relative_error(x, [x, x]) == float("inf")
+    assert relative_error(x, x[:1]) == float("inf")
+    assert relative_error(x * float("nan"), x) != relative_error(x, x)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+
+
 def test_without_a_compiler_calls_run_eagerly():
     """Uses the real Inductor with a C++ compiler that does not exist."""
     torch.compiler.reset()
@@ -266,10 +316,10 @@ def test_modules_for_tensorrt_can_be_exported(make):
 def test_a_change_of_weights_is_detected():
     net = detector()
     inner = copy.copy(net)
-    states = [_weight_versions(inner)]
+    states = [weight_versions(inner)]
 
     def changed() -> bool:
-        states.append(_weight_versions(inner))
+        states.append(weight_versions(inner))
         return states[-1] != states[-2]
 
     assert not changed()

@@ -1,8 +1,9 @@
 """Every name and keyword of torch-tensorrt that tadperf uses exists in the sources of the supported versions.
 
-TensorRT cannot be installed everywhere, but the sources in its wheel can be read everywhere. The tests read the wheel,
-or the folder of wheels, that TADPERF_TORCH_TENSORRT_WHEEL names (`pip download torch-tensorrt --no-deps -d DIR`).
-Without it they read the installed package.
+TensorRT cannot be installed everywhere, but its sources can be read everywhere. The tests read the wheel, or the folder
+of wheels, that TADPERF_TORCH_TENSORRT_WHEEL names (`pip download torch-tensorrt --no-deps -d DIR`). Or they read the
+clone of github.com/pytorch/TensorRT that TADPERF_TORCH_TENSORRT_CLONE names: its releases from 2.11 on and its newest
+commit. Without either they read the installed package. 2.11.0 to 2.13.0 and 2.14.0a0 (August 2026) passed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import re
+import subprocess
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
@@ -84,12 +86,26 @@ def test_the_checker_accepts_the_calls_of_pytorch():
     assert misuses("net.load_state_dict({}, stict=False)", "load_state_dict", positional, known) == ["stict"]
 
 
+def _git(folder: str, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Returns the first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def wheels() -> Iterator[tuple[str, Read]]:
     """Yields the version of each available torch-tensorrt, and a function that reads its files."""
     if place := os.environ.get("TADPERF_TORCH_TENSORRT_WHEEL"):
         files = sorted(Path(place).glob("torch_tensorrt-*.whl")) if Path(place).is_dir() else [Path(place)]
         for file in files:
             yield file.name.split("-")[1], lambda name, file=file: zipfile.ZipFile(file).read(name).decode()
+    elif place := os.environ.get("TADPERF_TORCH_TENSORRT_CLONE"):
+        for tag in [*_git(place, "tag").split(), "HEAD"]:
+            if tag == "HEAD" or (re.fullmatch(r"v[\d.]+", tag) and _numbers(tag[1:]) >= (2, 11)):
+                version = tag[1:] if tag != "HEAD" else _git(place, "show", "HEAD:version.txt").strip()
+                yield version, lambda name, tag=tag: _git(place, "show", f"{tag}:py/{name}")
     elif (spec := importlib.util.find_spec("torch_tensorrt")) and spec.submodule_search_locations:
         root = Path(spec.submodule_search_locations[0]).parent
         version = (root / "torch_tensorrt" / "_version.py").read_text()
@@ -97,14 +113,14 @@ def wheels() -> Iterator[tuple[str, Read]]:
 
 
 FOUND = list(wheels())
-REASON = "no sources of torch-tensorrt: install it, or set TADPERF_TORCH_TENSORRT_WHEEL to a wheel"
+REASON = "no sources of torch-tensorrt: install it, or set TADPERF_TORCH_TENSORRT_WHEEL or _CLONE"
 
 
 @pytest.mark.skipif(not FOUND, reason=REASON)
 @pytest.mark.parametrize(("version", "read"), FOUND, ids=[version for version, _ in FOUND])
 def test_torch_tensorrt_has_every_name_that_is_used(version, read):
     ours, theirs = inspect.getsource(compile), read(MUTABLE)
-    assert (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 15)
+    assert (2, 11) <= _numbers(version) < (2, 15)
     exported = ast.walk(ast.parse(read("torch_tensorrt/__init__.py")))
     assert any(NAME in [a.name for a in node.names] for node in exported if isinstance(node, ast.ImportFrom))
     positional, direct, more = signature(theirs, f"{NAME}.__init__")
@@ -131,6 +147,7 @@ def test_torch_tensorrt_behaves_as_compile_py_expects(version, read):
     assert "immutable_weights=False" in bodies["compile"]  # engines can be refitted
     assert "device=" not in bodies["compile"]  # so the engine is built under torch.cuda.device
     assert "deallocate_module(self.original_model)" in bodies["refit_gm"]  # so the weights are moved back
+    assert "def __call__" in ast.unparse(mutable)  # in 2.11 to 2.14 only the call works, `forward` warns
     assert "enabled_precisions" not in inspect.getsource(compile)  # removed in 2.13; precision is set by casting
     defaults = read("torch_tensorrt/dynamo/_defaults.py")
     assert "USE_EXPLICIT_TYPING = True" in defaults or "EXPLICIT_TYPING" not in defaults
