@@ -118,7 +118,7 @@ def compiled_launches(sm: int) -> Iterator[list[tuple[Any, str, tuple[int, ...]]
 
     driver.set_active(MockDriver())  # pyright: ignore[reportArgumentType]
     JITFunction.run = compile_only
-    torch.cuda.device_of = lambda _: contextlib.nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
+    torch.cuda.device_of = lambda _: contextlib.nullcontext()
     try:
         yield found
     finally:

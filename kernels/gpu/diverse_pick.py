@@ -18,6 +18,7 @@ anomaly meet an image in the same kernel, so equal candidates have equal cosines
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -212,7 +213,7 @@ def diverse_pick(
     weight: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns index and similarity [A]. A, K and D must be 1 or more. Waits for the device to read the class sizes."""
-    count, choices, width = candidates.shape
+    count, choices, _ = candidates.shape
     units, usable = unit_rows(candidates)
     units, device = units.contiguous(), candidates.device
     scores = scores.double().contiguous()
@@ -228,32 +229,48 @@ def diverse_pick(
     rows, index = torch.empty_like(order), torch.empty_like(order)
     similarity, largest = units.new_empty(count), units.new_full((count, choices), -math.inf)
     share = torch.full((1,), math.nan if weight is None else weight, dtype=torch.float64, device=device)
-    config = dict(launch_config("diverse_pick", device, choices))
-    most, per_panel = int(sizes.max()), config.pop("places")
-    places, scan = panel_size(most, len(labels), choices, per_panel), config.pop("candidates")
-    gram = units.new_empty(len(labels) * (places * choices) ** 2 if places > 1 else 0)
-    config = {key.upper() if key in ("rows", "others", "depth") else key: value for key, value in config.items()}
+    results = rows, index, similarity
+    with on_device(candidates):
+        _launch(
+            units, spans, (held_units.contiguous(), held_rows, held_spans), (largest, scores, pooled), results, share,
+            int(sizes.max()),
+        )  # fmt: skip
+    return index, similarity
 
-    def join(begin: int, others: Tensor, table: Tensor, other_spans: tuple[Tensor, Tensor], *part: int) -> None:
-        grid = triton.cdiv((most - begin) * choices, config["ROWS"]), len(labels)
+
+def _launch(
+    units: Tensor,
+    spans: tuple[Tensor, ...],
+    held: tuple[Tensor, Tensor, tuple[Tensor, ...]],
+    per_candidate: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    share: Tensor,
+    most: int,
+) -> None:
+    """Fills the results panel by panel. most: the number of anomalies of the largest class."""
+    _, choices, width = units.shape
+    largest, classes = per_candidate[0], len(spans[1])
+    config: dict[str, Any] = dict(launch_config("diverse_pick", units.device, choices))
+    places, scan = panel_size(most, classes, choices, config.pop("places")), config.pop("candidates")
+    gram = units.new_empty(classes * (places * choices) ** 2 if places > 1 else 0)
+    tile = {key.upper(): config.pop(key) for key in ("rows", "others", "depth")}
+    config |= tile | {"PRECISION": MATMUL_PRECISION}
+
+    def join(begin: int, others: Tensor, table: Tensor, other_spans: tuple[Tensor, ...], *part: int) -> None:
+        grid = triton.cdiv((most - begin) * choices, config["ROWS"]), classes
         join_kernel[grid](
-            units, *spans, others, table, *other_spans, largest, begin, *part, choices, width,
-            PRECISION=MATMUL_PRECISION, **config,
+            units, *spans, others, table, *other_spans, largest, begin, *part, choices, width, **config
         )  # fmt: skip
 
     tiles = triton.cdiv(places * choices, config["ROWS"]), triton.cdiv(places * choices, config["OTHERS"])
-    with on_device(candidates):
-        join(0, held_units.contiguous(), held_rows, held_spans, 0, len(held))
-        for begin in range(0, most, places):
-            if places > 1:
-                gram_kernel[(*tiles, len(labels))](
-                    units, *spans, gram, begin, places, choices, width, PRECISION=MATMUL_PRECISION, **config
-                )
-            scan_kernel[(len(labels),)](
-                gram, largest, scores, pooled, *spans, rows, index, similarity, share, begin, places, choices,
-                PLACES=triton.next_power_of_2(places), CANDIDATES=min(scan, triton.next_power_of_2(choices)),
-                num_warps=config["num_warps"],
-            )  # fmt: skip
-            if begin + places < most:
-                join(begin + places, units, rows, spans[1:], begin, places)
-    return index, similarity
+    join(0, *held, 0, len(held[1]))
+    for begin in range(0, most, places):
+        if places > 1:
+            gram_kernel[(*tiles, classes)](units, *spans, gram, begin, places, choices, width, **config)
+        scan_kernel[(classes,)](
+            gram, *per_candidate, *spans, *results, share, begin, places, choices,
+            PLACES=triton.next_power_of_2(places), CANDIDATES=min(scan, triton.next_power_of_2(choices)),
+            num_warps=config["num_warps"],
+        )  # fmt: skip
+        if begin + places < most:
+            join(begin + places, units, results[0], spans[1:], begin, places)

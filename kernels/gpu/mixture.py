@@ -41,7 +41,9 @@ ONE_PROGRAM = 2**15
 @triton.jit
 def _step(x_ptr, begin, end, low, scale, added, theta, BLOCK: tl.constexpr):
     """Takes one step of EM. Returns the next theta, and the total log-density at the current one."""
-    n0, n1, first0, first1, second0, second1, density = em_sums(x_ptr, begin, end, low, scale, theta, BLOCK)
+    n0, n1, first0, first1, second0, second1, density = em_sums(  # pyright: ignore[reportGeneralTypeIssues]
+        x_ptr, begin, end, low, scale, theta, BLOCK
+    )
     return em_step(n0, n1, first0, first1, second0, second1, theta, added), density
 
 
