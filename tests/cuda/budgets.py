@@ -21,11 +21,11 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "expert step": Budget(nodes=66),
-    "flat expert step": Budget(nodes=127),  # experts.rho > 0: two passes
-    "student step": Budget(nodes=71),  # soft labels
-    # Once in an epoch, here 4 steps: the augmentation and the upload of its draws.
-    "proxy step": Budget(nodes=45, launches=10.5, async_copies=0.25),
+    "expert step": Budget(nodes=39),
+    "flat expert step": Budget(nodes=95),  # experts.rho > 0: two passes
+    "student step": Budget(nodes=39),  # soft labels
+    # Once in an epoch, here 4 steps: the augmentation and the upload of its draws. 4 copies of inputs in each step.
+    "proxy step": Budget(nodes=42, launches=5, async_copies=0.25),
     # nodes: those of one inner step and its adjoint.
-    "matching iteration": Budget(nodes=411, launches=37, async_copies=2, waits=1),
+    "matching iteration": Budget(nodes=116, launches=37, async_copies=2, waits=1),
 }

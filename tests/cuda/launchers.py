@@ -46,27 +46,6 @@ def _norm_relu_pool(*args: Any) -> Any:
 
 
 @cpu_form("norm_relu_pool_dual.norm_relu_pool_dual")
-def _norm_relu_pool_dual(x: Any, affine: Any, moments: Tensor, y: Any, eps: float, pool: bool) -> None:
-    """Fills y and the moments, as the launcher does."""
-    from tadperf.kernels.ops.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual
-
-    output, values = norm_relu_pool_dual(Dual(*x), Affine(*affine), eps, pool)
-    for target, value in zip((*y, moments), (*output, values), strict=True):
-        target.copy_(value)
-
-
-@cpu_form("norm_relu_pool_dual.norm_relu_pool_dual_gradient")
-def _norm_relu_pool_dual_gradient(grad: Any, x: Any, affine: Any, moments: Tensor, grad_x: Any, pool: bool) -> Tensor:
-    """Fills grad_x, as the launcher does."""
-    from tadperf.kernels.ops.norm_relu_pool_dual import Affine, Dual, norm_relu_pool_dual_gradient
-
-    result, *sums = norm_relu_pool_dual_gradient(Dual(*grad), Dual(*x), Affine(*affine), moments, pool)
-    for target, value in zip(grad_x, result, strict=True):
-        target.copy_(value)
-    return torch.stack(sums)
-
-
-@cpu_form("norm_relu_pool_dual.norm_relu_pool_dual")
 def _norm_relu_pool_dual(x: Any, affine: Any, moments: Tensor, y: Any, eps: float, pool: bool) -> Any:
     from tadperf.kernels import norm_relu_pool_dual
 
