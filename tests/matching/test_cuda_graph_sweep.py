@@ -11,7 +11,7 @@ from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.matching import step_backends
 from tadperf.matching.cuda_graph_sweep import GraphedSweep
-from tadperf.matching.gradient import Step, StepDraws, adjoint
+from tadperf.matching.gradient import Gradient, Step, StepDraws, adjoint
 from tadperf.matching.loop import MatchProblem, mean_gradient
 from tadperf.matching.state import initial_state
 from tadperf.nets.architectures import build
@@ -69,8 +69,9 @@ def test_the_sweep_equals_the_adjoint(soft):
         sweep = sweep or sweep_without_graph(net)
         expected = adjoint(net, *arguments)
         assert expected.images.norm() > 0
-        *values, steps = arguments
-        for actual, exact in zip(sweep(*values, StepDraws.join(steps)), expected, strict=True):
+        start, target, images, labels, lr, steps = arguments
+        gradient = sweep(start, target, images, labels, lr, StepDraws.join(steps))
+        for actual, exact in zip(gradient, expected, strict=True):
             torch.testing.assert_close(actual, exact, rtol=0, atol=0)
 
 
@@ -90,10 +91,12 @@ def test_trajectories_do_not_overwrite_each_other():
     )
     experts: Any = FakeExperts()
     state, match = initial_state(images, labels, config), MatchProblem(net, experts, config, "flip", 0)
-    sweep, exact = (
-        mean_gradient(state, compute, match)
-        for compute in (sweep_without_graph(net), lambda *values: adjoint(net, *values[:-1], values[-1].split()))
-    )
+
+    def by_step(*values: Any) -> Gradient:
+        start, target, x, y, lr, drawn = values
+        return adjoint(net, start, target, x, y, lr, drawn.split())
+
+    sweep, exact = (mean_gradient(state, compute, match) for compute in (sweep_without_graph(net), by_step))
     for name in ("loss", "images", "labels", "lr", "layers"):
         assert torch.equal(getattr(sweep, name), getattr(exact, name))
 
