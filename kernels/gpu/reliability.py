@@ -17,7 +17,7 @@ from tadperf.kernels.gpu import MATMUL_PRECISION, on_device
 from tadperf.kernels.gpu.launch_configs import launch_config
 from tadperf.kernels.shared import Reliability, centre_and_directions
 
-# Whitened floats in memory at a time, 256 MB: with 2048 features 256 programs, about two for each multiprocessor of an
+# Whitened floats in memory at a time, 256 MB: with 2048 features 512 programs, about four for each multiprocessor of an
 # H100. Not tuned.
 BLOCK = 2**26
 
