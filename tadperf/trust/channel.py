@@ -52,8 +52,15 @@ class Channel(NamedTuple):
 
 
 def noise_channel(probabilities: Tensor, labels: Tensor) -> Channel:
-    """Fits the noise channel (top of this module). probabilities: float [N, C], rows sum to 1. labels: int64 [N]."""
+    """Fits the noise channel (top of this module). probabilities: float [N, C], rows sum to 1. labels: int64 [N].
+
+    A class that no sample has as its label cannot be a true class.
+    """
     count, classes = probabilities.shape
+    present = labels.bincount(minlength=classes) > 0
+    if not present.all():
+        probabilities = torch.where(present, probabilities.clamp(min=1e-6), 0.0)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
     size = max(SELECTION_SIZE // classes, 2 * classes)
     rows = torch.arange(count)
     if count > size:

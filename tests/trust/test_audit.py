@@ -148,6 +148,11 @@ def test_certain_right_probabilities_give_no_issue(classes):
     assert not find_label_issues(labels, np.eye(classes)[labels]).any()
 
 
+def test_a_class_without_labels_is_no_true_class():
+    p = np.random.default_rng(0).dirichlet(np.ones(3), 600)
+    assert not find_label_issues(np.zeros(600, dtype=int), p).any()
+
+
 def test_features_alone_work_for_more_features_than_samples():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
