@@ -14,13 +14,13 @@ const c10::Device kDevice(c10::DeviceType::CUDA, 0);
 // Ordinary memory whose blocks are remembered, so that Tensor.is_pinned() can tell them from other memory.
 struct PinnedMemory final : c10::Allocator {
   std::mutex mutex;
-  std::unordered_set<const void*> blocks;
+  std::unordered_set<const void *> blocks;
 
-  static PinnedMemory& get() {
-    static PinnedMemory* memory = new PinnedMemory;  // never destroyed: tensors may outlive static objects
+  static PinnedMemory &get() {
+    static PinnedMemory *memory = new PinnedMemory;  // never destroyed: tensors may outlive static objects
     return *memory;
   }
-  static void release(void* data) {
+  static void release(void *data) {
     {
       std::lock_guard<std::mutex> lock(get().mutex);
       get().blocks.erase(data);
@@ -28,14 +28,14 @@ struct PinnedMemory final : c10::Allocator {
     c10::GetCPUAllocator()->raw_deallocate(data);
   }
   c10::DataPtr allocate(size_t bytes) override {
-    void* data = c10::GetCPUAllocator()->raw_allocate(bytes);
+    void *data = c10::GetCPUAllocator()->raw_allocate(bytes);
     std::lock_guard<std::mutex> lock(mutex);
     if (data) blocks.insert(data);
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-  bool contains(const void* data) {
+  void copy_data(void *to, const void *from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  bool contains(const void *data) {
     std::lock_guard<std::mutex> lock(mutex);
     return blocks.count(data) > 0;
   }
@@ -52,8 +52,8 @@ struct Hooks : at::CUDAHooksInterface {
   int getNumGPUs() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   c10::DeviceIndex current_device() const override { return 0; }
-  bool isPinnedPtr(const void* data) const override { return PinnedMemory::get().contains(data); }
-  c10::Allocator* getPinnedMemoryAllocator() const override { return &PinnedMemory::get(); }
+  bool isPinnedPtr(const void *data) const override { return PinnedMemory::get().contains(data); }
+  c10::Allocator *getPinnedMemoryAllocator() const override { return &PinnedMemory::get(); }
 };
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
