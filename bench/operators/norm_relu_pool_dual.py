@@ -61,8 +61,16 @@ def moved(size: Size, dtype: torch.dtype) -> int:
 def step(forward: Forward, backward: Backward) -> Callable[..., Step]:
     """Returns a function for both passes. Compiled code takes channels_last maps on a CPU."""
 
-    def run(x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor, weight_dot: Tensor, bias_dot: Tensor,
-            grad: Tensor, grad_dot: Tensor) -> Step:  # fmt: skip
+    def run(
+        x: Tensor,
+        x_dot: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        weight_dot: Tensor,
+        bias_dot: Tensor,
+        grad: Tensor,
+        grad_dot: Tensor,
+    ) -> Step:
         maps, affine = Dual(x, x_dot), Affine(weight, bias, weight_dot, bias_dot)
         if x.is_cpu:
             maps = Dual(*(part.contiguous(memory_format=torch.channels_last) for part in maps))

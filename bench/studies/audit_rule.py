@@ -31,12 +31,14 @@ MODELS = {
 
 def data_sets() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yields a name, features [N, D] and clean classes [N]."""
-    digits = load_digits()
-    yield "digits", digits.data, digits.target
+    pixels, digits = load_digits(return_X_y=True)
+    yield "digits", np.asarray(pixels), np.asarray(digits)
     options = {"n_features": 20, "n_informative": 10, "n_clusters_per_class": 1, "class_sep": 1.5, "flip_y": 0}
-    yield "five classes", *make_classification(2000, n_classes=5, random_state=0, **options)
+    features, clean = make_classification(2000, n_classes=5, random_state=0, **options)
+    yield "five classes", np.asarray(features), np.asarray(clean)
     weights = [0.7, 0.2, 0.07, 0.03]
-    yield "imbalanced", *make_classification(2000, n_classes=4, weights=weights, random_state=0, **options)
+    features, clean = make_classification(2000, n_classes=4, weights=weights, random_state=0, **options)
+    yield "imbalanced", np.asarray(features), np.asarray(clean)
 
 
 def add_noise(clean: np.ndarray, kind: str, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for seed in range(options.seeds):
                     labels = add_noise(clean, kind, rate, np.random.default_rng(seed))
                     folds = StratifiedKFold(3, shuffle=True, random_state=seed)
-                    p = cross_val_predict(make(), features, labels, cv=folds, method="predict_proba")
+                    p = np.asarray(cross_val_predict(make(), features, labels, cv=folds, method="predict_proba"))
                     runs.append(figures(labels, p, features, labels != clean))
                 rows.append(np.mean(runs, 0))
                 print(f"| {name} | {kind} {rate} | {model} | {' | '.join(f'{v:.3f}' for v in rows[-1])} |", flush=True)

@@ -174,7 +174,8 @@ def measure_matching(folder: Path, device: torch.device) -> None:
                 backend = make(p.net)
                 return lambda: matching.adjoint(p, backend)
             graphed = cuda_graph_sweep.GraphedSweep(p.net, make(p.net))
-            return lambda: graphed(*p[1:]).images
+            drawn = gradient.StepDraws.join(p.steps)
+            return lambda: graphed(*p[1:-1], drawn).images
 
         return build_call
 

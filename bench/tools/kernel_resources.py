@@ -78,9 +78,18 @@ def _launch(kernel: Any, name: str, case: str, grid: tuple[int, ...], sm: int) -
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     product = next((p for p in ("wgmma", "tcgen05.mma", "mma.sync") if p in kernel.asm["ptx"]), "-")
     return Launch(
-        name, case, grid, warps, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared,
-        occupancy(numbers["REG"], shared, warps, sm), widths(sass, "LDG"), widths(sass, "STG"), product,
-    )  # fmt: skip
+        name,
+        case,
+        grid,
+        warps,
+        numbers["REG"],
+        numbers["STACK"] + numbers["LOCAL"],
+        shared,
+        occupancy(numbers["REG"], shared, warps, sm),
+        widths(sass, "LDG"),
+        widths(sass, "STG"),
+        product,
+    )
 
 
 @contextlib.contextmanager
@@ -235,15 +244,34 @@ def table_row(launch: Launch) -> str:
 
     grid = " x ".join(map(str, launch.grid))
     fields = (
-        launch.kernel, launch.case, grid, launch.warps, launch.registers, launch.spills, launch.shared,
-        f"{launch.occupancy:.0%}", counts(launch.loads), counts(launch.stores), launch.product,
-    )  # fmt: skip
+        launch.kernel,
+        launch.case,
+        grid,
+        launch.warps,
+        launch.registers,
+        launch.spills,
+        launch.shared,
+        f"{launch.occupancy:.0%}",
+        counts(launch.loads),
+        counts(launch.stores),
+        launch.product,
+    )
     return f"| {' | '.join(map(str, fields))} |"
 
 
 HEADER = (
-    "kernel", "case", "grid", "warps", "registers", "spills", "shared", "occupancy", "loads", "stores", "product",
-)  # fmt: skip
+    "kernel",
+    "case",
+    "grid",
+    "warps",
+    "registers",
+    "spills",
+    "shared",
+    "occupancy",
+    "loads",
+    "stores",
+    "product",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -78,9 +78,20 @@ def hidden(hole_ptr, image, row, column, side):
 
 @triton.jit
 def sum_of_image(
-    first_ptr, affine_ptr, hole_ptr, image, channels, height, width, pixel_step, channel_step, side,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ADJOINT: tl.constexpr,
-):  # fmt: skip
+    first_ptr,
+    affine_ptr,
+    hole_ptr,
+    image,
+    channels,
+    height,
+    width,
+    pixel_step,
+    channel_step,
+    side,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADJOINT: tl.constexpr,
+):
     """Returns the sum of an image, or the sum of the gradient that reaches its input pixels."""
     channel = tl.arange(0, CHANNELS)[:, None]
     total = tl.zeros([CHANNELS, BLOCK], tl.float32)
@@ -114,9 +125,20 @@ def image_mean(
         mean = tl.load(means_ptr + image)
     elif tl.load(color_ptr + image * 3 + 2) != 1:  # a contrast of 1 needs no mean
         mean = sum_of_image(
-            first_ptr, affine_ptr, hole_ptr, image, channels, height, width, pixel_step, channel_step, side, CHANNELS,
-            BLOCK, ADJOINT,
-        ) / (channels * height * width)  # fmt: skip
+            first_ptr,
+            affine_ptr,
+            hole_ptr,
+            image,
+            channels,
+            height,
+            width,
+            pixel_step,
+            channel_step,
+            side,
+            CHANNELS,
+            BLOCK,
+            ADJOINT,
+        ) / (channels * height * width)
     return mean
 
 

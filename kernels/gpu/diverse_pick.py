@@ -34,9 +34,18 @@ GRAM = 2**26  # cosines of candidates with each other in memory at a time, 256 M
 
 @triton.jit
 def cosine_tile(
-    units_ptr, row, row_mask, others_ptr, other, other_mask, n_features,
-    ROWS: tl.constexpr, OTHERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    units_ptr,
+    row,
+    row_mask,
+    others_ptr,
+    other,
+    other_mask,
+    n_features,
+    ROWS: tl.constexpr,
+    OTHERS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Returns the dot products [ROWS, OTHERS] of the rows `row` of units with the rows `other` of others."""
     cosines = tl.zeros((ROWS, OTHERS), tl.float32)
     for start in range(0, n_features, DEPTH):
@@ -117,9 +126,18 @@ def gram_kernel(
 
 @triton.jit
 def best_candidate(
-    anomaly, place, winners, gram_ptr, largest_ptr, scores_ptr, pooled_ptr, weight, size, n_candidates,
+    anomaly,
+    place,
+    winners,
+    gram_ptr,
+    largest_ptr,
+    scores_ptr,
+    pooled_ptr,
+    weight,
+    size,
+    n_candidates,
     CANDIDATES: tl.constexpr,
-):  # fmt: skip
+):
     """Returns the index and the similarity of the winner of one anomaly; the index is -1 if there is no winner.
 
     place: of the anomaly in its panel. winners [PLACES]: rows of the earlier winners in gram [P K, P K], or -1.
@@ -179,9 +197,18 @@ def scan_kernel(
     for place in range(0, tl.minimum(tl.load(ends_ptr + label) - begin, n_places).to(tl.int32)):
         anomaly = tl.load(order_ptr + begin + place)
         best, similarity = best_candidate(  # pyright: ignore[reportGeneralTypeIssues]
-            anomaly, place, winners, gram_ptr, largest_ptr, scores_ptr, pooled_ptr, weight, size, n_candidates,
+            anomaly,
+            place,
+            winners,
+            gram_ptr,
+            largest_ptr,
+            scores_ptr,
+            pooled_ptr,
+            weight,
+            size,
+            n_candidates,
             CANDIDATES,
-        )  # fmt: skip
+        )
         tl.store(index_ptr + anomaly, best.to(tl.int64))
         tl.store(similarity_ptr + anomaly, similarity)
         tl.store(rows_ptr + begin + place, tl.where(best < 0, -1, anomaly * n_candidates + best))
@@ -232,9 +259,14 @@ def diverse_pick(
     results = rows, index, similarity
     with on_device(candidates):
         _launch(
-            units, spans, (held_units.contiguous(), held_rows, held_spans), (largest, scores, pooled), results, share,
+            units,
+            spans,
+            (held_units.contiguous(), held_rows, held_spans),
+            (largest, scores, pooled),
+            results,
+            share,
             int(sizes.max()),
-        )  # fmt: skip
+        )
     return index, similarity
 
 
@@ -258,9 +290,7 @@ def _launch(
 
     def join(begin: int, others: Tensor, table: Tensor, other_spans: tuple[Tensor, ...], *part: int) -> None:
         grid = triton.cdiv((most - begin) * choices, config["ROWS"]), classes
-        join_kernel[grid](
-            units, *spans, others, table, *other_spans, largest, begin, *part, choices, width, **config
-        )  # fmt: skip
+        join_kernel[grid](units, *spans, others, table, *other_spans, largest, begin, *part, choices, width, **config)
 
     tiles = triton.cdiv(places * choices, config["ROWS"]), triton.cdiv(places * choices, config["OTHERS"])
     join(0, *held, 0, len(held[1]))
@@ -268,9 +298,17 @@ def _launch(
         if places > 1:
             gram_kernel[(*tiles, classes)](units, *spans, gram, begin, places, choices, width, **config)
         scan_kernel[(classes,)](
-            gram, *per_candidate, *spans, *results, share, begin, places, choices,
-            PLACES=triton.next_power_of_2(places), CANDIDATES=min(scan, triton.next_power_of_2(choices)),
+            gram,
+            *per_candidate,
+            *spans,
+            *results,
+            share,
+            begin,
+            places,
+            choices,
+            PLACES=triton.next_power_of_2(places),
+            CANDIDATES=min(scan, triton.next_power_of_2(choices)),
             num_warps=config["num_warps"],
-        )  # fmt: skip
+        )
         if begin + places < most:
             join(begin + places, units, results[0], spans[1:], begin, places)

@@ -5,6 +5,9 @@ for one program are fitted by several (mixture_parts.py). Samples with a group o
 reporting them would mean waiting for the device.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# Triton declares no result for a jit function that calls another one, so its results cannot be unpacked for Pyright.
+
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
 # pyright: reportCallIssue=false
 
@@ -41,9 +44,7 @@ ONE_PROGRAM = 2**15
 @triton.jit
 def _step(x_ptr, begin, end, low, scale, added, theta, BLOCK: tl.constexpr):
     """Takes one step of EM. Returns the next theta, and the total log-density at the current one."""
-    n0, n1, first0, first1, second0, second1, density = em_sums(  # pyright: ignore[reportGeneralTypeIssues]
-        x_ptr, begin, end, low, scale, theta, BLOCK
-    )
+    n0, n1, first0, first1, second0, second1, density = em_sums(x_ptr, begin, end, low, scale, theta, BLOCK)
     return em_step(n0, n1, first0, first1, second0, second1, theta, added), density
 
 
@@ -51,7 +52,7 @@ def _step(x_ptr, begin, end, low, scale, added, theta, BLOCK: tl.constexpr):
 def _start(x_ptr, begin, end, low, scale, floor, BLOCK: tl.constexpr):
     """Cuts the group in two parts. Returns theta, and the floor of the variances."""
     count = (end - begin).to(tl.float64)
-    n, total, square = sums_above(x_ptr, begin, end, low, scale, -1.0, 0.0, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    n, total, square = sums_above(x_ptr, begin, end, low, scale, -1.0, 0.0, BLOCK)
     mean = total / count
     n, first, square = sums_above(x_ptr, begin, end, low, scale, -1.0, mean, BLOCK)
     cut = mean
@@ -72,7 +73,7 @@ def _start(x_ptr, begin, end, low, scale, floor, BLOCK: tl.constexpr):
 @triton.jit
 def _fit(x_ptr, begin, end, low, scale, floor, rounds, tolerance, BLOCK: tl.constexpr):
     """Runs EM in rounds of three steps and extrapolates each third step. Returns theta and the number of steps."""
-    theta, added = _start(x_ptr, begin, end, low, scale, floor, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    theta, added = _start(x_ptr, begin, end, low, scale, floor, BLOCK)
     slack = SLACK * (end - begin).to(tl.float64)
     limit = tl.full([], 1.0, tl.float64)  # the longest extrapolation; 1 is a plain step
     steps = tl.full([], 0, tl.int64)
@@ -111,7 +112,7 @@ def mixture_kernel(
     group = tl.program_id(0).to(tl.int64)
     begin = tl.load(begins_ptr + group)
     end = tl.load(begins_ptr + group + 1)
-    low, high = extent(x_ptr, begin, end, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    low, high = extent(x_ptr, begin, end, BLOCK)
     span = high - low
     fits = span > 0  # false if the group is empty (-inf) or all losses are equal
     scale = 1.0 / tl.where(fits, span, 1.0)

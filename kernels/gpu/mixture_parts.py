@@ -9,6 +9,9 @@ The phases do what `_start` and `_fit` do in mixture.py. The host launches passe
 that, it waits for the device once in PASSES passes.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# Triton declares no result for a jit function that calls another one, so its results cannot be unpacked for Pyright.
+
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
 # pyright: reportCallIssue=false
 
@@ -72,16 +75,16 @@ def part_kernel(x_ptr, begins_ptr, state_ptr, sums_ptr, n_parts, BLOCK: tl.const
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     state = state_ptr + group * STATE
     phase = tl.load(state + PHASE)
-    begin, end = bounds(begins_ptr, group, part, n_parts)  # pyright: ignore[reportGeneralTypeIssues]
+    begin, end = bounds(begins_ptr, group, part, n_parts)
     low, scale = tl.load(state + LOW), scale_of(state)
     to = sums_ptr + (group * n_parts + part) * 8
     if phase == EXTENT:
-        lowest, highest = extent(x_ptr, begin, end, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+        lowest, highest = extent(x_ptr, begin, end, BLOCK)
         tl.store(to, -lowest)
         tl.store(to + 1, highest)
     elif phase < ONE:
         cut, centre = tl.load(state + TRIED), tl.load(state + MEAN_OF_GROUP)
-        n, first, second = sums_above(x_ptr, begin, end, low, scale, cut, centre, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+        n, first, second = sums_above(x_ptr, begin, end, low, scale, cut, centre, BLOCK)
         tl.store(to, n)
         tl.store(to + 1, first)
         tl.store(to + 2, second)
@@ -124,7 +127,7 @@ def fold_start(state, phase, a, b, c, count, floor):
             tl.store(state + TRIED, mean + (first / n - first / (count - n)) / 2)
             tl.store(state + CUTS_LEFT, left - 1)
         else:
-            theta, added = first_theta(count, n, first, second, mean, tl.load(state + SQUARE), floor)  # pyright: ignore[reportGeneralTypeIssues]
+            theta, added = first_theta(count, n, first, second, mean, tl.load(state + SQUARE), floor)
             tl.store(state + THETA + tl.arange(0, 8), theta)
             tl.store(state + POINT + tl.arange(0, 8), theta)
             tl.store(state + ADDED, added)
@@ -144,7 +147,7 @@ def fold_step(state, phase, following, density, count, rounds, tolerance):
         tl.store(state + PHASE, TWO)
     elif phase == TWO:
         theta, one = tl.load(state + THETA + i), tl.load(state + ONE_THETA + i)
-        far, reach, done = extrapolation(theta, one, following, tl.load(state + LIMIT), tolerance)  # pyright: ignore[reportGeneralTypeIssues]
+        far, reach, done = extrapolation(theta, one, following, tl.load(state + LIMIT), tolerance)
         tl.store(state + TWO_THETA + i, following)
         tl.store(state + BEFORE, density)
         tl.store(state + REACH, reach)
@@ -164,11 +167,15 @@ def fold_step(state, phase, following, density, count, rounds, tolerance):
 
 @triton.jit(do_not_specialize=["rounds"])
 def fold_kernel(
-    begins_ptr, state_ptr, sums_ptr, n_parts, rounds,
+    begins_ptr,
+    state_ptr,
+    sums_ptr,
+    n_parts,
+    rounds,
     tolerance: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
     floor: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
     PARTS: tl.constexpr,
-):  # fmt: skip
+):
     """Adds up the parts of one group and moves the group to its next phase."""
     group = tl.program_id(0).to(tl.int64)
     state = state_ptr + group * STATE
@@ -206,24 +213,41 @@ def fold_kernel(
 @triton.jit(do_not_specialize=["monotone"])
 def write_kernel(
     x_ptr, sample_ptr, begins_ptr, state_ptr, sums_ptr, posterior_ptr, n_parts, monotone, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Writes the posteriors of one part of one group, and its total log-density to sums [G, parts, 8]."""
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     state = state_ptr + group * STATE
-    begin, end = bounds(begins_ptr, group, part, n_parts)  # pyright: ignore[reportGeneralTypeIssues]
+    begin, end = bounds(begins_ptr, group, part, n_parts)
     theta = tl.load(state + POINT + tl.arange(0, 8))
     density = write_posteriors(
-        x_ptr, sample_ptr, posterior_ptr, begin, end, tl.load(state + LOW), scale_of(state), theta,
-        tl.load(state + SPAN) > 0, monotone != 0, BLOCK,
-    )  # fmt: skip
+        x_ptr,
+        sample_ptr,
+        posterior_ptr,
+        begin,
+        end,
+        tl.load(state + LOW),
+        scale_of(state),
+        theta,
+        tl.load(state + SPAN) > 0,
+        monotone != 0,
+        BLOCK,
+    )
     tl.store(sums_ptr + (group * n_parts + part) * 8, density)
 
 
 @triton.jit
 def result_kernel(
-    begins_ptr, state_ptr, sums_ptr, weight_ptr, mean_ptr, variance_ptr, iterations_ptr, log_likelihood_ptr, n_parts,
+    begins_ptr,
+    state_ptr,
+    sums_ptr,
+    weight_ptr,
+    mean_ptr,
+    variance_ptr,
+    iterations_ptr,
+    log_likelihood_ptr,
+    n_parts,
     PARTS: tl.constexpr,
-):  # fmt: skip
+):
     """Writes the five results of one group."""
     group = tl.program_id(0).to(tl.int64)
     state = state_ptr + group * STATE
@@ -232,16 +256,32 @@ def result_kernel(
     density = tl.sum(tl.load(sums_ptr + (group * n_parts + part) * 8, part < n_parts, other=0.0), 0)
     span = tl.load(state + SPAN)
     write_group(
-        group, count, tl.load(state + LOW), span, span > 0, tl.load(state + POINT + tl.arange(0, 8)),
-        tl.load(state + STEPS).to(tl.int64), density,
-        weight_ptr, mean_ptr, variance_ptr, iterations_ptr, log_likelihood_ptr,
-    )  # fmt: skip
+        group,
+        count,
+        tl.load(state + LOW),
+        span,
+        span > 0,
+        tl.load(state + POINT + tl.arange(0, 8)),
+        tl.load(state + STEPS).to(tl.int64),
+        density,
+        weight_ptr,
+        mean_ptr,
+        variance_ptr,
+        iterations_ptr,
+        log_likelihood_ptr,
+    )
 
 
 def fit_in_parts(
-    x: Tensor, sample: Tensor, begins: Tensor, results: tuple[Tensor, ...], rounds: int, tolerance: float, floor: float,
+    x: Tensor,
+    sample: Tensor,
+    begins: Tensor,
+    results: tuple[Tensor, ...],
+    rounds: int,
+    tolerance: float,
+    floor: float,
     monotone: int,
-) -> None:  # fmt: skip
+) -> None:
     """Fills the six results [G] of `mixture` for losses x sorted by group. Waits for the device every PASSES passes."""
     groups = len(begins) - 1
     parts = max(1, min(PROGRAMS // groups, len(x) // (groups * PART)))

@@ -5,6 +5,9 @@ Exponentials are in float32: that changed posteriors by 6e-8 where EM converges 
 rounding error of each step. Sums run over fixed tiles in a fixed order, so every run gives the same bits.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# Triton declares no result for a jit function that calls another one, so its results cannot be unpacked for Pyright.
+
 from __future__ import annotations
 
 import math
@@ -115,7 +118,7 @@ def shares(u, half0, height0, w, half1, height1):
 @triton.jit
 def em_sums(x_ptr, begin, end, low, scale, theta, BLOCK: tl.constexpr):
     """Returns the sums of EM at theta: of p, q, p u, q w, p u^2, q w^2, and of the log-density."""
-    m0, half0, height0, m1, half1, height1 = gaussians(theta)  # pyright: ignore[reportGeneralTypeIssues]
+    m0, half0, height0, m1, half1, height1 = gaussians(theta)
     n0 = tl.zeros([BLOCK], tl.float64)
     n1 = tl.zeros([BLOCK], tl.float64)
     first0 = tl.zeros([BLOCK], tl.float64)
@@ -145,9 +148,14 @@ def em_sums(x_ptr, begin, end, low, scale, theta, BLOCK: tl.constexpr):
             second1 += q * w
         density += tl.log(product)
     return (
-        tl.sum(n0, 0), tl.sum(n1, 0), tl.sum(first0, 0), tl.sum(first1, 0), tl.sum(second0, 0), tl.sum(second1, 0),
+        tl.sum(n0, 0),
+        tl.sum(n1, 0),
+        tl.sum(first0, 0),
+        tl.sum(first1, 0),
+        tl.sum(second0, 0),
+        tl.sum(second1, 0),
         tl.sum(density, 0),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -200,9 +208,9 @@ def next_limit(limit, reach, better):
 @triton.jit
 def write_posteriors(
     x_ptr, sample_ptr, posterior_ptr, begin, end, low, scale, theta, fits, monotone, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Writes the posteriors of the losses begin..end in the order of the samples. Returns their total log-density."""
-    m0, half0, height0, m1, half1, height1 = gaussians(theta)  # pyright: ignore[reportGeneralTypeIssues]
+    m0, half0, height0, m1, half1, height1 = gaussians(theta)
     lower = (m0 <= m1) | (fits == 0)  # whether component 0 has the lower mean
     turn = (m0 * half0 - m1 * half1) / (half0 - half1)  # turning point of the odds; it does not lie between the means
     lowest = tl.where(monotone & ((half0 > half1) == lower), turn, -1.0)

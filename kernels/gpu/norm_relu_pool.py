@@ -31,9 +31,7 @@ def place(begin, part, height, width, BLOCK: tl.constexpr, WINDOW: tl.constexpr)
 
 
 @triton.jit
-def deviation(
-    x_ptrs, mean, inside, begin, part, height, width, x_stride, BLOCK: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
+def deviation(x_ptrs, mean, inside, begin, part, height, width, x_stride, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """Returns pixels `part` minus the mean, in its type, and 0 for pixels that do not exist.
 
     x_ptrs: the first pixel of each plane. mean: [PLANES, 1].
@@ -180,9 +178,13 @@ def launch(operator: str, x: Tensor, pool: bool) -> tuple[tuple[int, ...], dict[
     block = min(config["block"] // side**2, max(4, triton.next_power_of_2(windows)))
     tile = config["tile"] // side**2 // (2 if x.dtype == torch.float64 else 1)
     constants = {
-        "PLANES": max(1, tile // block), "BLOCK": block, "CHUNKS": triton.cdiv(windows, block),
-        "WINDOW": side, "LAST": last, "num_warps": config["num_warps"],
-    }  # fmt: skip
+        "PLANES": max(1, tile // block),
+        "BLOCK": block,
+        "CHUNKS": triton.cdiv(windows, block),
+        "WINDOW": side,
+        "LAST": last,
+        "num_warps": config["num_warps"],
+    }
     return (images * channels, channels, height, width), constants
 
 

@@ -40,9 +40,15 @@ def deviations(maps, means, area, begin, part, BLOCK: tl.constexpr, WINDOW: tl.c
 
 @triton.jit
 def dual_moments(
-    maps, area, EPS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    WINDOW: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    maps,
+    area,
+    EPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Returns the moments, each [PLANES, 1]. WIDE: the type of sums.
 
     Takes two passes. The second one takes differences from the first means and corrects them.
@@ -140,9 +146,18 @@ def passed(share, u, affine):
 
 @triton.jit
 def dual_sums(
-    maps, grads, moments, affine, area, step_y, PLANES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    WINDOW: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    maps,
+    grads,
+    moments,
+    affine,
+    area,
+    step_y,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Returns the sums over the pixels of d, d u, d', and d' u + d u', each [PLANES, 1]."""
     d_sum, d_dot_sum = tl.zeros([PLANES, BLOCK], WIDE), tl.zeros([PLANES, BLOCK], WIDE)
     du_sum, du_dot_sum = tl.zeros([PLANES, BLOCK], WIDE), tl.zeros([PLANES, BLOCK], WIDE)

@@ -167,7 +167,16 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
         padded = triton.next_power_of_2(splits)
         merge_rows = max(1, 512 // padded)
         merge_kernel[(triton.cdiv(rows, merge_rows),)](
-            state, labels, *out, top, rows, classes, labels.stride(0), splits,
-            ROWS=merge_rows, SPLITS=padded, num_warps=4,
-        )  # fmt: skip
+            state,
+            labels,
+            *out,
+            top,
+            rows,
+            classes,
+            labels.stride(0),
+            splits,
+            ROWS=merge_rows,
+            SPLITS=padded,
+            num_warps=4,
+        )
     return *out, top

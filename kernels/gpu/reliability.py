@@ -8,6 +8,8 @@ No program waits for another and no sum depends on the grid, so every run gives 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +26,19 @@ BLOCK = 2**26
 
 @triton.jit
 def whiten_kernel(
-    features_ptr, centre_ptr, inverse_ptr, out_ptr, n_rows, n_features, row_stride, column_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    features_ptr,
+    centre_ptr,
+    inverse_ptr,
+    out_ptr,
+    n_rows,
+    n_features,
+    row_stride,
+    column_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Writes (features - centre) inverse' to out [N, D]. `inverse` is lower triangular: skips the tiles that are 0."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
@@ -59,8 +71,9 @@ def _tile_products(
         inside = at < n_features
         s = tl.load(
             samples_ptr + row[:, None] * row_stride + at[None, :] * column_stride,
-            (row < n_rows)[:, None] & inside[None, :], 0.0,
-        )  # fmt: skip
+            (row < n_rows)[:, None] & inside[None, :],
+            0.0,
+        )
         a = tl.load(
             anchors_ptr + column[None, :] * n_features + at[:, None],
             (column < n_classes)[None, :] & inside[:, None],
@@ -157,13 +170,22 @@ def rank_kernel(
 
 def _whiten(features: Tensor, centre: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     rows, width = features.shape
-    config = launch_config("reliability_whiten", features.device, width)
+    config: Any = launch_config("reliability_whiten", features.device, width)
+    precision: Any = {"PRECISION": MATMUL_PRECISION}
     grid = triton.cdiv(rows, config["ROWS"]), triton.cdiv(width, config["COLUMNS"])
     with on_device(features):
         whiten_kernel[grid](
-            features, centre, inverse, out, rows, width, features.stride(0), features.stride(1),
-            PRECISION=MATMUL_PRECISION, **config,  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
+            features,
+            centre,
+            inverse,
+            out,
+            rows,
+            width,
+            features.stride(0),
+            features.stride(1),
+            **config,
+            **precision,
+        )
     return out[:rows]
 
 
@@ -172,9 +194,19 @@ def _rank(samples: Tensor, anchors: Tensor, offsets: Tensor, out: tuple[Tensor, 
     config = launch_config("reliability", samples.device, classes)
     with on_device(samples):
         rank_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-            samples, anchors, offsets, *out, rows, classes, width, samples.stride(0), samples.stride(1),
-            DISTANCE=distance, PRECISION=MATMUL_PRECISION, **config,
-        )  # fmt: skip
+            samples,
+            anchors,
+            offsets,
+            *out,
+            rows,
+            classes,
+            width,
+            samples.stride(0),
+            samples.stride(1),
+            DISTANCE=distance,
+            PRECISION=MATMUL_PRECISION,
+            **config,
+        )
 
 
 def reliability(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Reliability:

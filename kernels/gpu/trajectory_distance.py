@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -113,7 +113,7 @@ def gradient_kernel(
         tl.store(grad_start_ptr + at, sum_u, mask=inside)
 
 
-@lru_cache(maxsize=64)
+@cache  # without a limit: a recorded CUDA graph may read a table again at any time
 def _blocks(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cuts the segments into blocks of at most `size` elements.
 

@@ -35,10 +35,20 @@ SMALL = (
     "detector.batch=512",
 )  # fmt: skip
 REFINEMENT = (
-    "match.ipc=2", "diffusion.width=8", "diffusion.iterations=3", "diffusion.batch=16", "detector.epochs=4",
-    "detector.width=16", "detector.depth=1", "refine.rounds=1", "refine.candidates=3", "refine.steps=4",
-    "refine.batch=16", "refine.top_k=2", "refine.soft_labels=true",
-)  # fmt: skip
+    "match.ipc=2",
+    "diffusion.width=8",
+    "diffusion.iterations=3",
+    "diffusion.batch=16",
+    "detector.epochs=4",
+    "detector.width=16",
+    "detector.depth=1",
+    "refine.rounds=1",
+    "refine.candidates=3",
+    "refine.steps=4",
+    "refine.batch=16",
+    "refine.top_k=2",
+    "refine.soft_labels=true",
+)
 
 
 def config_of(device: str, *fields: str) -> Config:

@@ -84,9 +84,16 @@ def expert() -> dict[str, Any]:
 
 
 CASES = (
-    "plain", "weights", "soft", "gsam", "subset", "pixels on the device", "pixels on the CPU", "bfloat16",
+    "plain",
+    "weights",
+    "soft",
+    "gsam",
+    "subset",
+    "pixels on the device",
+    "pixels on the CPU",
+    "bfloat16",
     "bfloat16 soft",
-)  # fmt: skip
+)
 
 
 def measure() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -200,12 +199,12 @@ def test_the_matching_gradient_equals_the_unroll_in_float64(on_triton):
     start = nets[0].flatten()
     target = start + 0.02 * torch.randn(start.shape, generator=random)
     images = torch.randn(count, 3, 8, 8, generator=random)
-    inputs: Any = start, target, images, torch.randn(count, 4, generator=random), torch.tensor(0.1)
+    labels, lr = torch.randn(count, 4, generator=random), torch.tensor(0.1)
     backend = eager(nets[0])
     assert backend.name == "formulas"
-    found: Any = adjoint(nets[0], *inputs, steps, backend=backend)
-    wide: Any = [t.double() for t in inputs]
-    expected: Any = unroll(nets[1], *wide, steps)
+    found = adjoint(nets[0], start, target, images, labels, lr, steps, backend=backend)
+    start, target, images, labels, lr = (t.double() for t in (start, target, images, labels, lr))
+    expected = unroll(nets[1], start, target, images, labels, lr, steps)
     for name in ("loss", "images", "labels", "lr", "end"):
         ours, wanted = getattr(found, name), getattr(expected, name)
         assert float((ours - wanted).norm()) < 1e-5 * float(wanted.norm()), name
