@@ -126,6 +126,8 @@ def _run() -> int:
     except common.RunInterruptedError:
         raise  # `main` prints it
     except Exception as error:
+        if Interrupts.requested:  # compiled code has replaced the interrupt by this error
+            raise KeyboardInterrupt from error
         return _report_failure(error)
     if code == 130:  # typer returns this for a KeyboardInterrupt
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from tadperf.cli.interrupts import Interrupts
 from tadperf.config.sources import ConfigSources
 from tadperf.errors import printable
 
@@ -94,12 +95,17 @@ def resumable(command: str, out: Path, devices: str | None = None) -> Iterator[N
     """If a run is interrupted, loses a process or cannot write, adds the command that continues it to the error."""
     try:
         yield
-    except (KeyboardInterrupt, RunLostError, OSError) as error:
-        if isinstance(error, OSError) and (error.filename is None or isinstance(error, BrokenPipeError)):
+    except (KeyboardInterrupt, Exception) as error:
+        # Compiled code may have replaced the interrupt by an error of its own.
+        interrupted = isinstance(error, KeyboardInterrupt) or (
+            Interrupts.requested and not isinstance(error, EndedError)
+        )
+        can_continue = isinstance(error, RunLostError | OSError) and not isinstance(error, BrokenPipeError)
+        if not interrupted and (not can_continue or (isinstance(error, OSError) and error.filename is None)):
             raise
         options = f"--devices {devices} --resume" if devices else "--resume"
         hint = f"; continue with: tadperf {command} {options} --out {shlex.quote(str(out))}" if out.exists() else ""
-        if isinstance(error, KeyboardInterrupt):
+        if interrupted:
             raise RunInterruptedError(f"interrupted{hint}") from None
         if isinstance(error, OSError):
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -19,7 +19,10 @@ class Interrupts:
 
     Python drops an exception that is raised in a destructor or in a callback of a fork. So the interrupt is raised
     again every second, until some code handles it. Cleanup is not interrupted: it runs while the interrupt is handled.
+    Compiled code can also replace the interrupt by an error of its own; `requested` tells that it came first.
     """
+
+    requested = False  # whether this process has received one of the signals
 
     def __init__(self) -> None:
         self._error: KeyboardInterrupt | None = None
@@ -45,6 +48,7 @@ class Interrupts:
             return  # a forked worker: its parent ends it
         if self._error is None:
             self._error, self._since = KeyboardInterrupt(), time.monotonic()
+            Interrupts.requested = True
             if hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_REAL, REPEAT, REPEAT)
             raise self._error

@@ -55,7 +55,8 @@ def call_counts() -> Counter[tuple[str, str]]:
     """Returns how often each (operator, implementation) was called in this process. Two results can be subtracted."""
     counts: Counter[tuple[str, str]] = Counter()
     for device, calls in _calls.items():
-        counts.update({(operator, IMPLEMENTATIONS[device]): count for operator, count in calls.items()})
+        known = dict(calls)  # a copy: another thread may add an operator meanwhile
+        counts.update({(operator, IMPLEMENTATIONS[device]): count for operator, count in known.items()})
     return counts
 
 

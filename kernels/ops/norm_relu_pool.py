@@ -133,7 +133,7 @@ def _native_format(x: Tensor, wanted: torch.memory_format) -> torch.memory_forma
     """
     module = native.module()
     assert module is not None
-    if x.numel() <= module.MAX_PIXELS_OF_ANY_WIDTH:  # 0.2 us less for small maps
+    if 0 < x.numel() <= module.MAX_PIXELS_OF_ANY_WIDTH:  # 0.2 us less for small maps
         return wanted
     _, _, height, width = x.shape
     large = height * width > module.MAX_PIXELS_OF_ANY_WIDTH

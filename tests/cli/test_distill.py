@@ -110,7 +110,7 @@ def test_an_interrupted_run_says_how_to_continue_and_does(tadperf, tiny, tmp_pat
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (130, ""), err
     assert err.splitlines()[-1] == "tadperf: interrupted; continue with: tadperf distill --resume --out 'my run'"
     seconds = json.loads((tmp_path / "my run" / "stages.json").read_text())["matching"]["seconds"]
     assert seconds > 0

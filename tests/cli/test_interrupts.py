@@ -26,6 +26,22 @@ app.app = job
 app.main()
 """
 
+REPLACED = """
+import contextlib, os, pathlib, signal
+from tadperf.cli import app
+from tadperf.cli.common import resumable
+
+def job(**_):
+    with CONTEXT:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+app.app = job
+app.main()
+"""
+
 CLEANUP = """
 import contextlib, sys, time
 from tadperf.cli import app
@@ -73,6 +89,16 @@ def test_an_interrupt_that_python_swallows_is_raised_again():
     assert "Exception ignored" in process.stderr
     assert process.returncode == 130
     assert process.stderr.splitlines()[-1] == "tadperf: interrupted"
+
+
+@pytest.mark.parametrize("in_a_run", [False, True])
+def test_an_interrupt_that_compiled_code_replaces_by_its_own_error_is_an_interrupt(in_a_run, tmp_path):
+    """torch.tensor turns an interrupt into a ValueError, because it asks its argument for a length."""
+    context = f"resumable('distill', pathlib.Path({str(tmp_path)!r}))" if in_a_run else "contextlib.nullcontext()"
+    script = REPLACED.replace("CONTEXT", context)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    hint = f"; continue with: tadperf distill --resume --out {tmp_path}" if in_a_run else ""
+    assert (process.returncode, process.stderr) == (130, f"tadperf: interrupted{hint}\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
