@@ -152,14 +152,15 @@ def test_derivatives_of_the_compiled_operator(monkeypatch):
     )
     with np.errstate(all="ignore"):
         for operator, reference in pairs:
-            results = []
-            for function in (operator, reference):
-                y = function(x, *parts)
-                (grad_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
-                (again,) = torch.autograd.grad(grad_x, grad, x.detach())
-                results.append((y, grad_x, again))
-            for found, expected in zip(*results, strict=True):
-                torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+            y = operator(x, *parts)
+            (grad_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
+            (again,) = torch.autograd.grad(grad_x, grad, x.detach())
+            expected = reference(x, *parts)
+            (expected_grad,) = torch.autograd.grad(expected, x, grad)
+            # y is linear in x up to a constant. PyTorch 2.11 cannot differentiate grid_sample twice.
+            linear = expected - reference(torch.zeros_like(x), *parts)
+            for found, wanted in ((y, expected), (grad_x, expected_grad), (again, linear)):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
             assert "_Augment" in type(operator(x, *parts).grad_fn).__name__
 
 
