@@ -153,11 +153,13 @@ def test_forward_mode_tangents_are_never_dropped(name):
             with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
                 case.operator(dual, *others)
             return
-        if name == "differentiable_augment":  # grid_sample has none
-            with pytest.raises(NotImplementedError, match="forward AD"):
-                case.operator(dual, *others)
+        try:
+            found = results_of(case.operator, dual, *others)
+        except NotImplementedError as error:
+            reason = str(error)
+            assert name == "differentiable_augment"
+            assert "forward AD" in reason  # PyTorch 2.13 has no forward-mode derivative of grid_sample, 2.15 has one
             return
-        found = results_of(case.operator, dual, *others)
         pairs = [forward_ad.unpack_dual(x) for x in found]
     assert pairs[0].tangent is not None
     changed = [first + 1e-3 * sign * tangent for sign in (-1, 1)]
