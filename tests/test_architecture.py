@@ -1,4 +1,4 @@
-"""Tests the order of the rooms of tadperf: imports go one way only and form no circle."""
+"""The order of the rooms of tadperf: imports go one way only and form no circle. Files and functions are short."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
+MOST_LINES, LONGEST_FUNCTION = 400, 50  # of a file and of a function, in lines
 FOLDERS = {"kernels": ROOT / "kernels", "bench": ROOT / "bench", "cli": ROOT / "cli"}
 
 
@@ -128,3 +129,19 @@ def test_kernels_import_nothing_of_the_library():
     assert [
         name for name, others in GRAPH.items() if room(name) == "kernels" and {room(o) for o in others} - {"kernels"}
     ] == []
+
+
+def test_files_and_functions_are_short():
+    """Long ones hide their parts. A docstring counts."""
+    long = []
+    rooms = (ROOT / room for room in ("tadperf", "kernels", "cli", "bench", "tests"))
+    for file in (file for room in rooms for file in sorted(room.rglob("*.py"))):
+        text = file.read_text()
+        if len(text.splitlines()) > MOST_LINES:
+            long.append(f"{file.relative_to(ROOT)}: {len(text.splitlines())} lines")
+        long += [
+            f"{file.relative_to(ROOT)}: {node.name}"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+        ]
+    assert not long

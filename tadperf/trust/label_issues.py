@@ -38,50 +38,50 @@ def find_label_issues(
     """Finds label errors from a model's probabilities, from features, or from both (tadperf).
 
     Has the arguments of cleanlab.filter.find_label_issues 2.9. labels: integers [N] in 0..C-1. pred_probs: [N, C], from
-    a model that was not trained on the samples. features: floats [N, D] of the same samples; they give out-of-fold
-    probabilities (`pool_features`).
-    Returns a bool mask [N], True for an issue. With `return_indices_ranked_by`, returns the indices of the issues, the
-    most suspicious first: by "noise_channel" or by one of cleanlab's three scores (`label_quality_scores`).
-    rank_by_kwargs: may hold adjust_pred_probs.
+    a model that was not trained on the samples. features: floats [N, D]; they give out-of-fold probabilities.
+    Returns a bool mask [N], True for an issue. With `return_indices_ranked_by`, a method of `label_quality_scores`,
+    returns the indices of the issues, the most suspicious first. rank_by_kwargs: may hold adjust_pred_probs.
     filter_by: the default estimates the rates of label noise with `noise_channel` and returns the labels that maximise
     the expected F1 (`most_suspicious`). The others are the filters of confident learning.
-    confident_joint: counts [C, C] (given, true) for the filters that prune; num_to_remove_per_class: errors in each
-    class. With either of them, the default also prunes by confident learning.
-    frac_noise: share of the issues to return, for the three filters that prune. min_examples_per_class: at least this
-    many samples of each class are not issues. verbose: logs the number of issues. n_jobs changes nothing.
-    Raises ValueError for wrong shapes or types, labels out of range, pred_probs that are not probabilities, unknown
-    values or combinations of the arguments, and multi_label.
+    confident_joint: counts [C, C] (given, true) for the filters that prune. num_to_remove_per_class: errors in each
+    class. With one of these two, the default prunes by confident learning, too. frac_noise: share of the issues to
+    return, for the filters that prune. min_examples_per_class: this number of samples of a class are no issues.
+    verbose: logs the number of issues. n_jobs changes nothing.
+    Raises ValueError for wrong shapes, types, labels or probabilities, and for values or combinations of the arguments
+    that are not supported.
     """
     adjust = _check_options(return_indices_ranked_by, rank_by_kwargs, filter_by, n_jobs, multi_label)
+    _check_limits(frac_noise, min_examples_per_class)
+    _check_combination(filter_by, frac_noise, num_to_remove_per_class, confident_joint)
+    given, p = check_input(labels, pred_probs, features)
+    joint, remove = _check_joint(confident_joint, p.shape[1]), _check_remove(num_to_remove_per_class, given, p.shape[1])
+    if uses_channel := filter_by == FILTERS[0] and joint is remove is None:
+        order = most_suspicious(noise_channel(p, given).odds)
+        order = order[: round(frac_noise * len(order))]
+    else:
+        order = _pruned(given, p, confident_filter(filter_by, given, p, joint, remove, frac_noise))
+    order = leave_enough(order, given, min_examples_per_class)
+    if verbose:
+        log.info("%d issues in %d labels", len(order), len(given))
+    if return_indices_ranked_by is None:
+        return torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True).numpy()
+    if uses_channel and return_indices_ranked_by == METHODS[0]:
+        return order.numpy()  # in this order already
+    score = rank_score(return_indices_ranked_by, given, p, adjust)
+    return order[score[order].argsort(stable=True)].numpy()
+
+
+def _pruned(labels: Tensor, p: Tensor, issues: Tensor) -> Tensor:
+    """Returns the indices of a mask [N], the label with the smallest probability first."""
+    order = issues.nonzero().squeeze(1)
+    return order[rank_score("self_confidence", labels, p)[order].argsort(stable=True)]
+
+
+def _check_limits(frac_noise: float, min_examples_per_class: int) -> None:
     if not 0 <= frac_noise <= 1:
         raise ValueError(f"frac_noise: {frac_noise}: must be a share in [0, 1]")
     if min_examples_per_class < 0:
         raise ValueError(f"min_examples_per_class: {min_examples_per_class}: must be 0 or more")
-    _check_combination(filter_by, frac_noise, num_to_remove_per_class, confident_joint)
-    given, p = check_input(labels, pred_probs, features)
-    joint = _check_joint(confident_joint, p.shape[1])
-    remove = _check_remove(num_to_remove_per_class, given, p.shape[1])
-    default = filter_by == FILTERS[0] and joint is None and remove is None
-    odds = None
-    if default or return_indices_ranked_by == METHODS[0]:
-        odds = noise_channel(p, given).odds
-    suspicion = odds if odds is not None and default else -rank_score("self_confidence", given, p)
-    if default:
-        assert odds is not None
-        order = most_suspicious(odds)
-        order = order[: round(frac_noise * len(order))]
-    else:
-        order = confident_filter(filter_by, given, p, joint, remove, frac_noise).nonzero().squeeze(1)
-        order = order[suspicion[order].argsort(descending=True, stable=True)]
-    order = leave_enough(order, given, min_examples_per_class)
-    if verbose:
-        log.info("find_label_issues: %d issues in %d labels", len(order), len(given))
-    if return_indices_ranked_by is None:
-        return torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True).numpy()
-    score = -odds if return_indices_ranked_by == METHODS[0] and odds is not None else None
-    if score is None:
-        score = rank_score(return_indices_ranked_by, given, p, adjust)
-    return order[score[order].argsort(stable=True)].numpy()
 
 
 def _check_options(

@@ -36,17 +36,17 @@ def label_quality_scores(
     Raises ValueError as `find_label_issues` does.
     """
     given, p = check_input(labels, pred_probs, features)
-    if method == "noise_channel" and not adjust_pred_probs:
-        return (-noise_channel(p, given).odds.double()).sigmoid().numpy()
     return rank_score(method, given, p, adjust_pred_probs).numpy()
 
 
 def rank_score(method: str, labels: Tensor, p: Tensor, adjust: bool = False) -> Tensor:
-    """Returns one of cleanlab's three scores [N]; see `label_quality_scores`."""
+    """Returns one of the scores [N] of `label_quality_scores`."""
     if method not in METHODS:
         raise ValueError(f"method: {method!r}: must be one of {', '.join(METHODS)}")
     if adjust and method not in METHODS[1:3]:
         raise ValueError(f"adjust_pred_probs: True: works with {METHODS[1]} and {METHODS[2]} only, not with {method}")
+    if method == "noise_channel":
+        return (-noise_channel(p, labels).odds.double()).sigmoid()
     p = p.double()
     if adjust:
         threshold = class_thresholds(labels, p).clamp(max=1)

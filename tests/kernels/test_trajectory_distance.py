@@ -300,11 +300,7 @@ ZEROS = torch.zeros(3, 4)
             None,
             "target: torch.float32 (3, 3) on cpu: expected floats [..., P], with P and dev",
         ),
-        (
-            (ZEROS, ZEROS, ZEROS.to("meta")),
-            None,
-            "start: torch.float32 (3, 4) on meta: expected floats [..., P], with P and",
-        ),
+        ((ZEROS, ZEROS, ZEROS.to("meta")), None, "start: torch.float32 (3, 4) on meta: expected floats [..., P]"),
         ((ZEROS, ZEROS[:2], ZEROS), None, "batch shapes [(3,), (2,), (3,)]: expected shapes that broadcast"),
         ((ZEROS, ZEROS, ZEROS), (1, 2), "segments: [1, 2]: expected lengths of 0 or more that sum to 4"),
         ((ZEROS, ZEROS, ZEROS), (5, -1), "segments: [5, -1]: expected lengths of 0 or more that sum to 4"),
