@@ -118,6 +118,17 @@ inline Affine affine(const G &group, int v) {
           group.get(args.weight_dot + group.first, v), group.get(args.bias_dot + group.first, v)};
 }
 
+// A normalised pixel and its tangent.
+struct Normalised {
+  f32 u, u_dot;
+};
+
+template <class G>
+inline Normalised normalised(const G &group, const Affine &f, int64_t pixel, int v) {
+  f32 u = f.u(group.get(group.pixel(group.args.x, pixel), v));
+  return {u, f.u_dot(u, group.get(group.pixel(group.args.x_dot, pixel), v))};
+}
+
 template <int WINDOW, int VECTORS, bool WHOLE>
 void forward(const Group<VECTORS, WHOLE> &group) {
   const NormReluPoolDual &args = group.args;
@@ -130,10 +141,8 @@ void forward(const Group<VECTORS, WHOLE> &group) {
       f32 sum[VECTORS]{}, sum_dot[VECTORS]{};
       for (int k = 0; k < WINDOW * WINDOW; k++) {
         int64_t p = (i * WINDOW + k / WINDOW) * args.width + j * WINDOW + k % WINDOW;
-        const float *x = group.pixel(args.x, p), *x_dot = group.pixel(args.x_dot, p);
         for (int v = 0; v < VECTORS; v++) {
-          f32 u = f[v].u(group.get(x, v));
-          f32 u_dot = f[v].u_dot(u, group.get(x_dot, v));
+          const auto [u, u_dot] = normalised(group, f[v], p, v);
           f32 n = f[v].weight * u + f[v].bias;
           f32 n_dot = f[v].weight_dot * u + f[v].weight * u_dot + f[v].bias_dot;
           sum[v] += max(fill(0), n);
@@ -170,11 +179,9 @@ void reverse(const Group<VECTORS, WHOLE> &group) {
   f32 d_sum[VECTORS]{}, du_sum[VECTORS]{}, d_dot_sum[VECTORS]{}, d_dot_u_sum[VECTORS]{}, du_dot_sum[VECTORS]{};
   each_pixel<WINDOW>(args, [&](int64_t p, int64_t i, int64_t j) {
     if (i < 0) return;
-    const float *x = group.pixel(args.x, p), *x_dot = group.pixel(args.x_dot, p);
     const float *grad = group.pooled(args.grad, i, j), *grad_dot = group.pooled(args.grad_dot, i, j);
     for (int v = 0; v < VECTORS; v++) {
-      f32 u = f[v].u(group.get(x, v));
-      f32 u_dot = f[v].u_dot(u, group.get(x_dot, v));
+      const auto [u, u_dot] = normalised(group, f[v], p, v);
       i32 off = f[v].weight * u + f[v].bias <= 0;
       f32 d = off ? f32{} : group.get(grad, v) * part;
       f32 d_dot = off ? f32{} : group.get(grad_dot, v) * part;
@@ -196,10 +203,8 @@ void reverse(const Group<VECTORS, WHOLE> &group) {
     m1_dot[v] = (f[v].weight_dot * du_sum[v] + f[v].weight * (d_dot_u_sum[v] + du_dot_sum[v])) * share;
   }
   each_pixel<WINDOW>(args, [&](int64_t p, int64_t i, int64_t j) {
-    const float *x = group.pixel(args.x, p), *x_dot = group.pixel(args.x_dot, p);
     for (int v = 0; v < VECTORS; v++) {
-      f32 u = f[v].u(group.get(x, v));
-      f32 u_dot = f[v].u_dot(u, group.get(x_dot, v));
+      const auto [u, u_dot] = normalised(group, f[v], p, v);
       f32 d{}, d_dot{};
       if (i >= 0) {
         i32 off = f[v].weight * u + f[v].bias <= 0;
