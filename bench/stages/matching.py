@@ -142,11 +142,14 @@ def adjoint(p: MatchingProblem, backend: step_backends.StepBackend) -> Tensor:
 
 
 def iteration(provider: str, p: MatchingProblem) -> Callable[[], Tensor]:
-    """Returns a function that runs one iteration; its first call compiles. "tadperf" is the backend that a run uses."""
+    """Returns a function that runs one iteration; its first call compiles.
+
+    "tadperf" is what a run with match.compile = auto uses for the ConvNet: the formulas, on CUDA in one CUDA graph.
+    """
     if provider == "published":
         return partial(published, p)
     if provider == "tadperf" and p.images.is_cuda:
-        sweep = cuda_graph_sweep.GraphedSweep(p.net, step_backends.compiled(p.net))
+        sweep = cuda_graph_sweep.GraphedSweep(p.net, step_backends.eager(p.net))
         drawn = gradient.StepDraws.join(p.steps)
         return lambda: sweep(*p[1:-1], drawn).images
     backend = {

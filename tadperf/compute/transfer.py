@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+T = TypeVar("T")
 
 ALIGNMENT = 16  # bytes; the largest vector load of a CUDA kernel
 
@@ -53,6 +57,16 @@ def upload_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if any(not tensor.is_cpu for tensor in tensors):
         return [tensor.to(device) for tensor in tensors]
     return PackedCopies(tensors, device).tensors
+
+
+def upload(values: T, device: torch.device) -> T:
+    """Returns a NamedTuple or another structure of CPU tensors on a device, as `upload_all` does; the rest is kept."""
+    leaves, structure = tree_flatten(values)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if all(tensor.device == device for tensor in tensors):
+        return values
+    moved = iter(upload_all(tensors, device))
+    return tree_unflatten([next(moved) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
 class Download:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tadperf.compute.transfer import upload
 from tadperf.errors import UserError
 from tadperf.kernels import differentiable_augment, differentiable_augment_adjoint
 from tadperf.kernels.ops.differentiable_augment import is_fused
@@ -41,15 +42,8 @@ class Draw(NamedTuple):
         return Draw(*(None if field is None else field[start:stop] for field in self))
 
     def to(self, device: torch.device) -> Draw:
-        """Returns the draw on a device. Its fields travel in one copy, and the CPU does not wait for a copy to CUDA."""
-        fields = [field for field in self if field is not None]
-        if all(field.device == device for field in fields):
-            return self
-        packed = torch.cat([field.reshape(-1) for field in fields])
-        upload = packed.is_cpu and device.type == "cuda"
-        packed = (packed.pin_memory() if upload else packed).to(device, non_blocking=upload)
-        parts = iter(packed.split([field.numel() for field in fields]))
-        return Draw(*(None if field is None else next(parts).view(field.shape) for field in self))
+        """Returns the draw on a device. To CUDA its fields travel in one copy, and the CPU does not wait for it."""
+        return upload(self, device)
 
 
 def parse(strategy: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tadperf.compute.transfer import upload_all
+from tadperf.compute.transfer import upload
 from tadperf.data.augment import Draw
 
 
@@ -30,7 +30,7 @@ class ImageDraws(NamedTuple):
 
     def to(self, device: torch.device) -> ImageDraws:
         """Returns the draws on a device. To CUDA they travel in one copy, and the CPU does not wait for it."""
-        return self.with_tensors(upload_all(self.tensors(), device))
+        return upload(self, device)
 
     def select(self, rows: Tensor) -> ImageDraws:
         """Returns the draws at `rows` (int64 [B])."""

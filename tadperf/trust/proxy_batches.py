@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tadperf import seeds
-from tadperf.compute.transfer import upload_all
+from tadperf.compute.transfer import upload
 from tadperf.config import TrustConfig
 from tadperf.data import augment
 from tadperf.data.augment import Draw
@@ -54,9 +53,7 @@ class EpochDraws(NamedTuple):
 
     def to(self, device: torch.device) -> EpochDraws:
         """Returns the values on a device. To CUDA they travel in one copy, and the CPU does not wait for it."""
-        fields, structure = tree_flatten(self)
-        moved = iter(upload_all([field for field in fields if field is not None], device))
-        return tree_unflatten([None if field is None else next(moved) for field in fields], structure)
+        return upload(self, device)
 
 
 def draw_epoch(problem: Problem, count: int, config: TrustConfig, epoch: int) -> EpochDraws:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tadperf.compute.transfer import ALIGNMENT, Download, PackedCopies, _aligned_size, _split, upload_all
+from tadperf.compute.transfer import ALIGNMENT, Download, PackedCopies, _aligned_size, _split, upload, upload_all
 
 CPU = torch.device("cpu")
 TENSORS = (
@@ -46,6 +46,15 @@ def test_tensors_that_are_on_the_device_are_not_copied():
     on_meta = upload_all(TENSORS, torch.device("meta"))
     assert [(t.shape, t.dtype, t.is_meta) for t in on_meta] == [(t.shape, t.dtype, True) for t in TENSORS]
     assert upload_all(on_meta, torch.device("meta")) == on_meta
+
+
+def test_a_structure_keeps_what_is_no_tensor():
+    values = {"a": (TENSORS[0], None), "b": [3, TENSORS[1]]}
+    meta = torch.device("meta")
+    moved = upload(values, meta)
+    assert (moved["a"][0].is_meta, moved["a"][1], moved["b"][0], moved["b"][1].shape) == (True, None, 3, (3, 2, 3))
+    assert upload(values, CPU) is values
+    assert upload((None, 2), meta) == (None, 2)
 
 
 def test_a_download_from_the_cpu_needs_no_copy():

