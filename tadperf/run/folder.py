@@ -143,7 +143,8 @@ class Run:
 
         def report(stage: str, done: int, total: int, **values: object) -> None:
             progress(stage, done, total, **values)
-            self._save_time()
+            with contextlib.suppress(OSError):  # a full disk: the next checkpoint says so, a progress line ends no run
+                self._save_time()
 
         return report
 

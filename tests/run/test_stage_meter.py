@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tadperf.config.merge import merge
@@ -72,3 +74,20 @@ def test_a_killed_stage_keeps_its_saved_time(tmp_path, monkeypatch):
         time.sleep(0.02)
         run.log("matching", 1)
         assert json.loads((run.path / "stages.json").read_text())["matching"]["seconds"] >= 0.02
+
+
+def test_a_full_disk_does_not_end_a_run_at_a_progress_line(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    calls = []
+    with Run.create(tmp_path / "run", CONFIG) as run:
+        report = run.saving_time(lambda *values, **_: calls.append(values))
+        with run.stage("matching"), monkeypatch.context() as patch:
+            patch.setattr(folder, "SAVE_STAGES_EVERY", 0.0)
+            patch.setattr(folder, "write_json", fail)
+            time.sleep(0.01)
+            report("matching", 1, 2)
+            with pytest.raises(OSError, match="No space"):  # the records of a run are kept or it ends
+                run.log("matching", 1)
+    assert calls == [("matching", 1, 2)]
