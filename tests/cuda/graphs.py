@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import costs
 import torch
 from counters import LAUNCH, RECORD, REPLAY, RecordedGraph, counters, line_of_tadperf
 from torch import Tensor
@@ -36,6 +37,7 @@ class Graph:
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.own: set[int] = set()  # memory that the graph itself made
         self.finished = False
+        self.costs = costs.Costs()
 
     def keep(self, tensors: list[Tensor]) -> None:
         """Keeps the values of memory that the next operator overwrites."""
@@ -54,6 +56,7 @@ class Graph:
     def replay(self) -> None:
         assert self.finished, "a graph is replayed before it is recorded"
         counters.add(REPLAY, "graph")
+        costs.total.add(self.costs)
         with _disable_current_modes(), torch.no_grad():
             for node in self.nodes:
                 result = node.function(*node.args, **node.kwargs)

@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+import costs
 import torch
 from counters import LAUNCH, counters
 from graphs import Graph
@@ -137,10 +138,13 @@ def _with_values(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         outside = _launches_inside == 0
         if not outside or not any(isinstance(leaf, Twin) for leaf in leaves((args, kwargs))):
             return launcher(*args, **kwargs)
+        before = counters.counts[LAUNCH]
         result = _run_launcher(launcher, args, kwargs)
         filled = FILLED[name](args, result) if name in FILLED else result
         targets = [unwrap(tensor) for tensor in tensors_of(filled)]
         compute, values = _cpu_form(name), unwrap((args, kwargs))
+        if costs.counting:
+            costs.launcher(values, targets, counters.counts[LAUNCH] - before, Graph.recording)
 
         def fill() -> None:
             with _disable_current_modes(), torch.no_grad():

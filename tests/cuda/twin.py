@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import costs
 import torch
 from counters import ASYNC, LAUNCH, TO_DEVICE, TO_HOST, WAIT, counters
 from graphs import Graph, refuse_while_recording
@@ -138,6 +139,8 @@ def run_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     result = func(*values, **options)
     if launches:
         counters.add(LAUNCH, name)
+        if costs.counting:
+            costs.operator(func, values, options, result, graph)
     if graph is not None and (launches or moved or "empty" in name):
         graph.add(func, values, options, result)
     if name == "copy_":

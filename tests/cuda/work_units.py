@@ -49,7 +49,7 @@ def fit(labels: torch.Tensor, rho: float = 0.0) -> Callable[[int], None]:
 
 
 def proxies(epochs: int) -> None:
-    names = tuple("abcd")
+    names = tuple(map(str, range(CLASSES)))
     problem = Problem(IMAGES.to(DEVICE), LABELS, names, NET, AUGMENT, 0, DEVICE)
     config = TrustConfig.model_validate({"proxies": 1, "epochs": epochs, "batch": BATCH})
     train_proxies(problem, as_given(LABELS, names).view(), config, silent)
