@@ -1,39 +1,100 @@
 """Out-of-fold class probabilities from features: a ridge probe, the labels of neighbours, and a pool of several models.
 
-No sample's own label is part of its probabilities, so they can be compared with that label.
+No sample's own label is part of its probabilities, so they can be compared with that label. Features are read in
+blocks, so they may be memory-mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf import seeds
+from tadperf.progress import Progress, silent
 from tadperf.trust.neighbours import affinity, neighbour_labels
 
 FOLDS = 5
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the ridge, as a share of the mean eigenvalue; not tuned
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)  # scores are multiplied by this before the softmax; not tuned
+SELECTION_SIZE = 2**14  # samples that choose penalty and scale; not tuned
+MAX_FEATURES = 4096  # wider features are projected to this width, because the ridge needs D x D numbers; not tuned
+BLOCK = 2**22  # numbers in a block: 16 MB in float32; not tuned
 POOL_STEPS = 50
-MIN_STD = 1e-6
+MIN_STD = 1e-6  # as a share of the mean: a feature that varies less is constant
 
 
-def pool_features(features: Tensor, labels: Tensor, num_classes: int, model: Tensor | None = None) -> Tensor:
+class Standardised:
+    """Features [N, D] of any float type, centred and divided by their standard deviation when rows are read.
+
+    Constant features become 0. If D exceeds MAX_FEATURES, a random projection with a fixed seed comes first.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self.features, width = features, features.shape[1]
+        self.projection = None
+        if width > MAX_FEATURES:
+            shape, generator = (width, MAX_FEATURES), seeds.generator(0, "projection")
+            self.projection = torch.randn(shape, generator=generator) / MAX_FEATURES**0.5
+        self.width, count = min(width, MAX_FEATURES), len(features)
+        total = torch.zeros(self.width, dtype=torch.float64)
+        for rows in self.blocks():
+            total += self._raw(rows).sum(0, dtype=torch.float64)
+        self.mean = total / count
+        squares = torch.zeros_like(total)
+        for rows in self.blocks():
+            squares += (self._raw(rows) - self.mean).square_().sum(0)
+        std = (squares / count).sqrt()
+        self.inverse_std = torch.where(std > MIN_STD * self.mean.abs(), 1 / std, 0.0).nan_to_num(0, 0, 0).float()
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Returns rows as float32."""
+        return self.centred(rows) * self.inverse_std
+
+    def centred(self, rows: slice | Tensor) -> Tensor:
+        """Returns rows as float32, centred only."""
+        return (self._raw(rows) - self.mean).float()
+
+    def blocks(self) -> list[slice]:
+        step = max(1, BLOCK // self.features.shape[1])
+        return [slice(start, start + step) for start in range(0, len(self), step)]
+
+    def matrix(self, standardise: bool) -> Tensor:
+        """Returns all rows, float32 [N, D]."""
+        result = torch.empty(len(self), self.width)
+        for rows in self.blocks():
+            result[rows] = self[rows] if standardise else self.centred(rows)
+        return result
+
+    def _raw(self, rows: slice | Tensor) -> Tensor:
+        x = self.features[rows]
+        return x.double() if self.projection is None else (x.float() @ self.projection).double()
+
+
+def pool_features(
+    features: Tensor, labels: Tensor, num_classes: int, model: Tensor | None = None, progress: Progress = silent
+) -> Tensor:
     """Returns out-of-fold probabilities [N, C] from features, and from a model's probabilities if they are given.
 
-    features: finite floats [N, D]. labels: int64 [N], as given. model: [N, C] from a model that has not seen the
-    labels. Sources are the ridge probe and the neighbours at every reach, by centred and by standardised features. The
-    result is the mean of all sources, with the weights that predict the given labels best. The folds have a fixed seed.
+    features: finite floats [N, D] on the CPU. labels: int64 [N], as given. model: [N, C] from a model that has not
+    seen the labels. Sources are the ridge probe and the neighbours at every reach, by centred and by standardised
+    features. The result is the mean of all sources, with the weights that predict the given labels best. The folds
+    have a fixed seed. progress: called as stage "features".
     """
-    centred = features - features.mean(0)
-    z = centred / features.std(0, correction=0).clamp(min=MIN_STD)
+    progress("features", 0, 3)
+    z = Standardised(features)
     sources = [ridge_probabilities(z, labels, num_classes)]
-    for values in (centred, z):
-        sources += neighbour_probabilities(values, labels, num_classes)
-    return pool(sources if model is None else [model, *sources], labels)
+    progress("features", 1, 3)
+    for step, standardise in ((2, False), (3, True)):
+        sources += neighbour_probabilities(z.matrix(standardise), labels, num_classes)
+        progress("features", step, 3)
+    return pool(sources if model is None else [model.float(), *sources], labels)
 
 
 def pool(sources: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -47,41 +108,94 @@ def pool(sources: Sequence[Tensor], labels: Tensor) -> Tensor:
     mean = torch.zeros_like(sources[0])
     for p, w in zip(sources, weight.tolist(), strict=True):
         mean.add_(p, alpha=w)
-    return mean / mean.sum(1, keepdim=True)
+    return mean.div_(mean.sum(1, keepdim=True))
 
 
-def ridge_probabilities(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+class Probe(NamedTuple):
+    """Ridge regression for every penalty: scores are (z - mean) @ weights[penalty] + share.
+
+    mean [D], weights [penalties, D, C], share [C]; float32.
+    """
+
+    mean: Tensor
+    weights: Tensor
+    share: Tensor
+
+
+def ridge_probabilities(z: Standardised, labels: Tensor, num_classes: int) -> Tensor:
     """Returns out-of-fold probabilities [N, C] of ridge regression on one-hot labels, solved in closed form.
 
-    z: standardised floats [N, D]. The likelihood of the given labels chooses the penalty and the scale of the scores.
+    The likelihood of the given labels chooses the penalty and the scale of the scores. Needs F (folds) matrices [D, D]
+    in float64 and F x penalties matrices [D, C] in float32 beside the result.
     """
-    z, targets = z.double(), F.one_hot(labels, num_classes).double()
     fold = torch.randperm(len(z), generator=seeds.generator(0, "folds")) % min(FOLDS, len(z))
-    scores = z.new_empty(len(PENALTIES), len(z), num_classes)
-    for held_out in fold.unique():
-        train, test = fold != held_out, fold == held_out
-        mean, share = z[train].mean(0), targets[train].mean(0)
-        x = z[train] - mean
-        values, vectors = torch.linalg.eigh(x.T @ x)
-        values = values.clamp(min=0)
-        right = vectors.T @ (x.T @ (targets[train] - share))
-        left = (z[test] - mean) @ vectors
-        for number, penalty in enumerate(PENALTIES):
-            shrunk = right / (values + penalty * values.mean().clamp(min=1e-12)).unsqueeze(1)
-            scores[number, test] = left @ shrunk + share
-    column = labels.unsqueeze(1)
-    candidates = (
-        (float((scale * s).log_softmax(1).gather(1, column).mean()), number, scale)
-        for number, s in enumerate(scores)
-        for scale in SCALES
-    )
-    _, number, scale = max(candidates)
-    return (scale * scores[number]).softmax(1).float()
+    probes = _fit_probes(z, labels, fold, num_classes)
+    number, scale = _choose(z, labels, fold, probes)
+    result = torch.empty(len(z), num_classes)
+    for rows in z.blocks():
+        x, block_fold = z[rows], fold[rows]
+        for f, probe in enumerate(probes):
+            inside = block_fold == f
+            scores = (x[inside] - probe.mean) @ probe.weights[number] + probe.share
+            result[rows][inside] = (scale * scores).softmax(1)
+    return result
+
+
+def _fit_probes(z: Standardised, labels: Tensor, fold: Tensor, num_classes: int) -> list[Probe]:
+    """Fits a probe for each fold on the samples of the other folds, in one pass over the features."""
+    folds, width = int(fold.max()) + 1, z.width
+    gram = torch.zeros(folds, width, width, dtype=torch.float64)
+    sums = torch.zeros(folds, num_classes, width, dtype=torch.float64)  # of the features, by fold and label
+    for rows in z.blocks():
+        x, block_labels = z[rows], labels[rows]
+        for f in range(folds):
+            inside = fold[rows] == f
+            part = x[inside]
+            gram[f] += part.T @ part
+            sums[f].index_add_(0, block_labels[inside], part.double())
+    counts = torch.stack([labels[fold == f].bincount(minlength=num_classes) for f in range(folds)]).double()
+    all_gram, all_sums, all_counts = gram.sum(0), sums.sum(0), counts.sum(0)
+    return [_solve(all_gram - gram[f], all_sums - sums[f], all_counts - counts[f]) for f in range(folds)]
+
+
+def _solve(gram: Tensor, sums: Tensor, counts: Tensor) -> Probe:
+    """Returns the probe of training samples. gram: z^T z [D, D]. sums [C, D] and counts [C]: of each label."""
+    count = counts.sum()
+    mean = sums.sum(0) / count
+    covariance = gram - count * torch.outer(mean, mean)
+    right = sums.T - torch.outer(mean, counts)
+    eigenvalue = covariance.diagonal().mean().clamp(min=1e-12)
+    weights = []
+    for penalty in PENALTIES:
+        shifted = covariance.clone()
+        shifted.diagonal().add_(penalty * eigenvalue)
+        weights.append(torch.cholesky_solve(right, torch.linalg.cholesky(shifted)).float())
+    return Probe(mean.float(), torch.stack(weights), (counts / count).float())
+
+
+def _choose(z: Standardised, labels: Tensor, fold: Tensor, probes: Sequence[Probe]) -> tuple[int, float]:
+    """Returns the index of the penalty, and the scale, under which the given labels are likeliest."""
+    chosen = torch.randperm(len(z), generator=seeds.generator(0, "ridge"))[:SELECTION_SIZE].sort().values
+    likelihood = torch.zeros(len(PENALTIES), len(SCALES), dtype=torch.float64)
+    step = max(1, BLOCK // max(z.features.shape[1], probes[0].weights.shape[2]))
+    for f, probe in enumerate(probes):
+        for rows in chosen[fold[chosen] == f].split(step):
+            x, column = z[rows] - probe.mean, labels[rows].unsqueeze(1)
+            for number, weights in enumerate(probe.weights):
+                scores = x @ weights + probe.share
+                for k, scale in enumerate(SCALES):
+                    likelihood[number, k] += (scale * scores).log_softmax(1).gather(1, column).double().sum()
+    candidates = [
+        (float(likelihood[number, k]), number, scale)
+        for number in range(len(PENALTIES))
+        for k, scale in enumerate(SCALES)
+    ]
+    return max(candidates)[1:]
 
 
 def neighbour_probabilities(z: Tensor, labels: Tensor, num_classes: int) -> Iterator[Tensor]:
     """Yields for each reach the label shares [N, C] that every sample sees in its neighbours of the other folds."""
     share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
-    for _, votes in neighbour_labels(affinity(z.float()), labels, num_classes, 0):
+    for _, votes in neighbour_labels(affinity(z), labels, num_classes, 0):
         p = votes / votes.sum(1, keepdim=True).clamp(min=1e-12) + 0.01 * share  # for samples without neighbours
         yield p / p.sum(1, keepdim=True)
