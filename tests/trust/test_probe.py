@@ -68,7 +68,7 @@ def test_features_of_other_types_give_the_same(dtype, tolerance):
 
 
 def test_a_constant_feature_with_a_large_mean_changes_nothing():
-    x, labels = clusters()
+    x, _ = clusters()
     constant = torch.cat([x, torch.full((len(x), 1), 1000.1)], 1)
     torch.testing.assert_close(Standardised(constant).matrix(True)[:, :-1], Standardised(x).matrix(True))
     assert not Standardised(constant).matrix(True)[:, -1].any()
