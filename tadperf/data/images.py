@@ -79,6 +79,14 @@ def normalise_images(normaliser: Normaliser, images: Tensor, device: torch.devic
     return normalised
 
 
+def device_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """Returns uint8 images on a CUDA device if they should be kept there, else as they are.
+
+    Fitting and applying a normaliser then share one upload.
+    """
+    return images.to(device) if _fits(images, device) else images
+
+
 def _fits(pixels: Tensor, device: torch.device) -> bool:
     """Returns whether uint8 pixels should be kept on a CUDA device."""
     return device.type == "cuda" and pixels.numel() <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from tadperf.data.images import Images, ImageSubset, normalise_images
+from tadperf.data.images import Images, ImageSubset, device_pixels, normalise_images
 from tadperf.data.normalise import Normaliser, fit_normaliser
 from tadperf.data.pick import hold_out
 from tadperf.errors import UserError
@@ -29,10 +29,11 @@ class NormalisedData:
 
 def normalise_data(task: Task) -> NormalisedData:
     """Normalises the images. The statistics come from the training split alone."""
-    normaliser = fit_normaliser(task.train.images, task.config.data.normalise)
-    normalise = partial(normalise_images, normaliser, device=task.device)
+    pixels = device_pixels(task.train.images, task.device)
+    normaliser = fit_normaliser(pixels, task.config.data.normalise, task.device)
+    normalise = partial(normalise_images, normaliser.to(task.device), device=task.device)
     return NormalisedData(
-        normaliser, normalise(task.train.images), task.train.labels, normalise(task.test.images), task.test.labels
+        normaliser, normalise(pixels), task.train.labels, normalise(task.test.images), task.test.labels
     )
 
 

@@ -7,7 +7,7 @@ from tadperf.compute.torch_settings import torch_settings
 from tadperf.config import Config
 from tadperf.config.merge import merge
 from tadperf.data.dataset import Dataset
-from tadperf.data.images import normalise_images
+from tadperf.data.images import device_pixels, normalise_images
 from tadperf.data.normalise import fit_normaliser
 from tadperf.nets.problem import Problem
 from tadperf.progress import Progress, silent
@@ -26,7 +26,8 @@ def audit(dataset: Dataset, config: Config | None = None, progress: Progress = s
         config = merge(options={"data.path": dataset.source.get("path", dataset.name)})
     device = resolve_device(config.device)
     with torch_settings(tf32=config.tf32):
-        images = normalise_images(fit_normaliser(dataset.images, config.data.normalise), dataset.images, device)
+        pixels = device_pixels(dataset.images, device)
+        images = normalise_images(fit_normaliser(pixels, config.data.normalise, device), pixels, device)
         names, augment = dataset.class_names, config.data.augment
         problem = Problem(images, dataset.labels, names, config.net, augment, config.seed, device)
         return dual_loop(problem, config.trust.model_copy(update={"mode": "on"}), progress=progress).state
