@@ -24,7 +24,7 @@ Out = Annotated[
 
 
 @command(
-    "DATA --labels --seed --device --devices --image-size --format --preset --config --set out --noise "
+    "DATA --labels --seed --device --devices --image-size --skip-broken --format --preset --config --set out --noise "
     "--json --quiet --debug"
 )
 def audit(options: SharedOptions, out: Out = None) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "DATA --noise --labels --trust --seed --device --devices --method --image-size --format "
+    "DATA --noise --labels --trust --seed --device --devices --method --image-size --skip-broken --format "
     "--preset --config --set --out --resume --json --quiet --debug"
 )
 def experts(options: SharedOptions) -> None:

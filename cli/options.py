@@ -111,7 +111,7 @@ def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedO
     given = {
         option: str(value.resolve()) if isinstance(value, Path) else value  # a resumed run may start in another folder
         for option, value in by_option.items()
-        if option.field and value is not None and value != []
+        if option.field and value not in (None, [], False)
     }
     invocation.debug = bool(values.get("debug", False))
     invocation.typed = {option.field: option.name for option in given}

@@ -27,7 +27,7 @@ Evaluate = Annotated[bool, typer.Option("--evaluate", help="Also train networks 
 
 @command(
     "run_or_data --ipc --noise --labels --seed --device --devices --trust --batch --backend evaluate --image-size "
-    "--format --preset --config --set --out --resume --json --quiet --debug"
+    "--skip-broken --format --preset --config --set --out --resume --json --quiet --debug"
 )
 def refine(options: SharedOptions, run_or_data: RunOrData = None, evaluate: Evaluate = False) -> None:
     """Generate or refine images: a diffusion model replaces those that a detector rejects.

@@ -25,7 +25,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the sweep in th
 
 
 @command(
-    "axes --data --noise --labels --trust --seed --device --synthesis --image-size --format "
+    "axes --data --noise --labels --trust --seed --device --synthesis --image-size --skip-broken --format "
     "--preset --config --set out resume --json --quiet --debug"
 )
 def sweep(options: SharedOptions, axes: Axes = None, out: Out = None, resume: Resume = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from tadperf.config import NetConfig
 from tadperf.data import augment
 from tadperf.data.convert import as_tensor
 from tadperf.data.dataset import Dataset, describe_tensor
+from tadperf.data.layout import ReadOptions
 from tadperf.data.normalise import Normaliser
-from tadperf.data.open import open_data
+from tadperf.data.open import open_test_split
 from tadperf.errors import UserError
 from tadperf.files import load_tensors, save_tensors, to_json_value
 from tadperf.nets.students import Examples, train_student
@@ -188,12 +189,16 @@ class DistilledSet:
         Raises UserError if there is no test split, or if its shape or the order of its classes does not fit the set.
         """
         source = self.data.get("source", {})
-        format = source.get("format") if path is None else None
+        own_data = path is None
+        format = source.get("format") if own_data else None
         path = source.get("path", self.data.get("name")) if path is None else path
         if path is None:
             raise UserError("test", path, "the set does not name its data; give the path of a test set")
-        columns = {name: source.get(name) for name in ("image_size", "image_column", "label_column")}
-        test = open_data(path, format=format, need_train=False, progress=progress, **columns).test
+        known = {field.name for field in fields(ReadOptions)} - {"format", "progress"}
+        # The labels and the share of a made test split belong to the distilled data only.
+        known -= set() if own_data and "test_share" in source else {"labels", "test_share"}
+        options = {name: value for name, value in source.items() if name in known}
+        test = open_test_split(path, ReadOptions(format=format, progress=progress, **options))
         if test is None:
             raise UserError("test", path, "has no test split; choose a data set with one")
         return self._check_test(test)

@@ -37,11 +37,15 @@ class DataConfig(Section):
         default=None, ge=1, description="resize every image: shorter side to N pixels, then centre crop to N x N"
     )
     image_column: str | None = Field(
-        default=None, description="parquet column of the images; by default it is detected"
+        default=None, description="column of the images in a table or parquet; by default it is detected"
     )
     label_column: str | None = Field(
-        default=None, description="parquet column of the labels; by default it is detected"
+        default=None, description="column of the labels in a table or parquet; by default it is detected"
     )
+    image_root: str | None = Field(
+        default=None, description="folder that holds the images of a table; by default the folder of the table"
+    )
+    skip_broken: bool = Field(default=False, description="leave out images that cannot be decoded, and list them")
     labels: str | None = Field(
         default=None, description="file of labels to replace the given ones: CSV, JSON, .npy, CIFAR-N .pt (file.pt:key)"
     )
@@ -86,6 +90,15 @@ class TrustConfig(Section):
     )
     held_out: bool = Field(default=True, description="score each sample with the proxy that was not trained on it")
     memory: bool = Field(default=True, description="score each sample by its mean loss over all rounds so far")
+    features: str | None = Field(
+        default=None, description="file of features [N, D] of the training samples: .npy, .npz, .pt, .safetensors"
+    )
+    probs: str | None = Field(
+        default=None, description="file of class probabilities [N, C] from models that have not seen the sample's label"
+    )
+    encoder: str | None = Field(
+        default=None, description="folder of a transformers or timm image model that computes features of the images"
+    )
 
 
 class NetConfig(Section):

@@ -7,14 +7,13 @@ from tadperf.data.images import LazyImages, normalise_images
 from tadperf.data.labels import replace_labels
 from tadperf.data.noise import add_noise, parse_noise
 from tadperf.data.normalise import Normaliser, fit_normaliser
-from tadperf.data.open import Splits, TestOnly, open_data
+from tadperf.data.open import Splits, open_data
 
 __all__ = [
     "Dataset",
     "LazyImages",
     "Normaliser",
     "Splits",
-    "TestOnly",
     "add_noise",
     "fit_normaliser",
     "normalise_images",

@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tadperf.errors import UserError
+
+
+class BrokenImage(NamedTuple):
+    """An image that cannot be decoded: its row in the split, its name, and the reason."""
+
+    row: int
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,9 @@ class Dataset:
     clean_labels: int64 [N] if the true labels are known. Only measurements and oracle mode may read them.
     file_names: for sets of files, the path of each image relative to the folder that was opened.
     source: what `open_data` needs to open the set again, as JSON values.
+    broken: the images that could not be decoded and are left out; their rows count all images of the split.
+    rows: int64 [N], the row of each sample in the split as it was opened, if samples are left out; else None. opened: the
+    number of samples in that split.
     Raises UserError if a tensor has another type or shape, if there is no image, or if a label is out of range.
     """
 
@@ -32,6 +43,9 @@ class Dataset:
     clean_labels: Tensor | None = None
     source: dict[str, Any] = field(default_factory=dict)
     file_names: tuple[str, ...] | None = None
+    broken: tuple[BrokenImage, ...] = ()
+    rows: Tensor | None = None
+    opened: int = 0
 
     def __post_init__(self) -> None:
         if (self.images.dtype, self.images.ndim) != (torch.uint8, 4):
@@ -48,6 +62,12 @@ class Dataset:
             bad = low if low < 0 else high
             remedy = f"must be in 0..{self.num_classes - 1}: {self.name} has {self.num_classes} classes"
             raise UserError("label", bad, remedy)
+        if not self.opened:
+            object.__setattr__(self, "opened", len(self) + len(self.broken))
+        if self.broken and self.rows is None:
+            mask = torch.ones(self.opened, dtype=torch.bool)
+            mask[[image.row for image in self.broken]] = False
+            object.__setattr__(self, "rows", mask.nonzero()[:, 0])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,7 +97,8 @@ class Dataset:
         clean = None if self.clean_labels is None else self.clean_labels[index]
         names = None if self.file_names is None else tuple(self.file_names[i] for i in index.tolist())
         images, labels = self.images[index], self.labels[index]
-        return replace(self, images=images, labels=labels, clean_labels=clean, file_names=names)
+        rows = index if self.rows is None else self.rows[index]
+        return replace(self, images=images, labels=labels, clean_labels=clean, file_names=names, rows=rows)
 
     def with_labels(self, labels: Tensor, clean_labels: Tensor | None) -> Dataset:
         """Returns the same images with other given labels."""

@@ -20,7 +20,9 @@ import numpy as np
 from torch import Tensor
 
 from tadperf.data import mapped
+from tadperf.data.dataset import BrokenImage
 from tadperf.data.deep_images import colour_channels, read_words, words_to_image
+from tadperf.data.image_formats import FORMATS
 from tadperf.data.parsing import is_lfs_pointer, reason
 from tadperf.data.pixels import channels_first, fit_square
 from tadperf.errors import DataWarning, UserError, warn_user
@@ -28,78 +30,12 @@ from tadperf.progress import Progress, silent
 
 CHUNK = 1024  # encoded images in memory at a time; not tuned
 BLOCK = 32  # images that a thread decodes in one task: on images of 32 x 32 a third faster than one by one
-NAMED = 20  # an error names at most this many broken images
+NAMED = 5  # an error names at most this many broken images
 MAX_PIXELS = 178_956_970  # Pillow's own limit; an RGB image of this size takes 0.7 GB
 # A damaged or hostile header can declare a huge image in a few bytes. Real images stay below these limits: a 1-bit PNG
 # of one colour has 8240 pixels per byte.
 FREE_PIXELS, MAX_PIXELS_PER_BYTE = 10_000_000, 10_000
 GROUND = 128  # grey level behind transparent pixels: drawings in black and in white stay visible on it
-
-# The suffixes and formats that are read. Pillow reads more, but some of them start other programs (EPS, PDF) or are not
-# images (HDF5, MPEG).
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".apng",
-    ".bmp",
-    ".dib",
-    ".webp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".avifs",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".pfm",
-    ".tga",
-    ".jp2",
-    ".j2k",
-    ".jpf",
-    ".jpx",
-    ".j2c",
-    ".jpc",
-    ".qoi",
-    ".pcx",
-    ".dds",
-    ".sgi",
-    ".rgb",
-    ".rgba",
-    ".bw",
-    ".ico",
-    ".icns",
-    ".xbm",
-    ".xpm",
-    ".msp",
-)
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "BMP",
-    "DIB",
-    "WEBP",
-    "GIF",
-    "TIFF",
-    "AVIF",
-    "PPM",
-    "TGA",
-    "JPEG2000",
-    "QOI",
-    "PCX",
-    "DDS",
-    "SGI",
-    "ICO",
-    "ICNS",
-    "XBM",
-    "XPM",
-    "MSP",
-)
 
 DEEP_MODES = ("I", "F")  # the first letter of Pillow's modes with more than 8 bits in one channel: I;16, I;16B, I, F
 
@@ -109,6 +45,24 @@ class Encoded(NamedTuple):
 
     name: str
     data: bytes | Path
+
+
+class BrokenImagesError(UserError):
+    """Some images of a split cannot be decoded; `broken` lists all of them. large: the split would be mapped."""
+
+    def __init__(self, broken: Sequence[BrokenImage], large: bool = False) -> None:
+        self.broken, self.large = tuple(broken), large
+        if len(broken) == 1:
+            remedy = f"cannot be decoded ({broken[0].reason}); repair or remove it, or leave it out with --skip-broken"
+            super().__init__("data", broken[0].name, remedy)
+            return
+        names = ", ".join(f"{image.name} ({image.reason})" for image in broken[:NAMED])
+        more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        remedy = f"cannot be decoded: {names}{more}; repair or remove them, or leave them out with --skip-broken"
+        super().__init__("data", f"{len(broken)} images", remedy)
+
+    def __reduce__(self) -> tuple[type[BrokenImagesError], tuple[Sequence[BrokenImage], bool]]:
+        return type(self), (self.broken, self.large)
 
 
 class BitDepth:
@@ -149,23 +103,24 @@ def decode(
     image_size: resizes each image, shorter side to this size, then centre crop.
     files: the files that the images come from. The mapped file of a large set is named after them (`mapped`).
     Transparent pixels show mid grey. Images with more than 8 bits per channel are scaled by one value for the set.
-    Raises UserError on images that cannot be decoded (all of them in one message), and on images
-    of two sizes if no `image_size` is given.
+    Raises BrokenImagesError if images cannot be decoded, after it has tried all of them, and UserError on images of two
+    sizes if no `image_size` is given.
     """
     name = mapped.cache_name(files, "decoded", image_size, count)
     if (cached := mapped.cached_images(name)) is not None:
         return cached
     with _pillow_warnings():
         arrays = _decoded(images, image_size, depth)
-        broken: list[tuple[str, str]] = []
-        first = next(_decoded_only(arrays, broken), None)
+        broken: list[BrokenImage] = []
+        decoded = _decoded_only(arrays, broken)
+        first = next(decoded, None)
         if first is None:
-            raise _broken_images(broken)
+            raise BrokenImagesError(broken)
         size = first[1].shape[-2:]
 
         def fill(pixels: np.ndarray) -> int:
             colour, equal = False, True
-            for done, (image, array) in enumerate(chain([first], _decoded_only(arrays, broken))):
+            for done, (image, array) in enumerate(chain([first], decoded)):
                 if array.shape[-2:] != size:
                     sizes = f"{_size(first[1])} ({first[0]}) and {_size(array)}"
                     raise UserError("data", image, f"images of two sizes, {sizes}; give --image-size to resize them")
@@ -175,7 +130,7 @@ def decode(
                 if done % CHUNK == 0 or done + 1 == count:
                     progress("decode", done + 1, count)
             if broken:
-                raise _broken_images(broken)
+                raise BrokenImagesError(broken, mapped.is_large(pixels.shape))
             if equal and count > 1:
                 warn_user(f"data: {first[0]}: all {count} images are equal; check that the files are the right ones")
             return 3 if colour else 1
@@ -200,22 +155,14 @@ def _decoded(
 
 
 def _decoded_only(
-    arrays: Iterator[tuple[str, np.ndarray | str]], broken: list[tuple[str, str]]
+    arrays: Iterator[tuple[str, np.ndarray | str]], broken: list[BrokenImage]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the images that could be decoded, and appends the others to `broken`."""
-    for name, array in arrays:
+    for row, (name, array) in enumerate(arrays):
         if isinstance(array, str):
-            broken.append((name, array))
+            broken.append(BrokenImage(row, name, array))
         else:
             yield name, array
-
-
-def _broken_images(broken: list[tuple[str, str]]) -> UserError:
-    if len(broken) == 1:
-        return UserError("data", broken[0][0], f"cannot be decoded ({broken[0][1]}); repair or remove it")
-    names = ", ".join(f"{name} ({why})" for name, why in broken[:NAMED])
-    more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    return UserError("data", f"{len(broken)} files", f"cannot be decoded: {names}{more}; repair or remove them")
 
 
 def _decode_one(data: bytes | Path, image_size: int | None, depth: BitDepth) -> np.ndarray | str:

@@ -31,7 +31,9 @@ CLEAN = ("clean_label", "clean_labels", "true_label")
 FILES = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "image_path", "img", "name")
 INDICES = ("index", "idx", "")  # pandas writes its index without a name
 IDS = ("id", "image_id", "sample_id")  # a file name or an index, by its values
-AUDIT = ("verdict", "score", "given_label", "suggested_label", "reliability", "round")  # columns that tadperf writes
+# Columns that tadperf writes and that hold no label to read.
+AUDIT = ("verdict", "score", "given_label", "suggested_label", "reliability", "round")
+AUDIT += ("given_number", "suggested_number", "label_number")
 SEPARATORS = (",", ";", "\t")
 SNIFFED_ROWS = 20  # lines that decide on the separator; not tuned
 
@@ -69,7 +71,8 @@ def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list
     return [columns[label][k] for k in order], None if clean is None else [clean[k] for k in order], named
 
 
-def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
+def read_rows(path: Path, spec: str) -> tuple[list[int], list[list[str]]]:
+    """Returns the rows of a CSV file that are not empty, and the lines on which they end. spec: named in errors."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
         separator = _separator(text)
@@ -83,6 +86,11 @@ def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
         raise UserError(FIELD, spec, "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     if not rows:
         raise UserError(FIELD, spec, "is empty")
+    return lines, rows
+
+
+def _parse(path: Path, spec: str, dataset: Dataset) -> Table:
+    lines, rows = read_rows(path, spec)
     header = [cell.strip().lower() for cell in rows[0]]
     has_header = _is_header(header, rows, dataset)
     if not has_header and len(header) > 1:
@@ -174,24 +182,28 @@ def _rows_by_index(values: list[str], column: str, spec: str) -> list[int]:
 def _rows_by_file(table: Table, column: str, spec: str, dataset: Dataset) -> list[int]:
     """Returns the row of each sample from a column of file names.
 
-    A name is a path or the end of a path, with or without suffix. It must match exactly one file.
+    A name is a path or the end of a path, with or without suffix. It must match exactly one file. Rows of
+    broken images, which are left out of the set, are ignored.
     """
     if dataset.file_names is None:
         remedy = f"column {column!r} names files, but {dataset.name} has no file names; use a column index"
         raise UserError(FIELD, spec, remedy)
     values, lines = table.columns[column], table.lines
     names = [PurePosixPath(nfc(value.replace("\\", "/"))) for value in values]
-    whole = {name: i for i, name in enumerate(dataset.file_names)}
+    images = (*dataset.file_names, *(image.name for image in dataset.broken))
+    whole = {name: i for i, name in enumerate(images)}
     row: dict[int, int] = {}
     tables: dict[tuple[int, bool], dict[str, list[int]]] = {}
     for k, name in enumerate(names):
         parts = [part for part in name.parts if part not in ("/", ".")]
         exact = whole.get(nfc(values[k]))
-        samples = _samples_of(parts, dataset.file_names, tables) if exact is None else [exact]
+        samples = _samples_of(parts, images, tables) if exact is None else [exact]
         if len(samples) != 1:
-            files = [dataset.file_names[i] for i in samples[:2]]
+            files = [images[i] for i in samples[:2]]
             problem = f"could be {' or '.join(files)}; write the folder too" if samples else "is no training image"
             raise UserError(FIELD, spec, f"line {lines[k]}: file {values[k]!r} {problem}")
+        if samples[0] >= len(dataset):
+            continue  # a broken image, which is left out
         if samples[0] in row:
             pair = f"lines {lines[row[samples[0]]]} and {lines[k]}"
             raise UserError(FIELD, spec, f"{pair} name the same file {values[k]!r}")

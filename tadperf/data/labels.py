@@ -52,13 +52,10 @@ def replace_labels(dataset: Dataset, spec: str) -> Dataset:
     the rows. If the set has none and the file does not name the samples, they must agree with the old labels, which may
     be wrong in part, more often than by chance.
     """
-    path, key = _split_key(spec)
-    if not path.is_file():
-        raise UserError(FIELD, spec, f"no such file; name a file that ends in {', '.join(SUFFIXES)}")
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(FIELD, spec, f"must end in {', '.join(SUFFIXES)} (file.pt:key)")
-    dataset, given = _leave_out_unlabelled(dataset, _read(path, suffix, key, spec, dataset), spec)
+    path, suffix, key = locate_labels(spec)
+    dataset, given = _leave_out_unlabelled(
+        dataset, _without_broken(_read(path, suffix, key, spec, dataset), dataset), spec
+    )
     labels = _class_numbers(given.labels, dataset, "labels", spec)
     clean = dataset.clean_labels
     if given.clean is not None:
@@ -71,6 +68,24 @@ def replace_labels(dataset: Dataset, spec: str) -> Dataset:
     return replace(dataset, labels=labels, clean_labels=clean, source={**dataset.source, "labels": resolved})
 
 
+def locate_labels(spec: str) -> tuple[Path, str, str | None]:
+    """Returns the path, the ending and the key of `file.pt:key` or `file.csv`. Raises UserError for any other file."""
+    path, key = _split_key(spec)
+    if not path.is_file():
+        raise UserError(FIELD, spec, f"no such file; name a file that ends in {', '.join(SUFFIXES)}")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(FIELD, spec, f"must end in {', '.join(SUFFIXES)} (file.pt:key)")
+    return path, suffix, key
+
+
+def read_label_array(path: Path, suffix: str, key: str | None, spec: str) -> GivenLabels:
+    """Reads a JSON, .npy or .pt file of labels."""
+    if suffix == ".json":
+        return _read_json(path, spec)
+    return _read_npy(path, spec) if suffix == ".npy" else _read_pt(path, key, spec)
+
+
 def require_every_class(dataset: Dataset, field: str, value: object) -> Dataset:
     """Returns the set. Raises UserError, which names the class, if a class has no sample: it could not be distilled."""
     counts = dataset.labels.bincount(minlength=dataset.num_classes).tolist()
@@ -79,6 +94,17 @@ def require_every_class(dataset: Dataset, field: str, value: object) -> Dataset:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise UserError(field, value, f"class {empty[0]!r}{more} has no training sample; add some or drop the class")
     return dataset
+
+
+def _without_broken(given: GivenLabels, dataset: Dataset) -> GivenLabels:
+    """Leaves out the labels of broken images, if there is a label for every image of the split."""
+    count = len(dataset) + len(dataset.broken)
+    if not dataset.broken or np.shape(given.labels)[:1] != (count,):
+        return given
+    rows = {image.row for image in dataset.broken}
+    kept = [row for row in range(count) if row not in rows]
+    clean = None if given.clean is None else [given.clean[row] for row in kept]
+    return given._replace(labels=[given.labels[row] for row in kept], clean=clean)
 
 
 def _leave_out_unlabelled(dataset: Dataset, given: GivenLabels, spec: str) -> tuple[Dataset, GivenLabels]:
@@ -107,9 +133,7 @@ def _split_key(spec: str) -> tuple[Path, str | None]:
 def _read(path: Path, suffix: str, key: str | None, spec: str, dataset: Dataset) -> GivenLabels:
     if suffix in (".csv", ".tsv"):
         return GivenLabels(*read_table(path, spec, dataset))
-    if suffix == ".json":
-        return _read_json(path, spec)
-    return _read_npy(path, spec) if suffix == ".npy" else _read_pt(path, key, spec)
+    return read_label_array(path, suffix, key, spec)
 
 
 def _read_json(path: Path, spec: str) -> GivenLabels:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tadperf.data.dataset import BrokenImage
 from tadperf.data.text import nfc
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
@@ -17,21 +18,38 @@ from tadperf.progress import Progress, silent
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The user's options for a reader. The columns are for parquet files only."""
+    """How a set is opened. Each field but `progress` is described in the config's section `data`."""
 
+    format: str | None = None
     image_size: int | None = None
+    labels: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    image_root: str | None = None
+    test_share: float | None = None  # None: no test split is made
+    skip_broken: bool = False
     progress: Progress = silent
+
+    def values(self) -> dict[str, Any]:
+        """Returns the options as JSON values: format, image_size and labels, and the others if they are set."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
+        return {name: value for name, value in given.items() if name in ALWAYS_NAMED or value not in (None, False)}
+
+
+ALWAYS_NAMED = ("format", "image_size", "labels")  # the keys that every distilled file has had from the first version
 
 
 class Content(NamedTuple):
-    """One split: images uint8 [N, C, H, W], labels int64 [N], and if known clean labels int64 [N] and file names."""
+    """One split: images uint8 [N, C, H, W], labels int64 [N], and if known clean labels int64 [N] and file names.
+
+    broken: the images that could not be decoded and are left out.
+    """
 
     images: Tensor
     labels: Tensor
     clean_labels: Tensor | None = None
     file_names: tuple[str, ...] | None = None
+    broken: tuple[BrokenImage, ...] = ()
 
 
 class Layout(NamedTuple):

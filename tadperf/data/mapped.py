@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tadperf.errors import UserError
-from tadperf.files import cache_folder
+from tadperf.files import cache_folder, write_json
 
 SHARE = 0.25  # of the machine's memory; larger sets are mapped, and several processes share the mapped file
 ROWS = 1024  # images moved at a time; not tuned
@@ -68,14 +70,31 @@ def fill_images(shape: tuple[int, int, int, int], name: str, fill: Callable[[np.
         if not complete.exists():
             partial.unlink(missing_ok=True)
             _require_space(folder, math.prod(shape))
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            if (channels := fill(pixels)) < shape[1]:
-                _cut_channels(partial, pixels, channels)
-            pixels.flush()
+            try:
+                pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+                if (channels := fill(pixels)) < shape[1]:
+                    _cut_channels(partial, pixels, channels)
+                pixels.flush()
+            except UserError:  # an image is broken: the file would never be completed
+                partial.unlink()
+                raise
             os.replace(partial, complete)
     images = cached_images(name)
     assert images is not None
     return images
+
+
+def remember(name: str, values: object) -> None:
+    """Stores JSON values under this name in the cache folder."""
+    write_json(_folder(create=True) / f"{name}.json", values)
+
+
+def recall(name: str) -> Any | None:
+    """Returns the values that `remember` stored under this name. Returns None if there are none."""
+    try:
+        return json.loads((_folder(create=False) / f"{name}.json").read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _cut_channels(file: Path, pixels: np.memmap, channels: int) -> None:

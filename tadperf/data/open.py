@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 from tadperf.data.dataset import Dataset
 from tadperf.data.labels import replace_labels, require_every_class
@@ -20,8 +20,11 @@ from tadperf.data.readers.folder import read_folder
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
 from tadperf.data.text import display_name
-from tadperf.errors import UserError
+from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from tadperf.config.schema import DataConfig
 
 ENDINGS = {
     ".parquet": "parquet",
@@ -33,6 +36,9 @@ ENDINGS = {
 }
 
 
+DEFAULTS = ReadOptions()
+
+
 class Splits(NamedTuple):
     """The train and the test split; test is None if the set has none."""
 
@@ -40,16 +46,6 @@ class Splits(NamedTuple):
     test: Dataset | None
 
 
-class TestOnly(NamedTuple):
-    """The result of `open_data(need_train=False)`: the train split is not read."""
-
-    __test__ = False  # not a test case for pytest
-
-    train: None
-    test: Dataset | None
-
-
-@overload
 def open_data(
     path: str | Path = "digits",
     *,
@@ -58,78 +54,112 @@ def open_data(
     labels: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    need_train: Literal[True] = True,
+    image_root: str | None = None,
+    test_share: float | None = None,
+    skip_broken: bool = False,
     progress: Progress = silent,
-) -> Splits: ...
-@overload
-def open_data(
-    path: str | Path = "digits",
-    *,
-    format: str | None = None,
-    image_size: int | None = None,
-    labels: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    need_train: bool,
-    progress: Progress = silent,
-) -> Splits | TestOnly: ...
-def open_data(
-    path: str | Path = "digits",
-    *,
-    format: str | None = None,
-    image_size: int | None = None,
-    labels: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    need_train: bool = True,
-    progress: Progress = silent,
-) -> Splits | TestOnly:
-    """Opens `digits` (built in), parquet, an image folder, CIFAR pickles, .npz, .safetensors or MNIST's idx.gz.
+) -> Splits:
+    """Opens `digits` (built in), parquet, an image folder, a table of images, CIFAR pickles, .npz, .safetensors or idx.
 
     path: "digits", or a file or folder.
     format: a key of READERS; by default it is detected.
     image_size: resizes every image, shorter side to this size, then centre crop.
     labels: a file of labels for the train split, see `replace_labels`.
-    image_column, label_column: columns of a parquet file; by default they are detected.
-    need_train: if False, the train split is not read and `train` is None.
+    image_column, label_column: columns of a table or parquet file; by default they are detected.
+    image_root: the folder that holds the images of a table; by default the folder of the table.
+    test_share: if the set has no test split, this share of each class becomes one; by default none is made.
+    skip_broken: leaves out images that cannot be decoded, and lists them in Dataset.broken.
     Images that take more than a quarter of the machine's memory are memory-mapped from a file in the user's cache
     folder (`mapped`), unless their own file can be mapped.
     Raises UserError if anything is wrong with the path or its content.
     """
-    if image_size is not None and image_size < 1:
-        raise UserError("--image-size", image_size, "must be at least 1")
-    if format is not None and format not in READERS:
-        raise UserError("--format", format, f"unknown format; choose one of {', '.join(READERS)}")
-    kind, place = ("digits", Path("digits")) if format == "digits" or str(path) == "digits" else _locate(path, format)
-    options = ReadOptions(image_size, image_column, label_column, progress)
+    options = ReadOptions(
+        format, image_size, labels, image_column, label_column, image_root, test_share, skip_broken, progress
+    )
+    return _open_splits(path, options)
+
+
+def open_config(data: DataConfig, progress: Progress = silent, test_share: float | None = None) -> Splits:
+    """Opens the set that a config names. test_share: as for `open_data`."""
+    options = ReadOptions(
+        format=data.format,
+        image_size=data.image_size,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        image_root=data.image_root,
+        test_share=test_share,
+        skip_broken=data.skip_broken,
+        progress=progress,
+    )
+    return _open_splits(data.path, options)
+
+
+def open_test_split(path: str | Path, options: ReadOptions = DEFAULTS) -> Dataset | None:
+    """Opens the test split alone, without reading the train split. Returns None if the set has none.
+
+    A test split that `open_data` makes needs the train split, so then both are read.
+    """
+    source = _find(path, options)
+    if "test" not in source.layout.splits and options.test_share:
+        return _open_splits(path, options).test
+    return _read_split(source, "test", options)
+
+
+class _Source(NamedTuple):
+    layout: Layout
+    format: str
+    place: Path
+
+
+def _find(path: str | Path, options: ReadOptions) -> _Source:
+    """Finds the data and reads what can be read without decoding images."""
+    if options.image_size is not None and options.image_size < 1:
+        raise UserError("--image-size", options.image_size, "must be at least 1")
+    if options.format is not None and options.format not in READERS:
+        raise UserError("--format", options.format, f"unknown format; choose one of {', '.join(READERS)}")
+    is_digits = options.format == "digits" or str(path) == "digits"
+    kind, place = ("digits", Path("digits")) if is_digits else _locate(path, options.format)
     with _reading(place):
-        layout = READERS[kind](place, options)
-    if not need_train:
-        return TestOnly(None, _read_split(layout, "test", kind, place, options))
-    train = _read_split(layout, "train", kind, place, options)
+        return _Source(READERS[kind](place, options), kind, place)
+
+
+def _open_splits(path: str | Path, options: ReadOptions) -> Splits:
+    source = _find(path, options)
+    train = _read_split(source, "train", options)
     if train is None:
         raise UserError("data", path, "has no train split, only test; name a file or folder that holds both")
-    _require_classes(train, place)
+    _require_classes(train, source.place)
+    labels = options.labels
     if labels is not None:
         train = replace_labels(train, labels)
     require_every_class(train, *("data", path) if labels is None else ("--labels", labels))
-    return _same_shape(train, _read_split(layout, "test", kind, place, options))
+    return _same_shape(train, _read_split(source, "test", options))
 
 
-def _read_split(layout: Layout, split: str, kind: str, place: Path, options: ReadOptions) -> Dataset | None:
+def _read_split(source: _Source, split: str, options: ReadOptions) -> Dataset | None:
     """Reads a split. Returns None if the set does not have it."""
+    layout, kind, place = source
     if split not in layout.splits:
         return None
     with _reading(place):
         content = layout.splits[split]()
         files = [place] if place.exists() else []
         images = resize(content.images, options.image_size, files, options.progress)
-    source = {"path": str(place), "format": kind, "image_size": options.image_size, "split": split, "labels": None}
-    columns = {"image_column": options.image_column, "label_column": options.label_column}
-    source |= {name: column for name, column in columns.items() if column is not None}
+    if content.broken:
+        count = f"{len(content.broken)} of {len(images) + len(content.broken)} images"
+        warn_user(f"data: {place}: {count} of the {split} split cannot be decoded and are left out")
     name = display_name(place.stem or place.name)
-    clean, file_names = content.clean_labels, content.file_names
-    return Dataset(images, content.labels, layout.class_names, name, clean, source, file_names)
+    return Dataset(
+        images,
+        content.labels,
+        layout.class_names,
+        name,
+        content.clean_labels,
+        {**options.values(), "path": str(place), "format": kind, "split": split, "labels": None},
+        content.file_names,
+        content.broken,
+    )
 
 
 def _require_classes(train: Dataset, place: Path) -> None:

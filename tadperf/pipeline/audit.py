@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tadperf.config import Config
+from tadperf.data.broken import save_broken
 from tadperf.data.dataset import Dataset
 from tadperf.data.noise import add_noise
-from tadperf.data.open import open_data
+from tadperf.data.open import open_config
 from tadperf.errors import UserError
 from tadperf.files import to_json_value
 from tadperf.progress import Progress, silent
@@ -26,24 +27,21 @@ WORST = 10  # samples that the result names; the list holds all
 def audit_data(config: Config, progress: Progress = silent) -> tuple[Dataset, TrustState]:
     """Opens the training split that `config` names, with its label noise, and audits it (`tadperf.trust.audit`)."""
     data = config.data
-    train, _ = open_data(
-        data.path,
-        format=data.format,
-        image_size=data.image_size,
-        labels=data.labels,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        progress=progress,
-    )
+    train, _ = open_config(data, progress)
     train = add_noise(train, data.noise, config.seed)
     return train, audit(train, config, progress)
+
+
+def broken_file(path: Path) -> Path:
+    """Returns the file for the list of broken images, next to the list of labels."""
+    return path.with_name(f"{path.stem}.broken.csv")
 
 
 def check_audit_file(path: Path) -> None:
     """Raises UserError if the list or its picture cannot be written. Runs before the audit, which takes minutes."""
     if path.suffix.lower() not in LIST_SUFFIXES:
         raise UserError("--out", path, f"must end in {' or '.join(LIST_SUFFIXES)}")
-    for file in (path, path.with_suffix(".png")):
+    for file in (path, path.with_suffix(".png"), broken_file(path)):
         if file.exists():
             raise UserError("--out", file, "exists already; choose another name")
     if not path.absolute().parent.is_dir():
@@ -55,14 +53,16 @@ def check_audit_file(path: Path) -> None:
 def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, str]:
     """Writes the list, and a picture of the worst samples next to it. Returns the paths of the files by name.
 
-    Raises UserError if the list cannot be written. If the picture fails, logs a warning.
+    Also writes a list of the images that were left out as broken, if there are any. Raises UserError if a list cannot
+    be written. If the picture fails, logs a warning.
     """
     try:
         state.export(path, dataset.file_names)
+        wrote_broken = save_broken(broken_file(path), dataset)
     except OSError as error:
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
     picture = path.with_suffix(".png")
-    paths = {"labels": str(path)}
+    paths = {"labels": str(path)} | ({"broken": str(broken_file(path))} if wrote_broken else {})
     return paths | ({"picture": str(picture)} if save_safely(save_suspects, picture, dataset, state) else {})
 
 

@@ -12,6 +12,7 @@ from tadperf.artifact import DistilledSet
 from tadperf.compute import ranks
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.workers import BackgroundTasks
+from tadperf.data.broken import save_broken
 from tadperf.matching.state import initial_state
 from tadperf.pipeline.context import RunContext, open_context
 from tadperf.pipeline.experts import get_experts
@@ -51,6 +52,7 @@ def distill_task(
     with torch_settings(tf32=task.config.tf32, benchmark=task.device.type == "cuda"):
         (run.path / "checkpoints").mkdir(exist_ok=True)
         context = open_context(task, run, progress, data)
+        save_broken(run.path / "broken.csv", task.train, task.test)
         with BackgroundTasks() as pool:
             scoring = BackgroundScoring(context, pool, ScoreStore(run, known))
             distilled = _distilled_set(context, scoring)

@@ -7,7 +7,7 @@ from tadperf.config import Config
 from tadperf.data import augment
 from tadperf.data.dataset import Dataset
 from tadperf.data.noise import add_noise, parse_noise
-from tadperf.data.open import open_data
+from tadperf.data.open import open_config
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 from tadperf.refine.checks import check_refine_config
@@ -23,15 +23,7 @@ def prepare(config: Config, progress: Progress = silent) -> Task:
     check_config(config)
     device = resolve_device(config.device)
     data = config.data
-    train, test = open_data(
-        data.path,
-        format=data.format,
-        image_size=data.image_size,
-        labels=data.labels,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        progress=progress,
-    )
+    train, test = open_config(data, progress)
     if test is None:
         raise UserError("data", data.path, "has no test split; put test images in a folder test/ next to train/")
     _check_images(config, train)

@@ -300,7 +300,7 @@ CORPUS: dict[str, Odd] = {
     "unclear splits": Odd(unclear_splits, refused="my_test_v2x, my_train_v2x look like splits"),
     "two train folders": Odd(two_train_folders, refused="train and training are both train splits"),
     "one class": Odd(one_class, refused="only one class, 'disc'"),
-    "broken images": Odd(broken, refused="2 files: cannot be decoded: "),
+    "broken images": Odd(broken, refused="2 images: cannot be decoded: "),
     "parquet: training, testing": Odd(parquet_words),
     "parquet: other columns": Odd(parquet_columns, test=None),
     "parquet: a column by name": Odd(parquet_columns, {"image_column": "mask"}, tuple(range(7, 16)), None),

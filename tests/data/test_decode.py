@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import struct
 import warnings
@@ -14,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tadperf.data.decode import FORMATS, GROUND, SUFFIXES, BitDepth, Encoded, decode
+from tadperf.data.decode import GROUND, BitDepth, Encoded, decode
+from tadperf.data.image_formats import FORMATS, SUFFIXES
 from tadperf.errors import DataWarning, UserError
 
 
@@ -162,14 +164,16 @@ def test_transparency_with_16_bits_per_channel(read):
     assert read(c_png=png(keyed, (4095, 0, 17)))[0, :, 0].T.tolist() == [[255, 0, 1], [GROUND] * 3]
 
 
-def test_at_most_twenty_broken_images_are_named(read):
+def test_all_broken_images_are_counted_and_five_are_named(read):
     with pytest.raises(UserError) as caught:
         read(**{f"{k:02}_png": b"junk" for k in range(23)}, good_png=grey(1, 2))
     message = str(caught.value)
-    assert message.startswith("data: 23 files: cannot be decoded: 00.png (unknown format), ")
-    assert "19.png" in message
-    assert "20.png" not in message
-    assert message.endswith("and 3 more; repair or remove them")
+    assert message.startswith("data: 23 images: cannot be decoded: 00.png (unknown format), ")
+    assert "04.png" in message
+    assert "05.png" not in message
+    assert message.endswith("and 18 more; repair or remove them, or leave them out with --skip-broken")
+    copy = pickle.loads(pickle.dumps(caught.value))  # another process may raise it
+    assert (str(copy), copy.broken[22].row) == (message, 22)
 
 
 def test_pillows_warnings_are_counted_in_one_line(read, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tadperf.data.open import open_data
+from tadperf.data.open import open_data, open_test_split
 from tadperf.errors import UserError
 
 
@@ -32,11 +32,10 @@ def test_digits_are_those_of_scikit_learn_scaled_to_bytes_in_a_fixed_split():
 
 
 def test_the_test_split_can_be_read_alone():
-    both, alone = open_data("digits"), open_data("digits", need_train=False)
-    assert alone.train is None
+    both, alone = open_data("digits"), open_test_split("digits")
     assert both.test is not None
-    assert alone.test is not None
-    assert alone.test.fingerprint == both.test.fingerprint
+    assert alone is not None
+    assert alone.fingerprint == both.test.fingerprint
 
 
 def test_image_size_resizes_as_pillow_does():
@@ -133,7 +132,7 @@ def test_errors_of_the_file_system_name_the_file(tmp_path, pixels, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("tadperf.data.readers.folder.os.scandir", refuse)
+    monkeypatch.setattr("tadperf.data.readers.image_files.os.scandir", refuse)
     with pytest.raises(UserError, match=r"^data: .*: Permission denied; check the file and its permissions$"):
         open_data(tmp_path)
 
@@ -172,7 +171,7 @@ def test_a_set_with_only_a_test_split(tmp_path, pixels, classes):
     np.savez(tmp_path / "set.npz", x_test=pixels, y_test=classes)
     with pytest.raises(UserError, match="no train split"):
         open_data(tmp_path / "set.npz")
-    test = open_data(tmp_path / "set.npz", need_train=False).test
+    test = open_test_split(tmp_path / "set.npz")
     assert test is not None
     assert len(test) == 12
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from tadperf.data.decode import SUFFIXES, BitDepth, Encoded, decode
-from tadperf.data.layout import Content, Layout, ReadOptions
+from tadperf.data.layout import Layout, ReadOptions
+from tadperf.data.readers.image_files import LabelledFile, files_layout, is_image, visible_folders, walk
 from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
 from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
@@ -37,7 +34,9 @@ def read_folder(path: Path, options: ReadOptions) -> Layout:
             raise UserError("data", roots[split] / other, "is a class that train does not have; use the same folders")
     skipped: Counter[str] = Counter()
     files = {
-        split: [(file, c) for c, name in enumerate(names) for file in _images(folders.get(name, []), skipped)]
+        split: [
+            LabelledFile(file, c) for c, name in enumerate(names) for file in _images(folders.get(name, []), skipped)
+        ]
         for split, folders in classes.items()
     }
     for split, images in files.items():
@@ -45,25 +44,12 @@ def read_folder(path: Path, options: ReadOptions) -> Layout:
             message = "no image found; put the images (jpg, png, tif, ...) of each class into a folder of its own"
             raise UserError("data", roots[split], message)
     _report_skipped(path, skipped + _outside_of_classes(set(roots.values())))
-    depth = BitDepth(lambda: (_encoded(file) for images in files.values() for file, _ in images))
-
-    def read(split: str) -> Content:
-        paths = [file for file, _ in files[split]]
-        encoded = map(_encoded, paths)
-        images = decode(encoded, len(paths), options.image_size, paths, depth, options.progress)
-        file_names = tuple(display_name(file.relative_to(path).as_posix()) for file in paths)
-        return Content(images, torch.tensor([c for _, c in files[split]]), file_names=file_names)
-
-    return Layout(names, {split: lambda split=split: read(split) for split in files})
-
-
-def _encoded(file: Path) -> Encoded:
-    return Encoded(str(file), file)
+    return files_layout(path, names, files, options)
 
 
 def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
     """Returns the folders that hold the class folders of "train" and "test"."""
-    folders = _visible_folders(path)
+    folders = visible_folders(path)
     splits: dict[str, list[Path]] = {}
     others = []
     for folder in folders:
@@ -86,83 +72,47 @@ def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
     suspects = look_like_splits(folder.name for folder in folders)
     if suspects and all(_is_split_folder(path / name) for name in suspects):
         raise UserError("data", path, f"{', '.join(suspects)} look like splits; rename them to train and test")
-    if len(folders) == 1 and descent < MAX_DESCENT and _visible_folders(folders[0]):
+    if len(folders) == 1 and descent < MAX_DESCENT and visible_folders(folders[0]):
         return _split_roots(folders[0], descent + 1)
     return {"train": path}
 
 
 def _is_split_folder(folder: Path) -> bool:
     """Returns whether a folder can be a split: it has folders in it, or nothing. A class named "train" holds images."""
-    if _visible_folders(folder):
+    if visible_folders(folder):
         return True
     with os.scandir(folder) as entries:
-        return not any(_is_image(entry.name) for entry in entries)
+        return not any(is_image(entry.name) for entry in entries)
 
 
 def _nested(folder: Path) -> Path:
     """Returns the inner folder if a split folder holds only a folder of the same split: seg_train/seg_train."""
-    inside = _visible_folders(folder)
+    inside = visible_folders(folder)
     same = len(inside) == 1 and split_of_folder(inside[0].name) == split_of_folder(folder.name)
-    return inside[0] if same and _visible_folders(inside[0]) else folder
+    return inside[0] if same and visible_folders(inside[0]) else folder
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
     """Returns the folders of each class. Folders whose names differ only in Unicode form are one class."""
     classes: dict[str, list[Path]] = {}
-    for folder in _visible_folders(root):
+    for folder in visible_folders(root):
         classes.setdefault(display_name(folder.name), []).append(folder)
     return dict(sorted(classes.items()))
-
-
-def _visible_folders(path: Path) -> list[Path]:
-    with os.scandir(path) as entries:
-        return [path / name for name in sorted(e.name for e in entries if _is_visible(e.name) and _is_folder(e))]
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and _is_visible(name)
 
 
 def _images(folders: list[Path], skipped: Counter[str]) -> list[Path]:
     """Returns the images at any depth below the folders of a class, sorted. Counts the other files by suffix."""
     images = []
-    for file in (file for folder in folders for file in _walk(folder, ())):
-        if _is_image(file.name):
+    for file in (file for folder in folders for file in walk(folder)):
+        if is_image(file.name):
             images.append(file)
         else:
             skipped[file.suffix.lower() or "no suffix"] += 1
     return sorted(images)
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yields the visible files below a folder. Follows symbolic links, except to a folder above."""
-    status = folder.stat()
-    place = (status.st_dev, status.st_ino)
-    if place in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not _is_visible(entry.name):
-                continue
-            if _is_folder(entry):
-                yield from _walk(folder / entry.name, (*above, place))
-            else:
-                yield folder / entry.name
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def _outside_of_classes(roots: set[Path]) -> Counter[str]:
-    names = [entry.name for root in roots for entry in root.iterdir() if _is_image(entry.name) and entry.is_file()]
+    names = [entry.name for root in roots for entry in root.iterdir() if is_image(entry.name) and entry.is_file()]
     return Counter({"images outside of a class folder": len(names)}) if names else Counter()
 
 

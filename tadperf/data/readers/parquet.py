@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tadperf.data.decode import BitDepth, Encoded, decode
+from tadperf.data.decode import BitDepth, Encoded
+from tadperf.data.decode_split import decode_split
 from tadperf.data.layout import Content, Layout, ReadOptions, index_labels
 from tadperf.data.parsing import parser_errors
 from tadperf.data.splits import choose_splits, split_of_file, split_of_folder
@@ -67,9 +68,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Layout:
 
     def read(split: str) -> Content:
         shards = files[chosen[split]]
-        rows = _encoded(shards, image)
-        images = decode(rows, len(labels[split]), options.image_size, shards, depth, options.progress)
-        return Content(images, labels[split])
+        return decode_split(lambda: _encoded(shards, image), labels[split], options, shards, depth)
 
     return Layout(names, {split: lambda split=split: read(split) for split in chosen})
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tadperf.data import mapped
-from tadperf.data.open import open_data
+from tadperf.data.open import open_data, open_test_split
 from tadperf.errors import UserError
 
 SPELLINGS = [("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels")]
@@ -30,7 +30,7 @@ def test_both_splits(tmp_path, pixels, classes, names, kind):
     assert train.labels.tolist() == classes.tolist()
     assert torch.equal(test.images, train.images[:3])
     assert test.class_names == ("0", "1", "2")
-    alone = open_data(path, need_train=False).test
+    alone = open_test_split(path)
     assert alone is not None
     assert alone.class_names == ("0", "1", "2")
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tadperf.data.open import open_data
+from tadperf.data.open import open_data, open_test_split
 from tadperf.errors import UserError
 
 NAMES = ["ant", "bee", "cat"]
@@ -65,7 +65,7 @@ def test_plain_bytes_and_text_labels_under_split_folders(tmp_path, classes, enco
 def test_without_metadata_classes_are_numbered_over_both_splits(tmp_path, classes, encoded):
     write(tmp_path / "train.parquet", encoded, classes.tolist())
     write(tmp_path / "test.parquet", encoded[:2], [0, 1])
-    test = open_data(tmp_path, need_train=False).test
+    test = open_test_split(tmp_path)
     assert test is not None
     assert test.class_names == ("0", "1", "2")
 
