@@ -28,13 +28,13 @@ from tadperf.trust.neighbours import estimate_from_neighbours
 from tadperf.trust.partition import partition
 from tadperf.trust.proxies import ProxyOutputs, train_proxies
 from tadperf.trust.recalibrate import recalibrate
+from tadperf.trust.signals import MIN_PROBABILITY, join_signals, label_loss
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, TrustState, as_given
 
 # What remembers earlier rounds: the score (`memory`), not the partition. On 3000 CIFAR-10 images with CIFAR-10N's worse
 # labels, the average precision of the score after two rounds is 0.64 with memory and 0.60 without. On digits with
 # symmetric:0.8, 91 % of the labels in the view are right at 61 % coverage if the partition uses this round's losses;
 # with the mean loss, 83 % at 41 % (2 seeds).
-MIN_PROBABILITY = 1e-3  # smaller probabilities are raised to this one; not tuned
 MAX_LOSS = 15.0  # nats; a float32 score, 1 - exp(-loss), cannot tell larger losses apart
 MIN_CHANGE = 0.005  # the loop stops when a round changes less than this share of the samples; not tuned
 
@@ -47,7 +47,13 @@ class DualLoopResult(NamedTuple):
 
 
 def dual_loop(
-    problem: Problem, config: TrustConfig, folder: Path | None = None, progress: Progress = silent
+    problem: Problem,
+    config: TrustConfig,
+    folder: Path | None = None,
+    progress: Progress = silent,
+    *,
+    evidence: tuple[Tensor, ...] = (),
+    features: Tensor | None = None,
 ) -> DualLoopResult:
     """Gives every sample a verdict: trusted, recalled, relabelled or untrusted.
 
@@ -55,6 +61,7 @@ def dual_loop(
 
     problem: its labels are the given labels, int64 [N]. The loop never needs clean labels.
     folder: stores each finished round, so that a killed run continues after the last one. One seed gives one result.
+    evidence, features: further sources for all rounds (`join_signals`): out-of-fold probabilities [N, C], and [N, D].
     With mode "off" or a single class, nothing is trained and every label is trusted. Raises ValueError for mode
     "oracle" (use `as_given(labels, class_names, clean)` instead), and UserError if the proxies diverge.
     """
@@ -67,7 +74,9 @@ def dual_loop(
     for number in range(1, config.rounds + 1):
         file = None if folder is None else folder / f"round-{number}.safetensors"
         round_problem = replace(problem, seed=seeds.derive(problem.seed, "trust", number))
-        new = _stored_round(file, partial(one_round, round_problem, state, number, config, progress))
+        new = _stored_round(
+            file, partial(one_round, round_problem, state, number, config, progress, evidence, features)
+        )
         rounds.append(new)
         changed = float((new.working != state.working).logical_or(new.trusted != state.trusted).float().mean())
         state = new
@@ -92,10 +101,20 @@ def _stored_round(file: Path | None, run_round: Callable[[], TrustState]) -> Tru
     return new
 
 
-def one_round(problem: Problem, state: TrustState, number: int, config: TrustConfig, progress: Progress) -> TrustState:
+def one_round(
+    problem: Problem,
+    state: TrustState,
+    number: int,
+    config: TrustConfig,
+    progress: Progress,
+    evidence: tuple[Tensor, ...] = (),
+    features: Tensor | None = None,
+) -> TrustState:
     """Trains the proxies on the trusted view, then runs the outer partition and the inner recalibration."""
     outputs = train_proxies(problem, state.view(), config, progress)
-    return ranks.once(lambda: assign_verdicts(outputs, state, number, config, problem.seed, progress))
+    return ranks.once(
+        lambda: assign_verdicts(outputs, state, number, config, problem.seed, progress, evidence, features)
+    )
 
 
 @torch_settings(tf32=False)  # on CUDA too, verdicts depend on products of full precision
@@ -106,6 +125,8 @@ def assign_verdicts(
     config: TrustConfig,
     seed: int,
     progress: Progress = silent,
+    evidence: tuple[Tensor, ...] = (),
+    features: Tensor | None = None,
 ) -> TrustState:
     """Returns one round's verdicts: a pure function of the proxies' losses, probabilities and features.
 
@@ -119,13 +140,8 @@ def assign_verdicts(
     classes, device = len(before.class_names), outputs.losses.device
     old = before.given, before.working, before.verdict, before.decided, before.score
     given, old_working, old_verdict, old_decided, old_score = upload_all(old, device)
-    class_scores, losses = outputs.probabilities, outputs.losses.clamp(max=-math.log(MIN_PROBABILITY))
-    neighbours = None
-    if config.graph:
-        graph = estimate_from_neighbours(outputs.features, given, classes, seed, config.transition, progress)
-        neighbours = graph.posterior
-        losses = (losses + label_loss(neighbours, given)) / 2
-        class_scores = class_scores.clamp(min=MIN_PROBABILITY) * neighbours.clamp(min=MIN_PROBABILITY)
+    outputs = join_signals(outputs, given, evidence, features, seed)
+    losses, class_scores, neighbours = _losses(outputs, given, classes, seed, config, progress)
     outer = partition(losses, given, classes, class_wise=config.class_wise, dynamic_threshold=config.dynamic_threshold)
     inner = recalibrate(outputs.features, given, outer.trusted, outer.posterior, classes)
     candidate, strength = inner.candidate, inner.strength
@@ -151,6 +167,19 @@ def assign_verdicts(
     )
 
 
+def _losses(
+    outputs: ProxyOutputs, given: Tensor, classes: int, seed: int, config: TrustConfig, progress: Progress
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the losses [N], class scores [N, C], and the neighbours' classes [N, C] (None without the graph)."""
+    class_scores, losses = outputs.probabilities, outputs.losses.clamp(max=-math.log(MIN_PROBABILITY))
+    if not config.graph:
+        return losses, class_scores, None
+    neighbours = estimate_from_neighbours(outputs.features, given, classes, seed, config.transition, progress).posterior
+    losses = (losses + label_loss(neighbours, given)) / 2
+    class_scores = class_scores.clamp(min=MIN_PROBABILITY) * neighbours.clamp(min=MIN_PROBABILITY)
+    return losses, class_scores, neighbours
+
+
 def _verdict_codes(trusted: Tensor, recalled: Tensor, relabelled: Tensor) -> Tensor:
     """Returns the verdict of each sample, uint8 [N], from three masks that exclude each other."""
     verdict = torch.full(trusted.shape, UNTRUSTED, dtype=torch.uint8, device=trusted.device)
@@ -164,11 +193,6 @@ def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
     for name, is_nan in zip(outputs._fields, diverged, strict=True):
         if is_nan:
             raise UserError("trust.lr", config.lr, f"the proxies have diverged ({name}: NaN); use a lower value")
-
-
-def label_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Returns the cross-entropy of each label [N], clipped at log 1000: outliers must not form a mixture component."""
-    return -probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).clamp(min=MIN_PROBABILITY).log()
 
 
 def loss_to_score(losses: Tensor) -> Tensor:
