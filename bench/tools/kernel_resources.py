@@ -213,6 +213,24 @@ def differentiable_augment_cases() -> Iterator[tuple[str, CASE]]:
                 yield name, lambda f=launcher, x=x, parts=parts: f(x, *parts, 16)
 
 
+def norm_relu_pool_dual_cases() -> Iterator[tuple[str, CASE]]:
+    """Yields a name and a call of the operator and its reverse for the maps of matching, and for maps without pool."""
+    from tadperf.kernels.gpu import norm_relu_pool_dual as module
+
+    for side, pool in ((32, True), (16, True), (8, True), (32, False)):
+        for dtype in (torch.float32, torch.bfloat16):
+            half = side // 2 if pool else side
+            x, y = (
+                torch.zeros(2, 64, n, n, dtype=dtype).contiguous(memory_format=torch.channels_last)
+                for n in (side, half)
+            )
+            maps, grads, affine, moments = (x, x), (y, y), (torch.ones(64),) * 4, torch.empty(4, 2, 64)
+            name = f"{side} x {side} {str(dtype)[6:]}{'' if pool else ', no pool'}"
+            forward, reverse = module.norm_relu_pool_dual, module.norm_relu_pool_dual_gradient
+            yield name, lambda a=(maps, affine, moments, grads), p=pool, f=forward: f(*a, 1e-5, p)
+            yield f"{name} reverse", lambda a=(grads, maps, affine, moments, maps), p=pool, f=reverse: f(*a, p)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, CASE]]]] = {
     "per_sample": per_sample_cases,
     "per_sample_linear": per_sample_linear_cases,
@@ -220,6 +238,7 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, CASE]]]] = {
     "diverse_pick": diverse_pick_cases,
     "reliability": reliability_cases,
     "differentiable_augment": differentiable_augment_cases,
+    "norm_relu_pool_dual": norm_relu_pool_dual_cases,
 }
 
 

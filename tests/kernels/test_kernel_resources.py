@@ -29,11 +29,11 @@ def test_occupancy_is_that_of_nvidias_table():
     assert occupancy(16, 0, 1, 90) == 0.5  # at most 32 programs
 
 
-def rows(operator: str) -> list[dict[str, str]]:
+def rows(operator: str, sm: int = 90) -> list[dict[str, str]]:
     """Returns the table of an operator, from a new process: the tool replaces Triton's driver."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tadperf.bench.tools.kernel_resources", operator]
+    command = [sys.executable, "-m", "tadperf.bench.tools.kernel_resources", operator, "--sm", str(sm)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
@@ -52,3 +52,10 @@ def test_per_sample_loads_vectors_into_few_registers():
         assert int(table[case]["registers"]) <= registers
         assert table[case]["spills"] == "0"
     assert table["C 100 float32 gradient"]["stores"] == "2 of 128"
+
+
+def test_norm_relu_pool_dual_spills_nothing_on_sm_100():
+    """Also bfloat16 maps of 32 x 32 without pool, which need the most registers of all cases."""
+    table = rows("norm_relu_pool_dual", 100)
+    assert "32 x 32 bfloat16, no pool reverse" in {row["case"] for row in table}
+    assert {row["case"]: row["spills"] for row in table} == dict.fromkeys((row["case"] for row in table), "0")
