@@ -51,16 +51,29 @@ class Channel(NamedTuple):
     by_class: float
 
 
+class FittedChannel(NamedTuple):
+    """Two channels and their weights: (weight, transition [C, C], power b, affinity h). present [C]: used as a label."""
+
+    parts: tuple[tuple[float, Tensor, float, float], ...]
+    by_class: float
+    present: Tensor
+
+
 def noise_channel(probabilities: Tensor, labels: Tensor) -> Channel:
     """Fits the noise channel (top of this module). probabilities: float [N, C], rows sum to 1. labels: int64 [N].
 
     A class that no sample has as its label cannot be a true class.
     """
+    fitted = fit_channel(probabilities, labels)
+    transition = sum((part[0] * part[1] for part in fitted.parts), torch.zeros(()))
+    return Channel(channel_odds(fitted, probabilities, labels), transition, fitted.by_class)
+
+
+def fit_channel(probabilities: Tensor, labels: Tensor) -> FittedChannel:
+    """Chooses both channels and estimates their transitions. Takes the arguments of `noise_channel`."""
     count, classes = probabilities.shape
     present = labels.bincount(minlength=classes) > 0
-    if not present.all():
-        probabilities = torch.where(present, probabilities.clamp(min=1e-6), 0.0)
-        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    probabilities = _of_present_classes(probabilities, present)
     size = max(SELECTION_SIZE // classes, 2 * classes)
     rows = torch.arange(count)
     if count > size:
@@ -76,15 +89,28 @@ def noise_channel(probabilities: Tensor, labels: Tensor) -> Channel:
     low, high = GAINS
     by_class = min(max(((fits[SHARP] - alone) / information - low) / (high - low), 0.0), 1.0)
     best = max(fits, key=fits.__getitem__)
-    odds, transition = [], torch.zeros(classes, classes)
-    for weight, sharpness in ((by_class, best), (1 - by_class, CERTAIN)):
-        if weight > 0:
-            t, _ = _fit(probabilities, labels, *sharpness)
-            transition += weight * t
-            odds.append((math.log(weight), _log_odds(probabilities, labels, t, *sharpness)))
+    parts = [
+        (weight, _fit(probabilities, labels, *sharpness)[0], *sharpness)
+        for weight, sharpness in ((by_class, best), (1 - by_class, CERTAIN))
+        if weight > 0
+    ]
+    return FittedChannel(tuple(parts), by_class, present)
+
+
+def channel_odds(fitted: FittedChannel, probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Returns the log odds [N] that each label is wrong. The samples may be others than those of the fit."""
+    p = _of_present_classes(probabilities, fitted.present)
+    odds = [(math.log(weight), _log_odds(p, labels, *channel)) for weight, *channel in fitted.parts]
     wrong = torch.stack([w + logsigmoid(o) for w, o in odds]).logsumexp(0)
     right = torch.stack([w + logsigmoid(-o) for w, o in odds]).logsumexp(0)
-    return Channel(wrong - right, transition, by_class)
+    return wrong - right
+
+
+def _of_present_classes(probabilities: Tensor, present: Tensor) -> Tensor:
+    if present.all():
+        return probabilities
+    probabilities = torch.where(present, probabilities.clamp(min=1e-6), 0.0)
+    return probabilities / probabilities.sum(1, keepdim=True)
 
 
 def most_suspicious(odds: Tensor) -> Tensor:

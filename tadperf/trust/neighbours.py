@@ -155,8 +155,12 @@ def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def affinity(features: Tensor) -> Tensor:
     """Returns S = D^-1/2 (W + W^T) D^-1/2, sparse [N, N]. W holds similarity^3 of nearest neighbours (not tuned)."""
-    count = len(features)
-    similarity, index = nearest_neighbours(features, min(NEIGHBOURS, count - 1))
+    return affinity_of(*nearest_neighbours(features, min(NEIGHBOURS, len(features) - 1)))
+
+
+def affinity_of(similarity: Tensor, index: Tensor) -> Tensor:
+    """Returns the S of `affinity` from the neighbours' cosine similarity and index, both [N, k]."""
+    count = len(index)
     weight = similarity.clamp(min=0).pow(3).flatten()
     row = torch.arange(count, device=index.device).repeat_interleave(index.shape[1])
     edges = torch.stack([torch.cat([row, index.flatten()]), torch.cat([index.flatten(), row])])

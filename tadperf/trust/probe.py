@@ -99,13 +99,23 @@ def pool_features(
 def pool(sources: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Returns the weighted mean of probabilities [N, C]; EM finds the weights of the highest likelihood (stacking)."""
     column = labels.unsqueeze(1)
-    own = torch.cat([p.gather(1, column) for p in sources], 1).clamp(min=1e-6)
-    weight = torch.full((len(sources),), 1 / len(sources))
+    return mix(sources, pool_weights(torch.cat([p.gather(1, column) for p in sources], 1)))
+
+
+def pool_weights(own: Tensor) -> Tensor:
+    """Returns the weights [S] of S sources. own: [N, S], the probability that each source gives to the given label."""
+    own = own.clamp(min=1e-6)
+    weight = torch.full((own.shape[1],), 1 / own.shape[1])
     for _ in range(POOL_STEPS):
         share = own * weight
         weight = (share / share.sum(1, keepdim=True)).mean(0)
+    return weight
+
+
+def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Returns the weighted mean of probabilities [N, C]."""
     mean = torch.zeros_like(sources[0])
-    for p, w in zip(sources, weight.tolist(), strict=True):
+    for p, w in zip(sources, weights.tolist(), strict=True):
         mean.add_(p, alpha=w)
     return mean.div_(mean.sum(1, keepdim=True))
 
