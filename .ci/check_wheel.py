@@ -29,7 +29,7 @@ def check_files(wheel: Path, native: bool) -> list[str]:
         f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, installed in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".json") and ROOT / "bench/results" not in path.parents
+        if path.suffix in (".py", ".json", ".html", ".css") and ROOT / "bench/results" not in path.parents
     }
     expected.add("tadperf/py.typed")  # tells type checkers that tadperf has type hints
     tops = {name.partition("/")[0] for name in names}

@@ -39,7 +39,7 @@ def audit(options: SharedOptions, out: Out = None) -> None:
     dataset, state = common.run_in_ranks(lambda: _audit(config, options.quiet), options.devices)
     result = audit_result(config, dataset, state)
     if out:
-        result["paths"] = write_audit(out, dataset, state)
+        result["paths"] = write_audit(out, dataset, state, result)
     if options.as_json:
         common.print_json(result)
     else:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tadperf.cli import common
 from tadperf.compute import ranks
 from tadperf.progress import Progress, silent
+from tadperf.report.words import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -138,15 +139,3 @@ def figures(values: dict[str, object]) -> str:
     known = {k: v for k, v in values.items() if not (isinstance(v, float) and not math.isfinite(v))}
     texts = {FIGURES.get(k, k): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in known.items()}
     return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
-
-
-def duration(seconds: float) -> str:
-    """Formats a time as "0.8 s", "42 s", "3 min 05 s" or "2 h 07 min"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    rounded = round(seconds)
-    if rounded < 60:
-        return f"{rounded} s"
-    if rounded < 3600:
-        return f"{rounded // 60} min {rounded % 60:02} s"
-    return f"{rounded // 3600} h {rounded % 3600 // 60:02} min"

@@ -30,9 +30,13 @@ def show(options: SharedOptions, target: Target, out: Out = None) -> None:
         save_grid(out, distilled)
     except OSError as error:
         raise UserError("--out", out, f"cannot be written: {error.strerror}; choose another file") from None
+    facts = {"file": str(target), "grid": str(out), "classes": distilled.num_classes, "ipc": distilled.ipc}
+    report = target / "report.html"
+    if report.is_file():
+        facts["report"] = str(report)
     if options.as_json:
-        common.print_json(
-            {"file": str(target), "grid": str(out), "classes": distilled.num_classes, "ipc": distilled.ipc}
-        )
+        common.print_json(facts)
     else:
         print(out)
+        if "report" in facts:
+            common.print_note(f"the page with all results of this run: {report}")

@@ -11,33 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tadperf.cli.progress import duration
+from tadperf.report.words import BASELINES, KINDS, SHARES, USE, VERDICTS, duration
 
-USE = """import tadperf
-ds = tadperf.load({path!r})
-net = ds.train()  # or your own loop on ds.images, ds.labels
-print(ds.accuracy(net, {data!r}))"""
 MAX_PAIRS = 15  # rows of the table of confusions
-BASELINES = {  # rows of the table of accuracies, by their name in the result
-    "initial": "images it started from",
-    "random_real": "random {kind} images, {ipc} per class",
-    "full_trusted": "all {kind} images, labels after trust",
-    "full_data": "all images, given labels",
-}
-KINDS = {"on": "trusted", "off": "real", "oracle": "correctly labelled"}  # images of a baseline, by trust mode
-VERDICTS = {  # rows of the table of trust, by their name in the result
-    "trusted": "trusted at once",
-    "recalled": "recalled: given label confirmed",
-    "relabelled": "relabelled: new label",
-    "untrusted": "untrusted: not used",
-}
-SHARES = {  # further rows of that table, if the clean labels are known
-    "view_accuracy": "correct among kept, %",
-    "precision": "correct among trusted, %",
-    "recall": "correct labels that are trusted, %",
-    "recalled_accuracy": "correct among recalled, %",
-    "relabel_accuracy": "correct among relabelled, %",
-}
 
 
 def print_result(result: Mapping[str, Any]) -> None:

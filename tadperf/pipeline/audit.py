@@ -15,6 +15,7 @@ from tadperf.errors import UserError
 from tadperf.files import to_json_value
 from tadperf.progress import Progress, silent
 from tadperf.report.drawing import save_safely
+from tadperf.report.page import save_audit_page
 from tadperf.report.suspects import save_suspects
 from tadperf.trust.audit import audit
 from tadperf.trust.metrics import compare_with_clean
@@ -41,7 +42,7 @@ def check_audit_file(path: Path) -> None:
     """Raises UserError if the list or its picture cannot be written. Runs before the audit, which takes minutes."""
     if path.suffix.lower() not in LIST_SUFFIXES:
         raise UserError("--out", path, f"must end in {' or '.join(LIST_SUFFIXES)}")
-    for file in (path, path.with_suffix(".png"), broken_file(path)):
+    for file in (path, path.with_suffix(".png"), path.with_suffix(".html"), broken_file(path)):
         if file.exists():
             raise UserError("--out", file, "exists already; choose another name")
     if not path.absolute().parent.is_dir():
@@ -50,8 +51,10 @@ def check_audit_file(path: Path) -> None:
         raise UserError("--out", path, "its folder cannot be written; choose another")
 
 
-def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, str]:
-    """Writes the list, and a picture of the worst samples next to it. Returns the paths of the files by name.
+def write_audit(path: Path, dataset: Dataset, state: TrustState, result: dict[str, Any]) -> dict[str, str]:
+    """Writes the list, and next to it a picture of the worst samples and a page. Returns the paths by name.
+
+    result: of `audit_result`; the page shows it. If the page fails, logs a warning.
 
     Also writes a list of the images that were left out as broken, if there are any. Raises UserError if a list cannot
     be written. If the picture fails, logs a warning.
@@ -63,7 +66,12 @@ def write_audit(path: Path, dataset: Dataset, state: TrustState) -> dict[str, st
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
     picture = path.with_suffix(".png")
     paths = {"labels": str(path)} | ({"broken": str(broken_file(path))} if wrote_broken else {})
-    return paths | ({"picture": str(picture)} if save_safely(save_suspects, picture, dataset, state) else {})
+    if save_safely(save_suspects, picture, dataset, state):
+        paths["picture"] = str(picture)
+    page, values = path.with_suffix(".html"), result | {"paths": paths}
+    if save_safely(save_audit_page, page, values, state, dataset.images, dataset.file_names):
+        paths["report"] = str(page)
+    return paths
 
 
 def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[str, Any]:
@@ -74,6 +82,7 @@ def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[st
     result: dict[str, Any] = {
         "noise": config.data.noise,
         "data": dataset.name,
+        "source": dataset.source.get("path", dataset.name),
         "samples": len(state),
         "issues": int(state.issues.sum()),
         "by_class": state.counts(),

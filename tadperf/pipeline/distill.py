@@ -18,7 +18,7 @@ from tadperf.pipeline.context import RunContext, open_context
 from tadperf.pipeline.experts import get_experts
 from tadperf.pipeline.matching import match
 from tadperf.pipeline.package import DISTILLED, INITIAL, load_stored_set, package_set
-from tadperf.pipeline.result import REFINED, build_result
+from tadperf.pipeline.result import REFINED, REPORT, build_result
 from tadperf.pipeline.scoring import (
     BackgroundScoring,
     ScoreStore,
@@ -31,6 +31,7 @@ from tadperf.progress import Progress, silent
 from tadperf.refine.loop import RefinedImages, refine
 from tadperf.report.drawing import save_safely
 from tadperf.report.grid import save_grid
+from tadperf.report.page import save_run_page
 from tadperf.run.folder import Run
 from tadperf.task.samples import NormalisedData
 from tadperf.task.task import Task
@@ -60,6 +61,9 @@ def distill_task(
             scores = _evaluate(context, distilled, scoring) if evaluate else {}
             warn_at_chance(scores, task.train.num_classes)
         result = build_result(context, distilled, scores)
+        state = context.rounds[-1] if context.rounds else None
+        train = task.train
+        save_safely(save_run_page, run.path / REPORT, result, distilled, train.images, train.file_names, state)
         run.finish(result)
         return result
 

@@ -14,6 +14,7 @@ from tadperf.run.folder import read_json
 from tadperf.trust.metrics import round_metrics
 
 REFINED = "refined.json"  # the report of refinement
+REPORT = "report.html"
 REFINE_FILES = {"refined": "refined.png", "gradcam": "gradcam.png"}
 TRUST_FILES = {"labels": "labels.csv", "trust": "trust.png"}
 
@@ -71,7 +72,7 @@ def build_result(context: RunContext, distilled: DistilledSet, scores: dict[str,
 
 
 def _paths(context: RunContext) -> dict[str, str]:
-    names = {"distilled": "distilled.safetensors", "grid": "grid.png", "metrics": "metrics.jsonl"}
+    names = {"distilled": "distilled.safetensors", "report": REPORT, "grid": "grid.png", "metrics": "metrics.jsonl"}
     if context.rounds:
         names |= TRUST_FILES
     if context.task.config.synthesis != "matching":

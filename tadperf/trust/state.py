@@ -141,8 +141,10 @@ class TrustState:
         """Writes a table, the most suspicious sample first, as .csv or .parquet. Raises UserError for another ending.
 
         Columns: file (only with `file_names`, those of the Dataset), index, verdict, score, given_label,
-        suggested_label, label (the working label, empty if untrusted), reliability, round. Labels are class names.
-        `--labels` and `replace_labels` read the CSV: they use the column label, and leave out a sample without one.
+        suggested_label, label (the working label, empty if untrusted), reliability, round, and the class numbers of the
+        three labels: given_number, suggested_number, label_number. The other labels are class names.
+        `report.words.COLUMNS` explains them. `--labels` and `replace_labels` read the CSV: they use the column label,
+        and leave out a sample without one.
         """
         path = Path(path)
         writers = {".csv": _csv, ".parquet": _parquet}
@@ -153,22 +155,22 @@ class TrustState:
     def table(self, file_names: Sequence[str] | None = None) -> dict[str, list[Any]]:
         """Returns the columns of `export`, the most suspicious sample first."""
         order = self.worst()
-
-        def class_names(labels: Tensor) -> list[str]:
-            return [self.class_names[label] for label in labels[order].tolist()]
-
-        trusted = self.trusted[order].tolist()
-        index = order.tolist()
+        given, suggested, working = (x[order].tolist() for x in (self.given, self.suggested, self.working))
+        names, trusted, index = self.class_names, self.trusted[order].tolist(), order.tolist()
+        used = [label if ok else None for label, ok in zip(working, trusted, strict=True)]
         return {
             **({} if file_names is None else {"file": [file_names[i] for i in index]}),
             "index": index,
             "verdict": [VERDICTS[code] for code in self.verdict[order].tolist()],
             "score": self.score[order].tolist(),
-            "given_label": class_names(self.given),
-            "suggested_label": class_names(self.suggested),
-            "label": [name if ok else None for name, ok in zip(class_names(self.working), trusted, strict=True)],
+            "given_label": [names[label] for label in given],
+            "suggested_label": [names[label] for label in suggested],
+            "label": [None if label is None else names[label] for label in used],
             "reliability": self.reliability[order].tolist(),
             "round": self.decided[order].tolist(),
+            "given_number": given,
+            "suggested_number": suggested,
+            "label_number": used,
         }
 
 
@@ -201,7 +203,7 @@ def _csv(table: dict[str, list[Any]]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table)
     writer.writerows(zip(*table.values(), strict=True))
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # a lone surrogate in a name
 
 
 def _parquet(table: dict[str, list[Any]]) -> memoryview:
