@@ -14,7 +14,7 @@ ListPresets = Annotated[bool, typer.Option("--list", help="Print the presets ins
 
 
 @command(
-    "DATA --ipc --noise --labels --trust --seed --device --method --repeats --image-size --format "
+    "DATA --ipc --noise --labels --trust --seed --device --method --repeats --image-size --skip-broken --format "
     "--preset --config --set schema list_presets --json --quiet --debug"
 )
 def config(options: SharedOptions, schema: Schema = False, list_presets: ListPresets = False) -> None:

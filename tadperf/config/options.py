@@ -16,7 +16,7 @@ class Option(NamedTuple):
     kind: type = str  # str, Path, bool or list. Numbers are text: the config checks them
 
 
-DATA_HELP = "'digits', or a file or folder of images: parquet, image folder, CIFAR pickles, npz, safetensors, idx.gz"
+DATA_HELP = "'digits', or images: a parquet file, image folder, table (.csv), CIFAR pickles, npz, safetensors, idx.gz"
 CONFIG_OPTIONS = (
     Option("DATA", "DATA", DATA_HELP, "data.path"),
     Option("--format", "NAME", "Format of DATA; by default it is detected.", "data.format"),
@@ -28,8 +28,8 @@ CONFIG_OPTIONS = (
     Option("--method", "NAME", "Distillation method: mtt, ftd or datm.", "match.method"),
     Option("--compile", "MODE", "auto, on or off: torch.compile for the steps of matching.", "match.compile"),
     Option("--trust", "MODE", "on, off, or oracle (uses the clean labels, for comparison).", "trust.mode"),
-    Option("--features", "FILE", "Features of the samples, one row each: .npy, .npz, .pt, .safetensors.", "trust.features", Path),
-    Option("--probs", "FILE", "Class probabilities, out of fold, one row each; formats as above.", "trust.probs", Path),
+    Option("--features", "FILE", "Features, a row per sample: .npy, .npz, .pt, .safetensors.", "trust.features", Path),
+    Option("--probs", "FILE", "Class probabilities, out of fold, a row per sample.", "trust.probs", Path),
     Option("--encoder", "DIR", "A transformers or timm image model, to compute features.", "trust.encoder", Path),
     Option("--synthesis", "KIND", "matching, generative (diffusion), or hybrid.", "synthesis"),
     Option("--experts", "DIR", "Use the experts of another run.", "experts.path", Path),

@@ -30,7 +30,8 @@ class DataConfig(Section):
 
     path: str = Field(
         default="digits",
-        description="'digits', or a file or folder: parquet, image folder, CIFAR pickles, npz, safetensors, idx.gz",
+        description="'digits', or a file or folder: parquet, image folder, table (.csv), CIFAR pickles, npz, "
+        "safetensors, idx.gz",
     )
     format: str | None = Field(default=None, description="format of the path; by default it is detected")
     image_size: int | None = Field(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tadperf.data.dataset import Dataset
 from tadperf.data.parsing import is_lfs_pointer
+from tadperf.data.path_ends import ends_of_paths
 from tadperf.data.text import nfc
 from tadperf.errors import UserError
 
@@ -71,21 +72,24 @@ def read_table(path: Path, spec: str, dataset: Dataset) -> tuple[list[str], list
     return [columns[label][k] for k in order], None if clean is None else [clean[k] for k in order], named
 
 
-def read_rows(path: Path, spec: str) -> tuple[list[int], list[list[str]]]:
-    """Returns the rows of a CSV file that are not empty, and the lines on which they end. spec: named in errors."""
+def read_rows(path: Path, spec: str, field: str = FIELD) -> tuple[list[int], list[list[str]]]:
+    """Returns the lines on which the rows of a CSV file end, and the rows, without empty ones.
+
+    spec, field: named in errors.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
         separator = _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         lines, rows = _rows_with_lines(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(FIELD, spec, f"not a CSV file in UTF-8 ({error})") from None
+        raise UserError(field, spec, f"not a CSV file in UTF-8 ({error})") from None
     except OSError as error:
-        raise UserError(FIELD, spec, f"cannot be read ({error.strerror})") from None
+        raise UserError(field, spec, f"cannot be read ({error.strerror})") from None
     if is_lfs_pointer(path):
-        raise UserError(FIELD, spec, "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise UserError(field, spec, "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     if not rows:
-        raise UserError(FIELD, spec, "is empty")
+        raise UserError(field, spec, "is empty")
     return lines, rows
 
 
@@ -228,19 +232,8 @@ def _samples_of(
         for with_suffix in (True, False):
             table = tables.get((length, with_suffix))
             if table is None:
-                table = tables[length, with_suffix] = _ends(file_names, length, with_suffix)
+                table = tables[length, with_suffix] = ends_of_paths(file_names, length, with_suffix)
             samples = table.get("/".join(parts[-length:]))
             if samples:
                 return samples
     return []
-
-
-def _ends(file_names: tuple[str, ...], length: int, with_suffix: bool) -> dict[str, list[int]]:
-    """Returns the samples by the last `length` parts of their paths."""
-    table: dict[str, list[int]] = {}
-    for i, name in enumerate(file_names):
-        path = PurePosixPath(name)
-        parts = (path if with_suffix else path.with_suffix("")).parts
-        if len(parts) >= length:
-            table.setdefault("/".join(parts[-length:]), []).append(i)
-    return table

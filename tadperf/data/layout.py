@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ class ReadOptions:
     def values(self) -> dict[str, Any]:
         """Returns the options as JSON values: format, image_size and labels, and the others if they are set."""
         given = {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
+        if self.image_root is not None:
+            given["image_root"] = str(Path(self.image_root).expanduser().absolute())
         return {name: value for name, value in given.items() if name in ALWAYS_NAMED or value not in (None, False)}
 
 

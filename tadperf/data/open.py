@@ -19,6 +19,7 @@ from tadperf.data.readers.digits import read_digits
 from tadperf.data.readers.folder import read_folder
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
+from tadperf.data.readers.table import read_image_table
 from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
@@ -33,6 +34,8 @@ ENDINGS = {
     ".tar.gz": "cifar",
     ".tgz": "cifar",
     ".tar": "cifar",
+    ".csv": "table",
+    ".tsv": "table",
 }
 
 
@@ -229,6 +232,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], Layout]] = {
     "digits": read_digits,
     "parquet": read_parquet,
     "folder": read_folder,
+    "table": read_image_table,
     "cifar": read_cifar,
     "npz": read_npz,
     "safetensors": read_safetensors,

@@ -190,6 +190,25 @@ def parquet(path: Path, values: list[int], **columns: Any) -> None:
     pq.write_table(pa.table({**columns, **table}), path)
 
 
+def manifest(
+    split: bool = True, header: str = "path,label,split", separator: str = ",", suffix: str = ".png", folder: str = "i/"
+) -> Callable[[Path], Path]:
+    """Returns a function that writes images into one folder, and a table of them in another order."""
+
+    def write(place: Path) -> Path:
+        rows = []
+        for c, name in enumerate(CLASSES):
+            for k in [*range(TRAIN), *(range(20, 20 + TEST) if split else ())]:
+                save(place / "i" / f"{40 * c + k}.png", image(40 * c + k))
+                cells = [f"{folder}{40 * c + k}{suffix}", name, "test" if k >= 20 else "train"]
+                rows.append(separator.join(cells[: len(header.split(","))]))
+        text = "\n".join([separator.join(header.split(",")), *reversed(rows)])
+        (place / "set.csv").write_text(text)
+        return place / "set.csv"
+
+    return write
+
+
 ROWS = [40 * c + k for c in range(3) for k in range(TRAIN)]
 TEST_ROWS = [40 * c + 20 + k for c in range(3) for k in range(TEST)]
 
@@ -308,6 +327,27 @@ CORPUS: dict[str, Odd] = {
     "parquet: two configs": Odd(parquet_configs, refused="holds several data sets: cropped, full"),
     "parquet: unknown split": Odd(parquet_unknown_split, refused="names no split, but other files do"),
     "parquet: Git LFS": Odd(lfs, refused="git lfs pull"),
+    **{
+        f"table: {title}": Odd(
+            write,
+            train=tuple(reversed(ROWS)),
+            test=tuple(reversed(TEST_ROWS)) if split else None,
+            labels=(2,) * TRAIN + (1,) * TRAIN + (0,) * TRAIN,
+        )
+        for title, split, write in [
+            ("path, label, split", True, manifest()),
+            ("semicolons", True, manifest(separator=";")),
+            ("tabs, no split", False, manifest(split=False, header="file,class", separator="\t")),
+            ("ids of Kaggle", False, manifest(split=False, header="id,label", suffix="", folder="")),
+            ("paths of Windows", True, manifest(header="image,category,set", folder="D:\\x\\i\\")),
+            ("paths of another machine", True, manifest(folder="/home/me/i/")),
+        ]
+    },
+    "table: no header": Odd(manifest(header="0.png,cross"), refused="has no header; begin it with a line"),
+    "table: other columns": Odd(manifest(header="path,colour"), refused="which column holds the labels, path, colour?"),
+    "table: an unknown split": Odd(manifest(header="path,split,label"), refused="split 'square' is unknown; write"),
+    "table: no such image": Odd(manifest(suffix=".jpg"), refused="line 2: 'i/101.jpg': no such image"),
+    "table: outside": Odd(manifest(folder="../i/"), refused="must be the path of a file inside"),
     "labels by path": Odd(
         table(lambda paths: "\n".join(["filename,label", *(f"{p},{shifted(p)}" for p in reversed(paths))])),
         CSV,

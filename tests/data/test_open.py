@@ -62,7 +62,7 @@ def test_source_reopens_the_same_set(tmp_path, monkeypatch, pixels, classes):
     ("call", "field", "words"),
     [
         ({"path": "/nowhere/at/all"}, "data", "no such file"),
-        ({"format": "tfrecord"}, "--format", "digits, parquet, folder, cifar, npz, safetensors, idx"),
+        ({"format": "tfrecord"}, "--format", "digits, parquet, folder, table, cifar, npz, safetensors, idx"),
         ({"image_size": 0}, "--image-size", "at least 1"),
     ],
 )
@@ -132,7 +132,7 @@ def test_errors_of_the_file_system_name_the_file(tmp_path, pixels, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("tadperf.data.readers.image_files.os.scandir", refuse)
+    monkeypatch.setattr("tadperf.data.walk.os.scandir", refuse)
     with pytest.raises(UserError, match=r"^data: .*: Permission denied; check the file and its permissions$"):
         open_data(tmp_path)
 

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 from tadperf.data.layout import Layout, ReadOptions
-from tadperf.data.readers.image_files import LabelledFile, files_layout, is_image, visible_folders, walk
+from tadperf.data.readers.image_files import LabelledFile, files_layout
 from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
 from tadperf.data.text import display_name
+from tadperf.data.walk import is_image, visible_folders, walk
 from tadperf.errors import UserError, warn_user
 
 MAX_DESCENT = 2  # levels with a single folder that are skipped in search of the classes
