@@ -157,21 +157,38 @@ def adjoint(
         theta = inner_step(backend, theta, x, y, lr, step)
     end = theta
     loss, lam, layers = matching_distance(end, start, target, list(net.layer_sizes.values()))
+    cuts = slices_by_pass([len(step.rows) for step in steps], len(x))
     grad_x, grad_y, grad_lr = torch.zeros_like(x), torch.zeros_like(y) if soft else None, torch.zeros_like(lr)
     for first in reversed(range(0, len(steps), stride)):
         segment = steps[first : first + stride]
         thetas = [stored[first // stride]]
         for step in segment[:-1]:
             thetas.append(inner_step(backend, thetas[-1], x, y, lr, step))
-        for rows, drawn in reversed(segment):
+        for i in reversed(range(first, first + len(segment))):
+            rows, drawn = steps[i]
             h = step_products(backend, thetas.pop(), lam, x[rows], y[rows], drawn, exact)
             grad_lr -= h.h
             if h.theta is not None:
                 lam = lam - lr * h.theta
-            if grad_y is not None and h.labels is not None:
-                grad_y.index_add_(0, rows, h.labels, alpha=-1)
-            grad_x.index_add_(0, rows, h.x, alpha=-1)
+            for part in cuts[i]:
+                if grad_y is not None and h.labels is not None:
+                    grad_y.index_add_(0, rows[part], h.labels[part], alpha=-1)
+                grad_x.index_add_(0, rows[part], h.x[part], alpha=-1)
     return Gradient(loss, grad_x * lr, None if grad_y is None else grad_y * lr, grad_lr, end, layers)
+
+
+def slices_by_pass(sizes: Sequence[int], count: int) -> list[list[slice]]:
+    """Cuts each of the joined batches, of these sizes, where a pass over `count` images ends (tadperf).
+
+    `loop.draw_steps` draws each image once in a pass, so no part has an image twice. CUDA adds the rows of a part in
+    parallel: if an image came twice, the order of its sums, and so the last bits, would change from run to run.
+    """
+    parts, begin = [], 0
+    for size in sizes:
+        ends = [*range(count - begin % count, size, count), size]
+        parts.append([slice(first, end) for first, end in zip([0, *ends], ends, strict=False)])
+        begin += size
+    return parts
 
 
 def tesla(

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tadperf.config import NetConfig
+from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.matching import gradient
-from tadperf.matching.gradient import GRADIENTS, KEPT_VECTORS, adjoint, tesla, unroll
+from tadperf.matching.gradient import GRADIENTS, KEPT_VECTORS, adjoint, slices_by_pass, tesla, unroll
+from tadperf.matching.loop import draw_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +40,38 @@ def trained_loss(p: Any) -> float:
 
 def error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+class AddedRows(TorchDispatchMode):
+    """Collects the rows of each index_add_."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "index_add_":
+            self.rows.append(args[2].tolist())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_image_is_added_twice_in_parallel(problem):
+    """On CUDA the order of two additions to one image would change from run to run."""
+    p = problem(True)
+    count = len(p.images)
+    config = MatchConfig(steps=7, batch=count - 1)
+    steps = draw_steps(config, count, p.images.shape[-1], "none", torch.Generator().manual_seed(0)).split()
+    assert any(len(step.rows.unique()) < len(step.rows) for step in steps)
+    with AddedRows() as added:
+        adjoint(*p._replace(steps=steps))
+    assert all(len(set(rows)) == len(rows) for rows in added.rows)
+    assert len(added.rows) == 2 * (7 + 6)  # images and labels; all batches but the first hold the end of a pass
+
+
+def test_batches_are_cut_at_the_ends_of_passes():
+    cut = [[(part.start, part.stop) for part in parts] for parts in slices_by_pass([3, 3, 3, 4, 9], 4)]
+    assert cut == [[(0, 3)], [(0, 1), (1, 3)], [(0, 2), (2, 3)], [(0, 3), (3, 4)], [(0, 3), (3, 7), (7, 9)]]
+    assert slices_by_pass([4, 4], 4) == [[slice(0, 4)], [slice(0, 4)]]
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
