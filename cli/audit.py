@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -13,33 +14,55 @@ from tadperf.cli.options import SharedOptions, command
 if TYPE_CHECKING:
     from tadperf.config import Config
     from tadperf.data.dataset import Dataset
+    from tadperf.data.label_file import LabelSet
     from tadperf.trust.state import TrustState
 
 Out = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        "--out", metavar="FILE", help="Write the list (.csv or .parquet) and a picture of the worst samples next to it."
+        "--out",
+        metavar="FILE",
+        help="Write the list (.csv or .parquet), and next to it a picture of the worst samples and a page (.html).",
+    ),
+]
+
+DualLoop = Annotated[
+    bool,
+    typer.Option(
+        "--dual-loop",
+        help="With images and --features, --probs or --encoder: train the networks too, and use all signals. By "
+        "default no network is trained then.",
     ),
 ]
 
 
 @command(
     "DATA --labels --seed --device --devices --image-size --skip-broken --format --preset --config --set out --noise "
-    "--json --quiet --debug"
+    "--features --probs --encoder dual_loop --json --quiet --debug"
 )
-def audit(options: SharedOptions, out: Out = None) -> None:
-    """List the labels of DATA's training split that are probably wrong, the worst first."""
-    from dataclasses import replace
+def audit(options: SharedOptions, out: Out = None, dual_loop: DualLoop = False) -> None:
+    """List the labels of DATA's training split that are probably wrong, the worst first.
 
+    The list has a row for each sample. Its columns are file (for sets of files), index, verdict, score, given_label,
+    suggested_label, label (empty if untrusted), reliability, round, and the class numbers given_number,
+    suggested_number and label_number; the page next to the list explains them. Give it back with --labels: only the
+    column label counts, and a sample without a label is left out.
+
+    DATA may be left out with --labels and --features or --probs: such an audit needs no images, so it works for text,
+    tables and sound. With images, --features, --probs or --encoder replace the networks that an audit trains.
+    """
     from tadperf.pipeline.audit import audit_result, check_audit_file, write_audit
 
-    config = replace(options.sources, options={**options.sources.options, "trust.mode": "on"}).config()
+    config, has_images = _config(options)
     if out:
         check_audit_file(out)
-    dataset, state = common.run_in_ranks(lambda: _audit(config, options.quiet), options.devices)
+    run = partial(_audit, config, has_images, dual_loop, options.quiet)
+    dataset, state = common.run_in_ranks(run, options.devices)
     result = audit_result(config, dataset, state)
     if out:
         result["paths"] = write_audit(out, dataset, state, result)
+        if not has_images and not options.quiet:
+            common.print_note("no picture: this audit has no images")
     if options.as_json:
         common.print_json(result)
     else:
@@ -48,9 +71,27 @@ def audit(options: SharedOptions, out: Out = None) -> None:
         print_audit(result)
 
 
-def _audit(config: Config, quiet: bool) -> tuple[Dataset, TrustState]:
+def _config(options: SharedOptions) -> tuple[Config, bool]:
+    """Returns the config, and whether the audit has images: without DATA, it has none if files replace them."""
+    from dataclasses import replace
+
+    given = {**options.sources.options, "trust.mode": "on"}
+    config = replace(options.sources, options=given).config()
+    if "data.path" in given or config.data.path != "digits" or not _has_evidence(config):
+        return config, True
+    # The presets add noise to the built-in digits, which are not used.
+    return replace(options.sources, options={"data.noise": "none"} | given).config(), False
+
+
+def _has_evidence(config: Config) -> bool:
+    return any((config.trust.features, config.trust.probs, config.trust.encoder))
+
+
+def _audit(config: Config, has_images: bool, dual_loop: bool, quiet: bool) -> tuple[Dataset | LabelSet, TrustState]:
     from tadperf.cli.progress import display
-    from tadperf.pipeline.audit import audit_data
+    from tadperf.pipeline.audit import audit_data, audit_files
 
     with display(quiet) as progress:
-        return audit_data(config, progress)
+        if not has_images:
+            return audit_files(config, progress)
+        return audit_data(config, progress, networks=dual_loop or not _has_evidence(config))

@@ -31,8 +31,8 @@ class Dataset:
     file_names: for sets of files, the path of each image relative to the folder that was opened.
     source: what `open_data` needs to open the set again, as JSON values.
     broken: the images that could not be decoded and are left out; their rows count all images of the split.
-    rows: int64 [N], the row of each sample in the split as it was opened, if samples are left out; else None. opened: the
-    number of samples in that split.
+    rows: int64 [N], the row of each sample in the split as it was opened, if samples are left out; else None.
+    opened: the number of samples in that split.
     Raises UserError if a tensor has another type or shape, if there is no image, or if a label is out of range.
     """
 

@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tadperf.compute import ranks
 from tadperf.config import Config
 from tadperf.data.broken import save_broken
 from tadperf.data.dataset import Dataset
+from tadperf.data.label_file import LabelSet, open_label_file
+from tadperf.data.matrix import open_features, open_probabilities
 from tadperf.data.noise import add_noise
 from tadperf.data.open import open_config
 from tadperf.errors import UserError
@@ -18,6 +23,7 @@ from tadperf.report.drawing import save_safely
 from tadperf.report.page import save_audit_page
 from tadperf.report.suspects import save_suspects
 from tadperf.trust.audit import audit
+from tadperf.trust.evidence import audit_labels, open_evidence
 from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.state import TrustState
 
@@ -25,12 +31,39 @@ LIST_SUFFIXES = (".csv", ".parquet")
 WORST = 10  # samples that the result names; the list holds all
 
 
-def audit_data(config: Config, progress: Progress = silent) -> tuple[Dataset, TrustState]:
-    """Opens the training split that `config` names, with its label noise, and audits it (`tadperf.trust.audit`)."""
+def audit_data(
+    config: Config, progress: Progress = silent, networks: bool = True
+) -> tuple[Dataset | LabelSet, TrustState]:
+    """Opens the training split that `config` names, with its label noise, and audits it (`tadperf.trust.audit`).
+
+    networks: False trains none and uses trust.features, trust.probs and trust.encoder alone.
+    """
     data = config.data
     train, _ = open_config(data, progress)
     train = add_noise(train, data.noise, config.seed)
-    return train, audit(train, config, progress)
+    return train, audit(train, config, progress, networks)
+
+
+def audit_files(config: Config, progress: Progress = silent) -> tuple[Dataset | LabelSet, TrustState]:
+    """Audits data.labels by the files trust.features and trust.probs, without images (`tadperf.trust.audit_labels`).
+
+    Raises UserError if a file is missing or wrong, and if the config asks for what needs images.
+    """
+    trust = config.trust
+    field, path = ("--features", trust.features) if trust.features else ("--probs", trust.probs)
+    if trust.encoder:
+        raise UserError("--encoder", trust.encoder, "computes features of images; name DATA, a set of images")
+    if config.data.labels is None:
+        raise UserError(field, path, "needs the labels of its rows; give --labels FILE, or DATA, a set of images")
+    if config.data.noise != "none":
+        raise UserError("--noise", config.data.noise, "needs a set of images; name DATA")
+    p = open_probabilities(trust.probs, "--probs") if trust.probs else None
+    z = open_features(trust.features, "--features") if trust.features else None
+    count = len(p) if p is not None else len(z) if z is not None else None
+    labels = open_label_file(config.data.labels, count, None if p is None else p.shape[1])
+    evidence = open_evidence(trust, labels, torch.device("cpu"), progress)
+    names = labels.class_names
+    return labels, ranks.once(lambda: audit_labels(labels.labels, *evidence, names, progress))
 
 
 def broken_file(path: Path) -> Path:
@@ -51,7 +84,7 @@ def check_audit_file(path: Path) -> None:
         raise UserError("--out", path, "its folder cannot be written; choose another")
 
 
-def write_audit(path: Path, dataset: Dataset, state: TrustState, result: dict[str, Any]) -> dict[str, str]:
+def write_audit(path: Path, dataset: Dataset | LabelSet, state: TrustState, result: dict[str, Any]) -> dict[str, str]:
     """Writes the list, and next to it a picture of the worst samples and a page. Returns the paths by name.
 
     result: of `audit_result`; the page shows it. If the page fails, logs a warning.
@@ -66,7 +99,7 @@ def write_audit(path: Path, dataset: Dataset, state: TrustState, result: dict[st
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
     picture = path.with_suffix(".png")
     paths = {"labels": str(path)} | ({"broken": str(broken_file(path))} if wrote_broken else {})
-    if save_safely(save_suspects, picture, dataset, state):
+    if dataset.images is not None and save_safely(save_suspects, picture, dataset, state):
         paths["picture"] = str(picture)
     page, values = path.with_suffix(".html"), result | {"paths": paths}
     if save_safely(save_audit_page, page, values, state, dataset.images, dataset.file_names):
@@ -74,7 +107,7 @@ def write_audit(path: Path, dataset: Dataset, state: TrustState, result: dict[st
     return paths
 
 
-def audit_result(config: Config, dataset: Dataset, state: TrustState) -> dict[str, Any]:
+def audit_result(config: Config, dataset: Dataset | LabelSet, state: TrustState) -> dict[str, Any]:
     """Returns the counts, the confusions and the worst samples, and the quality if clean labels are known."""
     order = state.worst()
     worst = order[state.issues[order]][:WORST].tolist()

@@ -13,6 +13,7 @@ from tadperf.progress import Progress, silent
 from tadperf.refine.checks import check_refine_config
 from tadperf.task.samples import check_holdout
 from tadperf.task.task import Task, shared_experts_folder
+from tadperf.trust.evidence import check_evidence
 
 
 def prepare(config: Config, progress: Progress = silent) -> Task:
@@ -30,6 +31,7 @@ def prepare(config: Config, progress: Progress = silent) -> Task:
     train = add_noise(train, data.noise, config.seed)
     if config.trust.mode == "oracle" and train.clean_labels is None:
         raise UserError("--trust", "oracle", f"needs clean labels, which {train.name} does not have; add --noise")
+    check_evidence(config.trust, train)
     task = Task(config, train, test, device)
     check_holdout(task)
     if config.experts.path:

@@ -14,6 +14,7 @@ from tadperf.report.trust_growth import save_trust_growth
 from tadperf.run.folder import Run
 from tadperf.task.samples import NormalisedData, SampleSelection, normalise_data, select_samples
 from tadperf.task.task import Task
+from tadperf.trust.evidence import loop_signals, open_evidence
 from tadperf.trust.loop import dual_loop
 from tadperf.trust.metrics import round_metrics
 from tadperf.trust.state import RECALLED, TRUSTED, TrustState
@@ -60,7 +61,11 @@ def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress)
         else:
             names, augment = train.class_names, config.data.augment
             problem = Problem(data.train, train.labels, names, config.net, augment, config.seed, task.device)
-            rounds = dual_loop(problem, config.trust, run.path / "trust", progress).rounds
+            evidence = open_evidence(config.trust, train, task.device, progress)
+            signals = loop_signals(evidence, train.labels, train.num_classes, progress)
+            rounds = dual_loop(
+                problem, config.trust, run.path / "trust", progress, evidence=signals[0], features=signals[1]
+            ).rounds
         rounds[-1].save(run.path / "trust.safetensors")
         rounds[-1].export(run.path / "labels.csv", train.file_names)
         save_safely(save_trust_growth, run.path / "trust.png", rounds)

@@ -37,7 +37,8 @@ def expert_identity(task: Task) -> dict[str, Any]:
     recipe = config.experts.model_dump(mode="json", exclude={"count", "epochs", "path", "workers", "precision"})
     # An entry for float32 would refuse experts that were stored before there was a choice.
     precision = {} if config.experts.precision == "float32" else {"precision": config.experts.precision}
-    labels = {"trust": config.trust.model_dump(mode="json"), "holdout": config.data.holdout}
+    # Without entries for None, experts that were stored before there were files of features still fit.
+    labels = {"trust": config.trust.model_dump(mode="json", exclude_none=True), "holdout": config.data.holdout}
     if config.trust.mode == "oracle" and task.train.clean_labels is not None:
         labels["clean"] = task.train.with_labels(task.train.clean_labels, None).fingerprint
     return {

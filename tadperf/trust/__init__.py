@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tadperf.trust.audit import audit
+from tadperf.trust.evidence import audit_labels
 from tadperf.trust.label_issues import find_label_issues
 from tadperf.trust.loop import DualLoopResult, dual_loop
 from tadperf.trust.metrics import compare_with_clean, round_metrics
@@ -18,6 +19,7 @@ __all__ = [
     "TrustedView",
     "as_given",
     "audit",
+    "audit_labels",
     "compare_with_clean",
     "dual_loop",
     "find_label_issues",
