@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from tadperf.compute.streams import own_stream
+
 StepFunction = Callable[..., None]
 
 
@@ -15,13 +17,17 @@ class GraphedStep:
     """Wraps an in-place `step(*values)` and replays it as a CUDA graph when shapes and constants repeat (tadperf).
 
     The first call with new shapes or constants runs the step without a graph on a side stream, as the warm-up that
-    recording needs. The second call records the graph. If recording fails, there is one warning and all calls run the
-    step without a graph. Everything runs on `device`, by default that of the first tensor. CUDA only.
+    recording needs. The second call records the graph on this stream, which no other graphs use (`own_stream`). All
+    graphs of one step share their memory, so two of them never run at the same time. If recording fails, there is one
+    warning and all calls run the step without a graph. A replay runs on the current stream of `device`, which is that
+    of the first tensor by default. CUDA only.
     """
 
     def __init__(self, step: StepFunction, device: torch.device | None = None) -> None:
         self.step, self.device, self.failed = step, device, False
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: tuple[int, int] | None = None  # the memory of the first graph
 
     def __call__(self, *values: Tensor | Hashable) -> None:
         device = self.device or next(value.device for value in values if isinstance(value, Tensor))
@@ -46,17 +52,23 @@ class GraphedStep:
         graph.replay()
         return None
 
+    def _side_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = own_stream(self, torch.device("cuda", torch.cuda.current_device()))
+        return self._stream
+
     def _warm_up(self, values: tuple[Tensor | Hashable, ...]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, caller = self._side_stream(), torch.cuda.current_stream()
+        stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             self.step(*values)
-        torch.cuda.current_stream().wait_stream(stream)
+        caller.wait_stream(stream)
 
     def _record(self, values: tuple[Tensor | Hashable, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         copies = [value.clone() if isinstance(value, Tensor) else value for value in values]
-        graph = torch.cuda.CUDAGraph()
+        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # The outer block restores the stream if recording fails: torch.cuda.graph then leaves its own stream current.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+        with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream()):
             self.step(*copies)
+        self._pool = graph.pool()
         return graph, [copy for copy in copies if isinstance(copy, Tensor)]

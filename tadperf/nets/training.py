@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,8 +21,9 @@ from tadperf.data.images import Images, first_image, index_device
 from tadperf.errors import UserError
 from tadperf.kernels import implementations, per_sample
 from tadperf.kernels.ops.per_sample import loss_gradient
-from tadperf.nets.device_batches import DeviceBatches
+from tadperf.nets.device_batches import STEPS_PER_GRAPH, DeviceBatches, batch_sizes, graph_steps
 from tadperf.nets.fused import fused_forward
+from tadperf.nets.optimiser import gsam_gradient, sgd_step
 
 # Activations of the widest layer that fit into the CPU's caches: 32 images at width 128 and 32 x 32 pixels, which gives
 # 1.7 times the images per second of whole batches of 256 (see `cache_batch_size`). Other values were not tried.
@@ -31,6 +32,9 @@ CACHE_ACTIVATIONS = 1 << 22
 # Changing it changes the bits of every result, because it decides how many epochs share one call to `augment.draw`.
 DRAW_CHUNK = 1 << 19
 DEVICE_DRAWS = 1 << 14  # images whose draws are uploaded to CUDA in one copy of at most 0.9 MB; not tuned
+
+
+Step = Callable[[Tensor, Tensor, float | Tensor], None]  # indices [B], augmented images [B, C, H, W], learning rate
 
 
 class Recipe(NamedTuple):
@@ -50,25 +54,9 @@ class Recipe(NamedTuple):
     rho: float = 0.0
     alpha: float = 0.0
 
-
-@torch.no_grad()
-def sgd_step(
-    parameters: tuple[Tensor, ...],
-    velocity: tuple[Tensor, ...],
-    gradients: tuple[Tensor, ...],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """Updates all parameters in place by one step of SGD, with the same rule as torch.optim.SGD.
-
-    It does not use that class: the first optimiser of a process imports the compiler, 2 s in every worker.
-    """
-    torch._foreach_mul_(velocity, momentum)
-    torch._foreach_add_(velocity, gradients)
-    if weight_decay:
-        torch._foreach_add_(velocity, parameters, alpha=weight_decay)
-    torch._foreach_add_(parameters, velocity, alpha=-lr)
+    def rate(self, epoch: int) -> float:
+        """Returns the learning rate of an epoch."""
+        return self.lr * (0.1 if self.decay and epoch > self.epochs // 2 else 1.0)
 
 
 def batch_loss(module: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
@@ -114,59 +102,6 @@ def cache_batch_size(module: nn.Module, pixels: int) -> int:
     if convolution is None or convolution.weight.is_cuda or next(module.buffers(), None) is not None:
         return sys.maxsize
     return max(1, CACHE_ACTIVATIONS // (convolution.out_channels * pixels))
-
-
-def gsam_gradient(
-    gradient: Callable[[], tuple[Tensor, ...]], parameters: tuple[Tensor, ...], rho: float, alpha: float
-) -> tuple[Tensor, ...]:
-    """Returns the gradient of GSAM (Zhuang et al., 2022) on ASAM's ellipsoid (Kwon et al., 2021), for flat minima.
-
-    gradient: computes the gradient at the current parameters p. Moves to p + rho p^2 g / |p g|, takes the gradient g'
-    there, and subtracts alpha times the part of g that is orthogonal to g'. FTD's and DATM's public code do the same;
-    alpha = 0 is ASAM. The parameters are restored. CUDA takes other sums than the CPU, with few launches.
-    """
-    if parameters[0].is_cuda:
-        return gsam_gradient_foreach(gradient, parameters, rho, alpha)
-    initial = gradient()
-    with torch.no_grad():
-        before = [p.clone() for p in parameters]
-        squares = torch.zeros((), device=initial[0].device, dtype=initial[0].dtype)
-        for p, g in zip(parameters, initial, strict=True):
-            squares = squares + (p * g).square().sum()
-        length = squares.sqrt()
-        for p, g in zip(parameters, initial, strict=True):
-            p.add_(p.square() * g * (rho / (length + 1e-12)))
-    perturbed = gradient()
-    with torch.no_grad():
-        for p, b in zip(parameters, before, strict=True):
-            p.copy_(b)
-        product = sum((g * h).sum() for g, h in zip(initial, perturbed, strict=True))
-        share = product / (sum(h.square().sum() for h in perturbed) + 1e-12)
-        return tuple(h - alpha * (g - share * h) for g, h in zip(initial, perturbed, strict=True))
-
-
-def gsam_gradient_foreach(
-    gradient: Callable[[], tuple[Tensor, ...]], parameters: tuple[Tensor, ...], rho: float, alpha: float
-) -> tuple[Tensor, ...]:
-    """Computes `gsam_gradient` for all parameters at once, by torch._foreach functions."""
-    initial = gradient()
-    with torch.no_grad():
-        before = [torch.empty_like(p) for p in parameters]
-        torch._foreach_copy_(before, parameters)
-        products = torch._foreach_mul(parameters, initial)
-        length = torch.stack(torch._foreach_norm(products)).square().sum().sqrt()
-        torch._foreach_mul_(products, parameters)
-        torch._foreach_mul_(products, rho / (length + 1e-12))
-        torch._foreach_add_(parameters, products)
-    perturbed = gradient()
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, before)
-        product = torch.cat([part.reshape(-1) for part in torch._foreach_mul(initial, perturbed)]).sum()
-        share = product / (torch.stack(torch._foreach_norm(perturbed)).square().sum() + 1e-12)
-        # g' - alpha (g - share g')
-        result = torch._foreach_mul(perturbed, 1 + alpha * share)
-        torch._foreach_add_(result, initial, alpha=-alpha)
-        return tuple(result)
 
 
 def _scale_to_mean_one(weights: Tensor, count: int) -> Tensor:
@@ -224,26 +159,6 @@ def epochs(
             yield batches(images, order, drawn, recipe.batch, values, device)
 
 
-def epochs_on_device(
-    images: Images, recipe: Recipe, seed: int, device: torch.device
-) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Iterator[list[tuple[int]]]]:
-    """Returns `next_batch` of `DeviceBatches`, and an iterator over the epochs: the sizes of their batches.
-
-    Each step of the iterator may upload the draws of the next epochs. images: must take an index on the device.
-    """
-    count, side = len(images), first_image(images).shape[-1]
-    batch = min(recipe.batch, count)
-    source = DeviceBatches(images, batch, device)
-    sizes = [(min(batch, count - start),) for start in range(0, count, batch)]
-
-    def passes() -> Iterator[list[tuple[int]]]:
-        for needed, draws in draw_epochs(recipe, count, side, seed, max(1, DEVICE_DRAWS // count)):
-            source.load(draws)
-            yield from repeat(sizes, needed)
-
-    return source.next_batch, passes()
-
-
 def fit(
     module: nn.Module,
     images: Images,
@@ -264,23 +179,82 @@ def fit(
     Every draw comes from (seed, epoch), so the result does not depend on what ran before.
     Raises UserError if the weights have another shape, are negative, not finite or all zero.
     """
-    device = next(module.parameters()).device
-    target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
-    share = None if weights is None else _scale_to_mean_one(weights, len(images)).to(device)
-    step = training_step(module, target, share, recipe, precision)
-    run_batch, passes = _schedule(step, images, recipe, seed, device)
-    for epoch, epoch_batches in enumerate(passes):
-        lr = recipe.lr * (0.1 if recipe.decay and epoch > recipe.epochs // 2 else 1.0)
-        for batch in epoch_batches:
-            run_batch(*batch, lr)
+    for epoch in fit_epochs(module, images, labels, recipe, seed, weights, precision, after_epoch is not None):
         if after_epoch:
             after_epoch(epoch)
     return module.eval()
 
 
+def fit_epochs(
+    module: nn.Module,
+    images: Images,
+    labels: Tensor,
+    recipe: Recipe,
+    seed: int,
+    weights: Tensor | None = None,
+    precision: torch.dtype = torch.float32,
+    every_epoch: bool = True,
+) -> Iterator[int]:
+    """Trains as `fit` does, and yields the number of the epoch that is finished. Leaves the network in train mode.
+
+    every_epoch: if false, several epochs may pass between two yields, so that CUDA graphs hold steps of more than one.
+    """
+    device = next(module.parameters()).device
+    target = (labels.softmax(1) if labels.is_floating_point() else labels).to(device)
+    share = None if weights is None else _scale_to_mean_one(weights, len(images)).to(device)
+    step = training_step(module, target, share, recipe, precision)
+    if device.type != "cuda":
+        for epoch, parts in enumerate(epochs(images, recipe, seed, device)):
+            for index, x in parts:
+                step(index, x, recipe.rate(epoch))
+            yield epoch
+    elif index_device(images) == device:
+        yield from _epochs_on_device(step, images, recipe, seed, device, every_epoch)
+    else:
+        rate = torch.full((), recipe.lr, device=device)
+        graph = GraphedStep(lambda index, x: step(index, x, rate))
+        for epoch, parts in enumerate(epochs(images, recipe, seed, device)):
+            rate.fill_(recipe.rate(epoch))
+            for index, x in parts:
+                graph(index, x)
+            yield epoch
+
+
+def _epochs_on_device(
+    step: Step, images: Images, recipe: Recipe, seed: int, device: torch.device, every_epoch: bool
+) -> Iterator[int]:
+    """Trains on images of a CUDA device by graphs of several steps, which make the batches themselves."""
+    count, side = len(images), first_image(images).shape[-1]
+    rate = torch.full((), recipe.lr, device=device)
+    batches_on_device = DeviceBatches(images, min(recipe.batch, count), device)
+
+    def run_steps(*sizes: int) -> None:
+        for size in sizes:
+            step(*batches_on_device.next_batch(size), rate)
+
+    graph, sizes, start = GraphedStep(run_steps, device), batch_sizes(count, recipe.batch), 0
+    group = max(1, DEVICE_DRAWS // count)
+    if group > STEPS_PER_GRAPH:
+        group -= group % STEPS_PER_GRAPH  # leaves no smaller graph at its end
+    for needed, draws in draw_epochs(recipe, count, side, seed, group):
+        batches_on_device.load(draws)
+        for span in _spans(recipe, start, start + needed, every_epoch):
+            rate.fill_(recipe.rate(span[0]))
+            for part in graph_steps(sizes * len(span)):
+                graph(*part)
+            yield span[-1]
+        start += needed
+
+
+def _spans(recipe: Recipe, start: int, stop: int, every_epoch: bool) -> Iterator[list[int]]:
+    """Cuts epochs into runs of the same learning rate, or into single epochs."""
+    for _, epochs in groupby(range(start, stop), lambda epoch: (recipe.rate(epoch), every_epoch and epoch)):
+        yield list(epochs)
+
+
 def training_step(
     module: nn.Module, target: Tensor, share: Tensor | None, recipe: Recipe, precision: torch.dtype
-) -> Callable[[Tensor, Tensor, float], None]:
+) -> Step:
     """Returns the function that takes one step of SGD on `module` in place: (index [B], x [B, C, H, W], lr) -> None.
 
     target: the labels of all images, int64 [N], or probabilities [N, K]. share: their weights, float32 [N].
@@ -311,7 +285,7 @@ def training_step(
         losses = (batch_loss(predict, *part) * (len(part[0]) / len(x)) for part in zip(*parts, strict=False))
         return summed_gradient(losses, parameters)
 
-    def step(index: Tensor, x: Tensor, lr: float) -> None:
+    def step(index: Tensor, x: Tensor, lr: float | Tensor) -> None:
         compute = partial(gradient, x, target[index], None if share is None else share[index])
         gradients = gsam_gradient(compute, parameters, recipe.rho, recipe.alpha) if recipe.rho else compute()
         sgd_step(parameters, velocity, gradients, lr, recipe.momentum, recipe.weight_decay)
@@ -327,21 +301,6 @@ def in_precision(predict: Callable[[Tensor], Tensor], precision: torch.dtype) ->
             return predict(x.to(precision))
 
     return run
-
-
-def _schedule(
-    step: Callable[[Tensor, Tensor, float], None], images: Images, recipe: Recipe, seed: int, device: torch.device
-) -> tuple[Callable[..., None], Iterator[Iterable[tuple[Any, ...]]]]:
-    """Returns a function that runs one batch, and for every epoch the arguments of its batches, all but the last, lr.
-
-    On CUDA the step runs as a CUDA graph, which also makes the batch if the images are on the device.
-    """
-    if device.type != "cuda":
-        return step, epochs(images, recipe, seed, device)
-    if index_device(images) != device:
-        return GraphedStep(step), epochs(images, recipe, seed, device)
-    next_batch, passes = epochs_on_device(images, recipe, seed, device)
-    return GraphedStep(lambda size, lr: step(*next_batch(size), lr), device), passes
 
 
 @torch.no_grad()

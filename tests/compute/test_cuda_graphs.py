@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tadperf.compute import streams
 from tadperf.compute.cuda_graphs import GraphedStep
 
 
@@ -30,7 +32,11 @@ class FakeCuda:
         for name in ("device", "stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(self.current))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream("side"))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.device_index)
+        monkeypatch.setattr(torch.cuda, "Stream", self.new_stream)
+        monkeypatch.setattr(streams, "_free", {})
+        monkeypatch.setattr(streams, "_handles", {})
+        self.handles, self.captures = itertools.cycle(range(1, 33)), []
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
 
     @contextlib.contextmanager
@@ -47,9 +53,14 @@ class FakeCuda:
         finally:
             self.current = before
 
+    def new_stream(self, device: torch.device) -> FakeStream:
+        """Like torch.cuda.Stream: 32 streams in turn."""
+        return FakeStream("side", next(self.handles))
+
     @contextlib.contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
+    def graph(self, graph: Any, pool: Any, stream: FakeStream) -> Iterator[None]:
         """Like torch.cuda.graph: if recording fails, the stream of the recording stays current."""
+        self.captures.append((stream.cuda_stream, pool))
         before, self.current = self.current, "capture"
         yield
         if self.fails:
@@ -58,8 +69,8 @@ class FakeCuda:
 
 
 class FakeStream:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, handle: int = 0) -> None:
+        self.name, self.cuda_stream = name, handle
 
     def wait_stream(self, _: FakeStream) -> None:
         pass
@@ -68,6 +79,9 @@ class FakeStream:
 class FakeGraph:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
+
+    def pool(self) -> str:
+        return f"memory of {id(self)}"
 
     def replay(self) -> None:
         self.cuda.launched.append(("replay", self.cuda.device_index))
@@ -97,6 +111,18 @@ def test_each_shape_and_each_constant_has_its_own_graph(cuda):
     assert [name for name, _ in cuda.launched] == ["side", "side", "side", "capture", "replay", "replay"]
 
 
+def test_the_graphs_of_a_step_share_memory_and_a_stream_of_their_own(cuda):
+    """A stream has one cuBLAS workspace, and graphs that were recorded on it keep its address."""
+    first, second = (GraphedStep(lambda *values: None) for _ in range(2))
+    for size in (2, 2, 3, 3):
+        first(tensor(0, size))
+        second(tensor(0, size))
+    (stream, none), (other, also_none), (again, pool), (other_again, other_pool) = cuda.captures
+    assert stream == again != other == other_again
+    assert none is also_none is None
+    assert None is not pool != other_pool is not None
+
+
 def test_inputs_are_copied_into_the_graph(cuda):
     recorded: list[Tensor] = []
     step = GraphedStep(lambda x: recorded.append(x))
@@ -116,3 +142,18 @@ def test_a_failed_recording_warns_once_and_restores_the_stream(cuda):
     step(tensor(1))
     assert streams == ["side", "capture", "default", "default"]
     assert (cuda.device_index, cuda.current) == (0, "default")
+
+
+def test_a_stream_has_one_user_at_a_time(cuda):
+    """After 32 streams PyTorch hands out the first one again."""
+
+    class User:
+        pass
+
+    device, users = torch.device("cuda", 0), [User() for _ in range(32)]
+    handles = [streams.own_stream(user, device).cuda_stream for user in users]
+    assert len(set(handles)) == 32
+    with pytest.raises(RuntimeError, match="all 32 streams of cuda:0 are in use"):
+        streams.own_stream(cuda, device)
+    del users[7]
+    assert streams.own_stream(cuda, device).cuda_stream == handles[7]

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """The most that one unit may need."""
+    """The most that one unit may need. replays: of CUDA graphs."""
 
-    nodes: int
+    nodes: float
+    replays: float = 1
     launches: float = 0
     async_copies: float = 0
     blocking_copies: float = 0
@@ -21,9 +22,10 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "expert step": Budget(nodes=39),
-    "flat expert step": Budget(nodes=95),  # experts.rho > 0: two passes
-    "student step": Budget(nodes=39),  # soft labels
+    # 8 steps are one graph.
+    "expert step": Budget(nodes=36, replays=1 / 8),
+    "flat expert step": Budget(nodes=92, replays=1 / 8),  # experts.rho > 0: two passes
+    "student step": Budget(nodes=36, replays=1 / 8),  # soft labels
     # Once in an epoch, here 4 steps: the augmentation and the upload of its draws. 4 copies of inputs in each step.
     "proxy step": Budget(nodes=42, launches=5, async_copies=0.25),
     # nodes: those of one inner step and its adjoint.

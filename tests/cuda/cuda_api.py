@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,10 +22,17 @@ class Properties:
 
 
 class Stream:
-    """Replaces torch.cuda.Stream. There is no order to keep, because the twin computes at once."""
+    """Replaces torch.cuda.Stream. There is no order to keep, because the twin computes at once.
+
+    As in PyTorch, the streams of a program are 32 that come round again and again.
+    """
+
+    made = 0
+    current: Stream  # set below, to the default stream
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+        self.cuda_stream = 1 + Stream.made % 32
+        Stream.made += 1
 
     def synchronize(self) -> None:
         _wait("Stream.synchronize")
@@ -41,6 +48,21 @@ class Stream:
 
     def query(self) -> bool:
         return True
+
+
+Stream.current = DEFAULT = Stream()
+DEFAULT.cuda_stream, Stream.made = 0, 0
+
+
+@contextlib.contextmanager
+def use_stream(stream: Stream | None) -> Iterator[None]:
+    """Replaces torch.cuda.stream."""
+    before = Stream.current
+    Stream.current = stream or before
+    try:
+        yield
+    finally:
+        Stream.current = before
 
 
 class Event:
@@ -80,9 +102,7 @@ def replace_torch_cuda() -> None:
         "mem_get_info": (70 << 30, 80 << 30),
         "max_memory_allocated": 0,
         "memory_allocated": 0,
-        "current_stream": Stream(),
-        "default_stream": Stream(),
-        "stream": contextlib.nullcontext(),
+        "default_stream": DEFAULT,
         "device": contextlib.nullcontext(),
         "device_of": contextlib.nullcontext(),
     }
@@ -91,6 +111,8 @@ def replace_torch_cuda() -> None:
     replaced = {name: _constant(value) for name, value in functions.items()} | {
         "synchronize": lambda *_: _wait("synchronize"),
         "is_current_stream_capturing": lambda: Graph.recording is not None,
+        "current_stream": lambda *_: Stream.current,
+        "stream": use_stream,
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": Graph,

@@ -63,6 +63,9 @@ class Graph:
                 for old, new in zip(node.made, _made(node.args, node.kwargs, result), strict=True):
                     old.copy_(new)
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
     def reset(self) -> None:
         self.nodes.clear()
 

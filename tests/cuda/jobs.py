@@ -17,6 +17,7 @@ import torch
 from tadperf.config import Config
 from tadperf.config.merge import merge
 from tadperf.files import write_json
+from tadperf.nets import device_batches
 from tadperf.pipeline.audit import audit_data
 from tadperf.pipeline.distill import distill_task
 from tadperf.pipeline.evaluate import evaluate_file
@@ -107,6 +108,7 @@ def run(job: str, folder: Path, device: str) -> dict[str, Any]:
     from counters import counters
 
     counters.reset()
+    device_batches.STEPS_PER_GRAPH = 1  # so that a training of three steps replays a graph
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "CUDA graph failed")  # the run would go on without a graph
         JOBS[job](folder / job, device)

@@ -18,6 +18,7 @@ import work_units
 from counters import ASYNC, TO_DEVICE, TO_HOST, WAIT, counters
 
 from tadperf.config import NetConfig
+from tadperf.nets.device_batches import STEPS_PER_GRAPH
 
 IMAGES = {"expert": 1024, "proxy": 256, "matching": 100, "student": 100}
 BATCHES = {"expert": 256, "proxy": 64, "matching": 100, "student": 100}
@@ -61,7 +62,9 @@ def all_units(folder: Path) -> dict[str, Any]:
     for unit, labels in (("expert", False), ("student", True)):
         steps = use(unit)
         targets = torch.eye(10)[work_units.LABELS] if labels else work_units.LABELS
-        units[f"{unit} step"] = measure(work_units.fit(targets), 4, 8, 4 * steps)
+        # Epochs of 2 and 4 graphs. The first one warms up, the second one is recorded.
+        short, long = (graphs * STEPS_PER_GRAPH // steps for graphs in (2, 4))
+        units[f"{unit} step"] = measure(work_units.fit(targets), short, long, 2 * STEPS_PER_GRAPH)
     steps = use("proxy")
     units["proxy step"] = measure(work_units.proxies, 6, 8, 2 * steps)
     use("matching")

@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import RunOnTwin
 
-STEPS, EPOCHS, ITERATIONS = 8, 2, 5
+STEPS, EPOCHS, ITERATIONS = 16, 4, 5
 BLOCKING = ("blocking copy to device", "blocking copy to host", "wait")
 
 
@@ -30,12 +30,18 @@ def matching(measured: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name", ["plain", "weights", "soft", "gsam", "subset", "pixels on the device", "bfloat16", "bfloat16 soft"]
 )
-def test_a_step_on_images_on_the_device_is_one_replay(training: dict[str, Any], name: str):
+def test_steps_on_images_on_the_device_are_replays(training: dict[str, Any], name: str):
     counts = training[name]["counts"]
     assert not any(counts.get(kind) for kind in BLOCKING), counts
-    assert counts["graph replay"] == STEPS
-    assert counts["async copy"] == EPOCHS  # the draws of an epoch
-    assert counts["launch"] == EPOCHS  # the position goes back to 0
+    assert counts["graph replay"] == STEPS / 8
+    assert counts["async copy"] == EPOCHS / 2  # the draws of two epochs
+    assert counts["launch"] == 2 * EPOCHS / 2  # the position goes back to 0, and the learning rate is written
+
+
+def test_a_new_learning_rate_needs_no_new_graph(training: dict[str, Any]):
+    found = training["decay"]
+    assert found["graphs"] == 1
+    assert found["error"] < 1e-5
 
 
 def test_a_step_on_pixels_on_the_cpu_does_not_wait(training: dict[str, Any]):
@@ -43,12 +49,14 @@ def test_a_step_on_pixels_on_the_cpu_does_not_wait(training: dict[str, Any]):
     assert not any(counts.get(kind) for kind in BLOCKING), counts
     assert counts["graph replay"] == STEPS
     assert counts["async copy"] == 2 * EPOCHS  # the draws of an epoch, and its images
+    # The augmentation in plain PyTorch, the learning rate, and two copies into the graph
+    assert counts["launch"] <= 2 * STEPS + 35 * EPOCHS
 
 
 def test_the_snapshots_of_an_expert_are_not_awaited(training: dict[str, Any]):
     counts = training["expert"]["counts"]
     assert not any(counts.get(kind) for kind in BLOCKING[:2]), counts
-    assert counts["async copy"] == 2 * EPOCHS  # the draws of an epoch, and a snapshot
+    assert counts["async copy"] == 3 * EPOCHS / 2  # the draws of two epochs, and a snapshot of each
     assert counts["wait"] == EPOCHS  # for a snapshot that is one epoch old
 
 
@@ -61,7 +69,7 @@ def test_the_weights_are_those_of_a_cpu(training: dict[str, Any], name: str):
 
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16 soft"])
 def test_bfloat16_maps_give_nearly_the_weights_of_float32(training: dict[str, Any], name: str):
-    assert 1e-6 < training[name]["error"] < 0.05
+    assert 1e-6 < training[name]["error"] < 0.1  # after 32 steps
 
 
 @pytest.mark.parametrize(("name", "trajectories"), [("one trajectory", 1), ("three trajectories", 3)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from counters import counters
+from counters import RECORD, counters
 
 from tadperf.config import NetConfig
 from tadperf.data import images as images_module
@@ -49,6 +49,7 @@ def case(name: str, device: str) -> dict[str, Any]:
 def train(name: str, device: str, epochs: int) -> tuple[torch.Tensor, dict[str, int]]:
     """Returns the weights after some epochs, and the counts of the training."""
     recipe, values = RECIPE._replace(epochs=epochs, rho=0.1 if name == "gsam" else 0.0, alpha=0.3), case(name, device)
+    recipe = recipe._replace(decay=name == "decay")
     precision = torch.bfloat16 if name.startswith("bfloat16") else torch.float32
     module = build(NET, (3, 8, 8), 3, 0).to(device)
     counters.reset()
@@ -58,10 +59,20 @@ def train(name: str, device: str, epochs: int) -> tuple[torch.Tensor, dict[str, 
 
 
 def steps(name: str) -> dict[str, Any]:
-    """Returns the counts of the last 8 steps of 16 (2 epochs of 4), and the error of the weights."""
-    training.DEVICE_DRAWS = COUNT  # an upload for every epoch
-    (_, short), (weights, counts), (expected, _) = train(name, "cuda", 2), train(name, "cuda", 4), train(name, "cpu", 4)
-    return {"counts": difference(counts, short), "error": float((weights - expected).norm() / expected.norm())}
+    """Returns the counts of the last 16 steps of 32 (4 epochs of 4), and the error of the weights."""
+    training.DEVICE_DRAWS = 2 * COUNT  # an upload for every second epoch
+    (_, short), (weights, counts), (expected, _) = train(name, "cuda", 4), train(name, "cuda", 8), train(name, "cpu", 8)
+    return {"counts": difference(counts, short), "error": relative_error(weights, expected)}
+
+
+def decay() -> dict[str, Any]:
+    """Returns the number of graphs of 6 epochs, of which the last two have a smaller learning rate, and the error."""
+    (weights, counts), (expected, _) = train("decay", "cuda", 6), train("decay", "cpu", 6)
+    return {"graphs": counts[RECORD], "error": relative_error(weights, expected)}
+
+
+def relative_error(weights: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((weights - expected).norm() / expected.norm())
 
 
 def difference(counts: dict[str, int], others: dict[str, int]) -> dict[str, int]:
@@ -69,18 +80,17 @@ def difference(counts: dict[str, int], others: dict[str, int]) -> dict[str, int]
 
 
 def expert() -> dict[str, Any]:
-    """Returns the counts of 2 epochs of an expert, whose snapshots go to the CPU, and the error of the snapshots."""
+    """Returns the counts of 4 epochs of an expert, whose snapshots go to the CPU, and the error of the snapshots."""
     found = {}
-    for device, epochs in (("cuda", 2), ("cuda", 4), ("cpu", 4)):
+    for device, epochs in (("cuda", 4), ("cuda", 8), ("cpu", 8)):
         images = case("plain", device)["images"]
         problem = Problem(images, LABELS, ("a", "b", "c"), NET, RECIPE.augment, 0, torch.device(device))
         counters.reset()
         snapshots, accuracy = train_expert(problem, RECIPE._replace(epochs=epochs), 0)
         found[device, epochs] = snapshots, accuracy, dict(counters.counts)
-    (ours, score, counts), (exact, expected, _) = found["cuda", 4], found["cpu", 4]
+    (ours, score, counts), (exact, expected, _) = found["cuda", 8], found["cpu", 8]
     assert score == expected
-    error = float((ours - exact).norm() / exact.norm())
-    return {"counts": difference(counts, found["cuda", 2][2]), "error": error}
+    return {"counts": difference(counts, found["cuda", 4][2]), "error": relative_error(ours, exact)}
 
 
 CASES = (
@@ -98,4 +108,4 @@ CASES = (
 
 def measure() -> dict[str, Any]:
     """Returns the counts and the error of every case, of the images on the device and on the CPU."""
-    return {name: steps(name) for name in CASES} | {"expert": expert()}
+    return {name: steps(name) for name in CASES} | {"decay": decay(), "expert": expert()}

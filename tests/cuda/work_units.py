@@ -23,6 +23,7 @@ from tadperf.matching.loop import MatchProblem, match_trajectories
 from tadperf.matching.state import initial_state
 from tadperf.nets import training
 from tadperf.nets.architectures import build
+from tadperf.nets.device_batches import STEPS_PER_GRAPH
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.problem import Problem
 from tadperf.nets.training import Recipe
@@ -102,14 +103,17 @@ def _differences(longer: dict[str, int], shorter: dict[str, int], units: int) ->
 
 def all_units(folder: Path) -> dict[str, Any]:
     logits = torch.eye(CLASSES)[LABELS]
-    epochs = 2, 6, 4 * STEPS_PER_EPOCH
+    # Epochs of 2 and 6 graphs. The first graph warms up, the second is recorded, and all but the first are replayed.
+    short, long = (graphs * STEPS_PER_GRAPH // STEPS_PER_EPOCH for graphs in (2, 6))
     units = {
-        "expert step": measure(fit(LABELS), *epochs),
-        "flat expert step": measure(fit(LABELS, rho=0.1), *epochs),
-        "student step": measure(fit(logits), *epochs),
+        "expert step": measure(fit(LABELS), short, long, 4 * STEPS_PER_GRAPH),
+        "flat expert step": measure(fit(LABELS, rho=0.1), short, long, 4 * STEPS_PER_GRAPH),
+        "student step": measure(fit(logits), short, long, 4 * STEPS_PER_GRAPH),
         "proxy step": measure(proxies, 4, 8, 4 * STEPS_PER_EPOCH),  # the outputs of the last 4 epochs are averaged
         "matching iteration": measure(matching(folder, steps=3), 4, 8, 4),
     }
+    for unit in ("expert step", "flat expert step", "student step"):
+        units[unit]["nodes"] /= STEPS_PER_GRAPH
     three_steps = units["matching iteration"]["nodes"]
     counters.reset()
     matching(folder, steps=4)(2)

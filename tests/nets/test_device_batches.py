@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tadperf.nets import training
-from tadperf.nets.device_batches import DeviceBatches
+from tadperf.nets import device_batches, training
+from tadperf.nets.device_batches import DeviceBatches, batch_sizes, graph_steps
 from tadperf.nets.training import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,22 +16,33 @@ FULL = "color_crop_cutout_flip_scale_rotate"
 
 @pytest.mark.parametrize("strategy", ["none", "flip", FULL])
 @pytest.mark.parametrize(("count", "batch"), [(12, 5), (12, 12), (7, 100)])
-@pytest.mark.parametrize("draws_at_once", [1, 30, 1 << 14])
-def test_the_batches_are_those_of_the_training_on_a_cpu(strategy, count, batch, draws_at_once, monkeypatch):
-    monkeypatch.setattr(training, "DEVICE_DRAWS", draws_at_once)
+def test_the_batches_are_those_of_the_training_on_a_cpu(strategy, count, batch):
     images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     recipe = Recipe(5, batch, 0.1, 0.0, 0.0, strategy)
     expected = [list(parts) for parts in training.epochs(images, recipe, 3, CPU)]
-    next_batch, passes = training.epochs_on_device(images, recipe, 3, CPU)
-    sizes_of_epochs = []
-    for epoch, sizes in enumerate(passes):
-        sizes_of_epochs.append(sizes)
-        for (size,), (index, x) in zip(sizes, expected[epoch], strict=True):
-            ours = next_batch(size)
+    source, sizes = DeviceBatches(images, min(batch, count), CPU), batch_sizes(count, batch)
+    for parts, (_, draws) in zip(expected, training.draw_epochs(recipe, count, 8, 3, 1), strict=True):
+        source.load(draws)
+        for size, (index, x) in zip(sizes, parts, strict=True):
+            ours = source.next_batch(size)
             assert torch.equal(ours[0], index)
             torch.testing.assert_close(ours[1], x, rtol=1e-5, atol=1e-5)
-    assert len(sizes_of_epochs) == 5
-    assert [size for (size,) in sizes_of_epochs[0]] == [len(index) for index, _ in expected[0]]
+
+
+def test_steps_are_cut_into_graphs_of_the_same_number(monkeypatch):
+    monkeypatch.setattr(device_batches, "STEPS_PER_GRAPH", 3)
+    assert batch_sizes(12, 5) == [5, 5, 2]
+    assert list(graph_steps(batch_sizes(12, 5))) == [(5, 5, 2)]
+    assert list(graph_steps([4] * 7)) == [(4, 4, 4), (4, 4, 4), (4,)]
+    assert list(graph_steps([])) == []
+
+
+@pytest.mark.parametrize("every_epoch", [False, True])
+def test_epochs_of_one_learning_rate_run_without_a_pause(every_epoch):
+    recipe = Recipe(9, 4, 0.1, 0.0, 0.0, "none")
+    spans = list(training._spans(recipe, 2, 9, every_epoch))
+    assert spans == ([[e] for e in range(2, 9)] if every_epoch else [[2, 3, 4], [5, 6, 7, 8]])
+    assert [len({recipe.rate(epoch) for epoch in span}) for span in spans] == [1] * len(spans)
 
 
 def test_new_draws_use_the_same_memory():
@@ -42,8 +53,9 @@ def test_new_draws_use_the_same_memory():
     orders = []
     for draws in (one, two):
         source.load(draws)
-        assert source._draws is not None
-        orders.append([tensor.data_ptr() for tensor in source._draws.tensors()])
+        memory = source._draws._memory
+        assert memory is not None
+        orders.append([tensor.data_ptr() for tensor in memory.tensors])
         assert torch.equal(source.next_batch(4)[0], draws.order)
     assert orders[0] == orders[1]
     assert not torch.equal(one.order, two.order)

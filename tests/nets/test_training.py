@@ -60,23 +60,6 @@ def test_steps_equal_those_computed_by_hand():
     assert not module.training
 
 
-@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 5e-4), (0.0, 0.1)])
-def test_sgd_equals_that_of_pytorch(momentum, decay):
-    generator = torch.Generator().manual_seed(1)
-    ours = torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)
-    theirs = [p.clone() for p in ours]
-    optimiser = torch.optim.SGD(theirs, 0.1, momentum, weight_decay=decay)
-    velocity = tuple(map(torch.zeros_like, ours))
-    for _ in range(4):
-        gradients = tuple(torch.randn(p.shape, generator=generator) for p in ours)
-        for p, g in zip(theirs, gradients, strict=True):
-            p.grad = g.clone()
-        optimiser.step()
-        training.sgd_step(ours, velocity, gradients, 0.1, momentum, decay)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
 def test_the_learning_rate_is_divided_by_ten_after_half_of_the_epochs():
     images, labels = data()
     lengths: list[float] = []
@@ -170,36 +153,6 @@ def test_the_gradient_of_the_logits_equals_that_of_autograd(soft, classes, weigh
     gradient = training.logits_gradient(logits, target, scale)
     assert torch.equal(logits, before)
     torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("compute", [training.gsam_gradient, training.gsam_gradient_foreach], ids=["CPU", "CUDA"])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
-def test_gsam_gradient_equals_its_definition(alpha, compute):
-    """Compares with the formula, in float64 with the parameters as one vector."""
-    images, labels = (value[:6] for value in data())
-    module = fresh().double()
-    parameters = tuple(module.parameters())
-    before = [p.detach().clone() for p in parameters]
-    ours = compute(
-        lambda: torch.autograd.grad(F.cross_entropy(module(images.double()), labels), parameters),
-        parameters,
-        0.5,
-        alpha,
-    )
-    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
-    net = FlatNet(module)
-    theta = net.flatten()
-
-    def gradient(at: torch.Tensor) -> torch.Tensor:
-        at = at.clone().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(net(at, images.double()), labels), at)[0]
-
-    here = gradient(theta)
-    above = gradient(theta + 0.5 * theta**2 * here / (theta * here).norm())
-    along = above / above.norm()
-    truth = above - alpha * (here - (here @ along) * along)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in ours]), truth, rtol=1e-9, atol=1e-12)
-    assert (truth - here).norm() > 1e-3 * here.norm()
 
 
 def test_gsam_makes_the_minimum_flatter():
