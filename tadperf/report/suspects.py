@@ -1,4 +1,4 @@
-"""The most suspicious labels as one picture: each image with its given label and the suggested label."""
+"""The most suspicious labels as one picture: each image with its given label, its suggested label and its file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tadperf.report.drawing import BACKGROUND, FAINT, INK, MARGIN, cell_size, paste, save_png, to_drawable
-from tadperf.report.text import draw_text, drawable_names
+from tadperf.report.text import draw_text, drawable_names, keep_end
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MAX_SHOWN, COLUMNS = 40, 8
 CELL = 112  # approximate pixels of an image's longer side
-CAPTION = 34  # pixels below an image: two lines of text
-FONT, HEADLINE, HEAD = 13, 16, 44  # pixels: captions, headline, and both lines above the images
+CAPTION = 48  # pixels below an image: three lines of text
+FONT, SMALL, HEADLINE, HEAD = 13, 10, 16, 44  # pixels: captions, places, headline, and both lines above the images
 
 
 def save_suspects(path: Path | str, dataset: Dataset, state: TrustState) -> None:
@@ -26,7 +26,10 @@ def save_suspects(path: Path | str, dataset: Dataset, state: TrustState) -> None
 
 
 def draw_suspects(dataset: Dataset, state: TrustState) -> Image:
-    """Draws the 40 suspected label errors with the highest score, with their given and suggested labels."""
+    """Draws the 40 suspected label errors with the highest score, with their labels and files.
+
+    The last line of a caption is the file, or the row of a set without file names. Long paths keep their end.
+    """
     from PIL import Image, ImageDraw
 
     order = state.worst()
@@ -45,12 +48,14 @@ def draw_suspects(dataset: Dataset, state: TrustState) -> Image:
     legend = f"{legend};  {names.note}" if names.note else legend
     if len(worst):
         draw_text(draw, (MARGIN, MARGIN + 20), legend, FONT, FAINT, width=picture.width - 2 * MARGIN)
-    for place, (sample, image) in enumerate(zip(worst.tolist(), images, strict=True)):
-        x, y = MARGIN + place % COLUMNS * cell_x, MARGIN + HEAD + place // COLUMNS * cell_y
+    for cell, (sample, image) in enumerate(zip(worst.tolist(), images, strict=True)):
+        x, y = MARGIN + cell % COLUMNS * cell_x, MARGIN + HEAD + cell // COLUMNS * cell_y
         paste(picture, image, (x, y), (height, width))
         given, suggested = (names.texts[int(labels[sample])] for labels in (state.given, state.suggested))
         y += height + 2
         length = draw_text(draw, (x, y), given, FONT, FAINT, width=cell_x - MARGIN)
         draw.line((x, y + 9, x + length, y + 9), FAINT)
         draw_text(draw, (x, y + 15), f"{suggested}?", FONT, INK, width=cell_x - MARGIN)
+        place = f"row {sample}" if dataset.file_names is None else dataset.file_names[sample]
+        draw_text(draw, (x, y + 31), keep_end(place, SMALL, cell_x - MARGIN), SMALL, FAINT)
     return picture

@@ -82,6 +82,18 @@ def shorten_text(text: str, size: int, width: float) -> str:
     return text[:low] + "…"
 
 
+def keep_end(text: str, size: int, width: float) -> str:
+    """Returns the text in one line, or as much of its end as fits into `width` pixels."""
+    text = clean_text(text)
+    if text_width(text, size) <= width:
+        return text
+    low, high = 0, len(text)  # the last `low` letters fit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text_width("…" + text[-middle:], size) <= width else (low, middle - 1)
+    return "…" + text[len(text) - low :]
+
+
 def text_width(text: str, size: int) -> float:
     """Returns the width of one line of text in pixels."""
     return font_for(text, size).getlength(text)

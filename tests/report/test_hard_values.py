@@ -84,7 +84,10 @@ def test_grid(class_names, count, shape):
 @given(names, st.integers(1, 20), st.sampled_from(SHAPES))
 def test_suspects(class_names, count, shape):
     labels = torch.arange(count) % len(class_names)
-    draw_suspects(Dataset(pixels(count, shape), labels, class_names, class_names[0]), state(labels, class_names))
+    files = tuple(class_names[k % len(class_names)] for k in range(count))
+    data = Dataset(pixels(count, shape), labels, class_names, class_names[0])
+    for dataset in (data, replace(data, file_names=files)):
+        draw_suspects(dataset, state(labels, class_names))
 
 
 @quick
@@ -170,6 +173,24 @@ def test_no_rounds_and_no_images_are_refused():
         draw_gradcam(nn.Flatten(), Normaliser(torch.zeros(1), torch.ones(1)), rows, ("a",))
 
 
+def test_the_picture_of_suspects_shows_their_files():
+    labels, names = torch.tensor([0, 1, 0, 1]), ("a", "b")
+    data = Dataset(pixels(4, (1, 8, 8)), labels, names, "set")
+    verdicts = replace(as_given(labels, names), verdict=torch.full((4,), 3, dtype=torch.uint8))
+    drawn = [
+        draw_suspects(replace(data, file_names=files), verdicts).tobytes()
+        for files in (
+            None,
+            ("a.png",) * 4,
+            ("b.png",) * 4,
+            ("long/" * 50 + "b.png",) * 4,
+            ("long/" * 60 + "b.png",) * 4,
+        )
+    ]
+    assert len(set(drawn)) == 4
+    assert drawn[3] == drawn[4]  # both are shortened to the same end
+
+
 def test_no_suspects_is_a_picture_with_a_headline():
     labels = torch.zeros(3, dtype=torch.int64)
     picture = draw_suspects(Dataset(pixels(3, (1, 8, 8)), labels, ("a",), "clean"), as_given(labels, ("a",)))
@@ -217,6 +238,12 @@ def test_text_is_shortened_to_the_width():
     assert shortened.endswith("…")
     assert 80 < text.text_width(shortened, 12) <= 100
     assert text.shorten_text("long", 12, 0) == "…"
+    end = text.keep_end("folder/" * 100 + "a.png", 12, 100)
+    assert end.startswith("…")
+    assert end.endswith("/a.png")
+    assert 80 < text.text_width(end, 12) <= 100
+    assert text.keep_end("short", 12, 500) == "short"
+    assert text.keep_end("long", 12, 0) == "…"
 
 
 @pytest.mark.parametrize(
