@@ -42,6 +42,15 @@ def test_the_matching_loss_of_mtt(tmp_path):
         assert gain == pytest.approx(before / after, rel=0.1, abs=0.1)
 
 
+def test_the_audit_of_texts(tmp_path):
+    out = output_of("audit_text_features", tmp_path)
+    wrong, suspected = map(int, re.findall(r"(\d+) wrong labels, (\d+) suspected", out)[0])
+    precision, recall = map(float, re.findall(rf"precision {NUMBER}, recall {NUMBER}", out)[0])
+    assert precision > 0.8
+    assert recall > 0.8
+    assert precision * suspected == pytest.approx(recall * wrong, abs=0.5)
+
+
 def test_every_example_is_tested():
     tested = {name for name, value in globals().items() if name.startswith("test_the_") and callable(value)}
     assert len(tested) == len(EXAMPLES)
