@@ -27,6 +27,10 @@ STAGES = {  # stage -> words for the user
     "resize": "resizing images",
     "trust:proxies": "trust: proxy networks",
     "trust:neighbours": "trust: neighbours",
+    "features": "features: probe and neighbours",
+    "encode": "computing features",
+    "trust:graph": "neighbours",
+    "trust:labels": "probabilities of all labels",
 }
 FIGURES = {"trusted": "share trusted", "moved": "share changed"}
 

@@ -52,7 +52,7 @@ class Channel(NamedTuple):
 
 
 class FittedChannel(NamedTuple):
-    """Two channels and their weights: (weight, transition [C, C], power b, affinity h). present [C]: used as a label."""
+    """parts: weight, transition [C, C], b and h of one or two channels. present: bool [C], which classes are labels."""
 
     parts: tuple[tuple[float, Tensor, float, float], ...]
     by_class: float

@@ -18,7 +18,9 @@ from tadperf.data.label_file import LabelSet
 from tadperf.data.matrix import check_features, check_probabilities, open_features, open_probabilities
 from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
-from tadperf.trust.label_issues import find_label_issues
+from tadperf.trust.channel import most_suspicious
+from tadperf.trust.label_issues import find_label_issues, leave_enough
+from tadperf.trust.large_audit import LARGE, suspicion_of_labels
 from tadperf.trust.probe import pool_features
 from tadperf.trust.quality import label_quality_scores
 from tadperf.trust.state import UNTRUSTED, TrustState
@@ -39,16 +41,27 @@ def audit_labels(
     sample. features: floats [N, D], also memory-mapped. One of the two is enough; from features, `pool_features` makes
     probabilities out of fold. class_names: C names; by default "0".."C-1".
     The state's score is 1 - `label_quality_scores`, its reliability the quality. It suggests the likeliest other class
-    for an untrusted label. Raises ValueError for wrong shapes, types, labels or probabilities.
+    for an untrusted label. From LARGE numbers N x C on, works in blocks of samples (`large_audit`).
+    Raises ValueError for wrong shapes, types, labels or probabilities.
     """
     given, p, z, names = _check(labels, pred_probs, features, class_names)
+    if len(given) * len(names) >= LARGE:
+        found = suspicion_of_labels(z, given, len(names), p, progress)
+        order = leave_enough(most_suspicious(found.odds), given, 1)
+        issues = torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True)
+        return _state(given, issues, (-found.odds).sigmoid(), found.other, names)
     if z is not None:
         p = pool_features(z, given, len(names), p, progress)
     assert p is not None
     p = p.float()
     issues = torch.from_numpy(find_label_issues(given, p))
-    quality = torch.from_numpy(label_quality_scores(given, p)).clamp(0, 1).float()
-    other = p.scatter(1, given.unsqueeze(1), -1.0).argmax(1)
+    quality = torch.from_numpy(label_quality_scores(given, p))
+    return _state(given, issues, quality, p.scatter(1, given.unsqueeze(1), -1.0).argmax(1), names)
+
+
+def _state(given: Tensor, issues: Tensor, quality: Tensor, other: Tensor, names: tuple[str, ...]) -> TrustState:
+    """Returns the state of an audit. quality: float [N]. other: int64 [N], the likeliest class that is not given."""
+    quality = quality.clamp(0, 1).float()
     return TrustState(
         given=given,
         working=given,

@@ -131,23 +131,42 @@ class Probe(NamedTuple):
     share: Tensor
 
 
+class Ridge(NamedTuple):
+    """The fold of each sample int64 [N], the probe of each fold, and the chosen penalty and scale."""
+
+    fold: Tensor
+    probes: tuple[Probe, ...]
+    penalty: int
+    scale: float
+
+    def __call__(self, x: Tensor, fold: Tensor) -> Tensor:
+        """Returns the probabilities [n, C] of samples x [n, D], by the probes that have not seen their folds [n]."""
+        result = torch.empty(len(x), len(self.probes[0].share))
+        for f, probe in enumerate(self.probes):
+            inside = fold == f
+            scores = (x[inside] - probe.mean) @ probe.weights[self.penalty] + probe.share
+            result[inside] = (self.scale * scores).softmax(1)
+        return result
+
+
 def ridge_probabilities(z: Standardised, labels: Tensor, num_classes: int) -> Tensor:
     """Returns out-of-fold probabilities [N, C] of ridge regression on one-hot labels, solved in closed form.
 
     The likelihood of the given labels chooses the penalty and the scale of the scores. Needs F (folds) matrices [D, D]
     in float64 and F x penalties matrices [D, C] in float32 beside the result.
     """
-    fold = torch.randperm(len(z), generator=seeds.generator(0, "folds")) % min(FOLDS, len(z))
-    probes = _fit_probes(z, labels, fold, num_classes)
-    number, scale = _choose(z, labels, fold, probes)
+    ridge = fit_ridge(z, labels, num_classes)
     result = torch.empty(len(z), num_classes)
     for rows in z.blocks():
-        x, block_fold = z[rows], fold[rows]
-        for f, probe in enumerate(probes):
-            inside = block_fold == f
-            scores = (x[inside] - probe.mean) @ probe.weights[number] + probe.share
-            result[rows][inside] = (scale * scores).softmax(1)
+        result[rows] = ridge(z[rows], ridge.fold[rows])
     return result
+
+
+def fit_ridge(z: Standardised, labels: Tensor, num_classes: int) -> Ridge:
+    """Fits the probe of every fold, and chooses the penalty and the scale by the likelihood of the given labels."""
+    fold = torch.randperm(len(z), generator=seeds.generator(0, "folds")) % min(FOLDS, len(z))
+    probes = _fit_probes(z, labels, fold, num_classes)
+    return Ridge(fold, tuple(probes), *_choose(z, labels, fold, probes))
 
 
 def _fit_probes(z: Standardised, labels: Tensor, fold: Tensor, num_classes: int) -> list[Probe]:

@@ -1,0 +1,182 @@
+"""The audit of features for sets whose N x C probabilities do not fit in memory.
+
+The same sources, pool and noise channel as for small sets, in blocks of samples:
+1. The ridge probe and the neighbours' graph are fitted in passes over the features, which may be memory-mapped.
+2. Each sample keeps its TOP likeliest labels among its neighbours; this table is all that a second step needs.
+3. The weights of the sources and the noise channel are fitted on a part of the samples, then applied to every block.
+Several ranks share the blocks of the passes over all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tadperf import seeds
+from tadperf.compute import ranks
+from tadperf.progress import Progress, silent
+from tadperf.trust import probe
+from tadperf.trust.approximate_neighbours import approximate_neighbours, is_available
+from tadperf.trust.channel import FittedChannel, channel_odds, fit_channel
+from tadperf.trust.neighbours import NEIGHBOURS, REACHES, affinity_of, nearest_neighbours
+from tadperf.trust.probe import Standardised
+
+LARGE = 2**28  # samples x classes from which this form is used: 1 GB for each [N, C]
+APPROXIMATE = 2**17  # samples from which faiss finds the neighbours: the exact search takes minutes there
+TOP = 16  # labels that a sample keeps; NEIGHBOURS and as many that point to it have about 20 at most
+BLOCK = 2**24  # samples x classes in a block: 64 MB; not tuned
+WEIGHTED = 2**15  # samples that choose the weights of the sources; not tuned
+FITTED = 2**25  # samples x classes on which the channel is fitted: 128 MB; not tuned
+
+
+class Suspicion(NamedTuple):
+    """Log odds [N] that each label is wrong; the likeliest other class int64 [N]; TOP likeliest classes and their
+    probabilities, int16 or int32 and float16 [N, TOP].
+    """
+
+    odds: Tensor
+    other: Tensor
+    classes: Tensor
+    probabilities: Tensor
+
+
+class Votes(NamedTuple):
+    """The labels among the neighbours of each sample: up to TOP labels int32 [N, TOP] and their weights [N, TOP]."""
+
+    labels: Tensor
+    weights: Tensor
+
+
+def suspicion_of_labels(
+    features: Tensor | None, labels: Tensor, num_classes: int, model: Tensor | None = None, progress: Progress = silent
+) -> Suspicion:
+    """Fits all parts and returns how suspicious each label is (tadperf; top of this module).
+
+    features: finite floats [N, D] on the CPU. labels: int64 [N], as given. model: probabilities [N, C] of a model that
+    has not seen the labels. One of features and model may be None; both may be memory-mapped. Memory: about 2 N D bytes
+    for the neighbours, if faiss finds them, and 0.5 KB a sample.
+    progress: called as stages "features", "trust:graph" and "trust:labels".
+    """
+    sources = _Sources(features, labels, num_classes, model, progress)
+    count = len(labels)
+    order = torch.randperm(count, generator=seeds.generator(0, "large"))
+    weighted, fitted = (order[: min(count, size)] for size in (WEIGHTED, max(FITTED // num_classes, 2 * num_classes)))
+    own = torch.cat([sources.own(rows) for rows in weighted.split(sources.step)])
+    weights = probe.pool_weights(own)
+    mixed = torch.cat([probe.mix(sources.rows(rows), weights) for rows in fitted.split(sources.step)])
+    channel = fit_channel(mixed, labels[fitted])
+    return _apply(lambda rows: probe.mix(sources.rows(rows), weights), channel, labels, num_classes, progress)
+
+
+def _apply(
+    mixture: Callable[[Tensor], Tensor], channel: FittedChannel, labels: Tensor, num_classes: int, progress: Progress
+) -> Suspicion:
+    """Runs the channel on every block; the ranks share the blocks."""
+    count, step = len(labels), max(BLOCK // num_classes, 1)
+    blocks = [torch.arange(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def work(assigned: Sequence[int]) -> Iterator[tuple[int, Suspicion]]:
+        for place, number in enumerate(assigned):
+            yield place, _judge(mixture(blocks[number]), labels[blocks[number]], channel)
+
+    parts: dict[int, Suspicion] = {}
+    progress("trust:labels", 0, len(blocks))
+    for number, part in ranks.divide_work(work, len(blocks)):
+        parts[number] = part
+        progress("trust:labels", len(parts), len(blocks))
+    return Suspicion(*(torch.cat([parts[n][field] for n in range(len(blocks))]) for field in range(4)))
+
+
+def _judge(p: Tensor, labels: Tensor, channel: FittedChannel) -> Suspicion:
+    odds = channel_odds(channel, p, labels)
+    top = p.topk(min(TOP, p.shape[1]), 1)
+    first, second = top.indices[:, 0], top.indices[:, 1]
+    small = torch.int16 if p.shape[1] < 2**15 else torch.int32
+    return Suspicion(odds, torch.where(first == labels, second, first), top.indices.to(small), top.values.half())
+
+
+class _Sources:
+    """The probabilities of all sources for any rows."""
+
+    def __init__(
+        self, features: Tensor | None, labels: Tensor, num_classes: int, model: Tensor | None, progress: Progress
+    ) -> None:
+        self.labels, self.num_classes, self.model, self.features = labels, num_classes, model, features
+        self.step = max(BLOCK // max(num_classes, 1 if features is None else features.shape[1]), 1)
+        if features is None:
+            return
+        progress("features", 0, 2)
+        self.z = Standardised(features)
+        self.ridge = probe.fit_ridge(self.z, labels, num_classes)
+        progress("features", 1, 2)
+        self.graph = ranks.once(lambda: _graph(self.z, progress))
+        self.votes = neighbour_votes(self.graph, labels, num_classes)
+        self.share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
+        progress("features", 2, 2)
+
+    def rows(self, rows: Tensor) -> list[Tensor]:
+        """Returns the probabilities [n, C] of every source."""
+        model = [] if self.model is None else [self.model[rows].float()]
+        if self.features is None:
+            return model
+        ridge = self.ridge(self.z[rows], self.ridge.fold[rows])
+        votes = two_steps(self.graph, self.votes, self.labels, rows, self.num_classes)
+        votes = votes / votes.sum(1, keepdim=True).clamp(min=1e-12) + 0.01 * self.share
+        return [*model, ridge, votes / votes.sum(1, keepdim=True)]
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Returns the probabilities that the sources give to the given labels, [n, sources]."""
+        column = self.labels[rows].unsqueeze(1)
+        return torch.cat([p.gather(1, column) for p in self.rows(rows)], 1)
+
+
+def _graph(z: Standardised, progress: Progress) -> Tensor:
+    """Returns the affinity S, sparse [N, N]; its neighbours are approximate in large sets if faiss is installed."""
+    k = min(NEIGHBOURS, len(z) - 1)
+    if len(z) >= APPROXIMATE and is_available():
+        found = approximate_neighbours(z, k, progress)
+        return affinity_of(found.similarity, found.index.long())
+    return affinity_of(*nearest_neighbours(z.matrix(True), k))
+
+
+def _entries(graph: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the nonzero entries of some rows of a sparse matrix: place in `rows`, column and value."""
+    start, stop = graph.crow_indices()[rows], graph.crow_indices()[rows + 1]
+    length = stop - start
+    place = torch.arange(len(rows)).repeat_interleave(length)
+    entry = torch.arange(len(place)) - (length.cumsum(0) - length)[place] + start[place]
+    return place, graph.col_indices()[entry], graph.values()[entry]
+
+
+def neighbour_votes(graph: Tensor, labels: Tensor, num_classes: int) -> Votes:
+    """Returns the TOP labels with the largest weight among the neighbours of each sample: rows of S Y."""
+    count, top = len(labels), min(TOP, num_classes)
+    votes = Votes(torch.empty(count, top, dtype=torch.int32), torch.empty(count, top))
+    for rows in torch.arange(count).split(max(BLOCK // num_classes, 1)):
+        place, column, value = _entries(graph, rows)
+        block = torch.zeros(len(rows), num_classes)
+        block.view(-1).index_add_(0, place * num_classes + labels[column], value)
+        best = block.topk(top, 1)
+        votes.labels[rows], votes.weights[rows] = best.indices.to(torch.int32), best.values
+    return votes
+
+
+def two_steps(graph: Tensor, votes: Votes, labels: Tensor, rows: Tensor, num_classes: int) -> Tensor:
+    """Returns S Y + a S (S Y) for some rows, [n, C], without what comes back from a sample's own label.
+
+    a is REACHES[0], as in `neighbours.neighbour_labels` for large sets.
+    """
+    place, column, value = _entries(graph, rows)
+    own = labels[rows]
+    result = torch.zeros(len(rows), num_classes)
+    flat = result.view(-1)
+    target = (place * num_classes).unsqueeze(1) + votes.labels[column]
+    flat.index_add_(0, target.flatten(), (REACHES[0] * value.unsqueeze(1) * votes.weights[column]).flatten())
+    returned = torch.zeros(len(rows)).index_add_(0, place, value.square())
+    result[torch.arange(len(rows)), own] -= REACHES[0] * returned
+    result.clamp_(min=0)  # rounding, and neighbours with more than TOP labels
+    flat.index_add_(0, place * num_classes + labels[column], value)
+    return result
