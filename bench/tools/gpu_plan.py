@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from tadperf.bench.tools.gpu_page import CONVOLUTION_TIMES, MODES
 from tadperf.compute.cuda_graphs import GraphedStep
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.matching import cuda_graph_sweep, gradient, step_backends
-from tadperf.nets import training
+from tadperf.nets import fused, training
 from tadperf.nets.architectures import build
 from tadperf.nets.fused import fused_forward
 
 Facts = dict[str, Any]
+T = TypeVar("T")
 
 
 def synchronise(device: torch.device) -> None:
@@ -183,6 +184,7 @@ def measure_matching(folder: Path, device: torch.device) -> None:
     forms = {
         "formulas, CUDA graph": sweep(step_backends.eager),
         "published": lambda p: lambda: matching.published(p),
+        "formulas, images of 4 channels, CUDA graph": lambda p: padded(sweep(step_backends.eager)(p)),
         "compiled, CUDA graph": sweep(step_backends.compiled),
         "formulas, bfloat16, CUDA graph": sweep(lambda net: step_backends.eager(net, bfloat16)),
         "compiled, bfloat16, CUDA graph": sweep(lambda net: step_backends.compiled(net, bfloat16)),
@@ -222,6 +224,19 @@ def measure_iteration(
     return row
 
 
+def padded(function: Callable[..., T]) -> Callable[..., T]:
+    """Returns the function with images padded to 4 channels on CUDA (`fused.PAD_IMAGES_TO`)."""
+
+    def run(*arguments: Any) -> T:
+        before, fused.PAD_IMAGES_TO = fused.PAD_IMAGES_TO, 4
+        try:
+            return function(*arguments)
+        finally:
+            fused.PAD_IMAGES_TO = before
+
+    return run
+
+
 def milliseconds_once(function: Callable[[], object], device: torch.device) -> float:
     synchronise(device)
     start = time.perf_counter()
@@ -242,7 +257,8 @@ def measure_experts(folder: Path, device: torch.device) -> None:
         return milliseconds_once(lambda: fit(module, images, labels, case.recipe, 0), device) / 1e3
 
     samples = case.images * case.recipe.epochs
-    for name, fit in (("tadperf", training.fit), ("published", published_training.fit)):
+    fits = {"tadperf": training.fit, "published": published_training.fit}
+    for name, fit in (fits | {"tadperf, images of 4 channels": padded(training.fit)}).items():
         seconds(fit)  # compiles and warms up
         record(facts, name, lambda fit=fit: {"images_s": round(samples / min(seconds(fit) for _ in range(2)))})
         save(folder, "experts.json", facts)

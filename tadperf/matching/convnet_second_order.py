@@ -26,7 +26,7 @@ from tadperf.kernels import (
 from tadperf.kernels.ops.conv3x3 import covers
 from tadperf.kernels.ops.norm_relu_pool_dual import join
 from tadperf.nets.flat import FlatNet
-from tadperf.nets.fused import fits_block, has_hooks, is_half_pool
+from tadperf.nets.fused import fits_block, has_hooks, is_half_pool, pad_channels
 
 
 class Products(NamedTuple):
@@ -49,7 +49,11 @@ class Block(NamedTuple):
 
 
 class ConvNetForm(NamedTuple):
-    """A ConvNet with instance norm: its blocks, the name of its classifier, the dtype of its convolutions."""
+    """A ConvNet with instance norm: its blocks, and the name of its classifier.
+
+    dtype: type of the convolutions, and on CUDA of all maps from the images to the classifier. Parameters, moments and
+    the classifier are float32, as in training (`nets.training.in_precision`).
+    """
 
     blocks: tuple[Block, ...]
     classifier: str
@@ -108,17 +112,18 @@ def step_gradient(form: ConvNetForm, net: FlatNet, theta: Tensor, x: Tensor, y: 
     y: labels int64 [B], or label logits [B, K].
     """
     params, saved = _parameters(form, net, theta), []
-    x = _channels_last(x)
+    x = _as_maps(x, form)
     for block in form.blocks:
         conv = _conv(x, params[f"{block.conv}.weight"], block, form)
         output, moments = norm_relu_pool_moments(conv, *_affine(params, block), block.eps, block.pool)
         saved.append((x, conv, moments))
         x = output
-    features, weight = x.flatten(1), params[f"{form.classifier}.weight"]
+    weight = params[f"{form.classifier}.weight"]
+    features = x.flatten(1).to(weight.dtype)
     logits = torch.addmm(params[f"{form.classifier}.bias"], features, weight.T)
     delta = (logits.softmax(1) - _target(y, logits)) / len(y)
     grads = {f"{form.classifier}.weight": delta.T @ features, f"{form.classifier}.bias": delta.sum(0)}
-    grad = (delta @ weight).view(x.shape)
+    grad = (delta @ weight).view(x.shape).to(x.dtype)
     for block, (x, conv, moments) in zip(reversed(form.blocks), reversed(saved), strict=True):
         affine = _affine(params, block)
         grad_conv, grad_scale, grad_shift = norm_relu_pool_gradient(grad, conv, *affine, moments, block.pool)
@@ -139,7 +144,7 @@ def products(
     """
     params, params_dot, saved = _parameters(form, net, theta), _parameters(form, net, lam), []
     # The first input has no tangent. Later inputs hold value and tangent, one after the other in the batch.
-    stacked = _channels_last(x)
+    stacked = _as_maps(x, form)
     for block in form.blocks:
         output, conv, moments = _forward(stacked, params, params_dot, block, form)
         saved.append((stacked, conv, moments))
@@ -161,6 +166,7 @@ def products(
             grad_x = _input_gradient(grad_stacked, stacked, kernel, block, form) + _input_gradient(
                 grad_conv.value, stacked, kernel_dot, block, form
             )
+            grad_x = grad_x[:, : x.shape[1]].to(x.dtype)
         else:
             dot, value = _input_gradient(grad_stacked, stacked, kernel, block, form).chunk(2)
             grad = Dual(value, dot + _input_gradient(grad_conv.value, value, kernel_dot, block, form))
@@ -191,7 +197,7 @@ def _classifier(
     """
     weight, bias = params[f"{form.classifier}.weight"], params[f"{form.classifier}.bias"]
     weight_dot, bias_dot = params_dot[f"{form.classifier}.weight"], params_dot[f"{form.classifier}.bias"]
-    features, features_dot = stacked.flatten(1).chunk(2)
+    features, features_dot = stacked.flatten(1).to(weight.dtype).chunk(2)
     q = torch.addmm(bias, features, weight.T).softmax(1)
     logits_dot = torch.addmm(bias_dot, features_dot, weight.T).addmm(features, weight_dot.T)
     count, target = len(q), _target(y, q)
@@ -206,7 +212,8 @@ def _classifier(
     }
     shape = (count, *stacked.shape[1:])
     value, dot = delta @ weight, torch.addmm(delta_dot @ weight, delta, weight_dot)
-    return Dual(value.view(shape), dot.view(shape)), grads, h, grad_labels
+    grad = Dual(*(part.view(shape).to(stacked.dtype) for part in (value, dot)))
+    return grad, grads, h, grad_labels
 
 
 def _target(y: Tensor, logits: Tensor) -> Tensor:
@@ -215,11 +222,18 @@ def _target(y: Tensor, logits: Tensor) -> Tensor:
 
 
 def _parameters(form: ConvNetForm, net: FlatNet, theta: Tensor) -> dict[str, Tensor]:
-    """Returns the parameters by name. On CUDA, the kernels of convolutions are cast once here, not at every use."""
+    """Returns the parameters by name. On CUDA, the kernels of convolutions are laid out once here, not at every use."""
     params = net.views(theta)
     if theta.is_cuda:
-        params |= {f"{b.conv}.weight": _channels_last(_cast(params[f"{b.conv}.weight"], form)) for b in form.blocks}
+        first, *others = (f"{block.conv}.weight" for block in form.blocks)
+        params |= {name: _channels_last(_cast(params[name], form)) for name in others}
+        params[first] = _as_maps(params[first], form)
     return params
+
+
+def _as_maps(x: Tensor, form: ConvNetForm) -> Tensor:
+    """Returns images, or the first kernel, in channels_last; on CUDA also in the type of the maps, perhaps padded."""
+    return _channels_last(pad_channels(_cast(x, form)) if x.is_cuda else x)
 
 
 def _affine(params: dict[str, Tensor], block: Block) -> tuple[Tensor, Tensor]:
@@ -287,7 +301,12 @@ def _cast(x: Tensor, form: ConvNetForm) -> Tensor:
 
 
 def _concatenate_gradients(net: FlatNet, grads: dict[str, Tensor], theta: Tensor) -> Tensor:
-    """Returns one vector [P]. Parameters without a gradient, the biases of the convolutions, get 0."""
-    parts = list(zip(net.names, net.sizes, strict=True))
+    """Returns one vector [P]. Parameters without a gradient, the biases of the convolutions, get 0.
+
+    The gradient of the first kernel loses its padded channels.
+    """
+    parts, shapes = list(zip(net.names, net.sizes, strict=True)), dict(zip(net.names, net.shapes, strict=True))
+    for name, grad in grads.items():
+        grads[name] = (grad[:, : shapes[name][1]] if grad.ndim == 4 else grad).to(theta.dtype)
     zeros = theta.new_zeros(max(size for name, size in parts if name not in grads))
     return torch.cat([grads[name].reshape(-1) if name in grads else zeros[:size] for name, size in parts])

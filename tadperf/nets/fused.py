@@ -16,6 +16,9 @@ from tadperf.kernels import conv3x3, implementations, norm_relu_pool
 # For up to this many input channels, a CPU computes the first convolution as a matrix product. For grey images that
 # takes 0.21 ms instead of 0.75 ms (`_few_channel_conv`); for all layers it would take 1.9 to 2.5 times as long.
 FEW_CHANNELS = 1
+# On CUDA, images of 3 channels and the first kernel are padded with zeros to this number of channels; 0: never. cuDNN
+# says that TF32 kernels want a multiple of 4, and that it may pad by itself. No GPU has timed it; gpu_plan times both.
+PAD_IMAGES_TO = 0
 
 
 def fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -115,15 +118,23 @@ def is_half_pool(layer: nn.Module) -> bool:
 
 
 def _conv_norm_relu_pool(conv: nn.Conv2d, norm: nn.GroupNorm, pool: bool, x: Tensor) -> Tensor:
-    padding = cast(tuple[int, int], conv.padding)
+    padding, weight = cast(tuple[int, int], conv.padding), conv.weight
+    if x.is_cuda and PAD_IMAGES_TO:
+        x, weight = pad_channels(x), pad_channels(weight)
     three_by_three = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and padding[0] == padding[1]
     if three_by_three and x.is_cpu and not x.requires_grad and conv.in_channels <= FEW_CHANNELS:
-        x = _few_channel_conv(x, conv.weight, padding[0])
+        x = _few_channel_conv(x, weight, padding[0])
     elif three_by_three and padding == (1, 1):
-        x = conv3x3(x, conv.weight.to(x.dtype))  # bfloat16 maps under autocast
+        x = conv3x3(x, weight.to(x.dtype))  # bfloat16 maps under autocast
     else:
-        x = F.conv2d(x, conv.weight, None, conv.stride, padding)
+        x = F.conv2d(x, weight, None, conv.stride, padding)
     return norm_relu_pool(x, norm.weight, norm.bias, norm.eps, pool)
+
+
+def pad_channels(x: Tensor) -> Tensor:
+    """Pads images [B, 3, H, W] or a kernel [K, 3, H, W] on CUDA to PAD_IMAGES_TO channels. Keeps all others."""
+    missing = PAD_IMAGES_TO - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if x.is_cuda and x.shape[1] == 3 and missing > 0 else x
 
 
 def _few_channel_conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
