@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class GraphedStep:
         self.step, self.device, self.failed = step, device, False
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None  # the memory of the first graph
+        self._pool: Any = None  # the memory of the first graph
 
     def __call__(self, *values: Tensor | Hashable) -> None:
         device = self.device or next(value.device for value in values if isinstance(value, Tensor))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tadperf import seeds
 from tadperf.compute.cuda_graphs import GraphedStep
+from tadperf.compute.work_progress import add_tested, add_trained
 from tadperf.data import augment
 from tadperf.data.image_draws import ImageDraws
 from tadperf.data.images import Images, first_image, index_device
@@ -89,6 +90,20 @@ def summed_gradient(losses: Iterable[Tensor], parameters: tuple[Tensor, ...]) ->
         else:
             total = part
     return total
+
+
+def gradients_or_zeros(
+    output: Tensor, parameters: tuple[Tensor, ...], zeros: dict[int, Tensor], upstream: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of the output. Unused parameters get the tensors of `zeros`, by number.
+
+    Fills `zeros` at its first call. So the biases of convolutions before a norm cost no launch in each step.
+    """
+    found = torch.autograd.grad(output, parameters, upstream, allow_unused=True)
+    for number, (part, parameter) in enumerate(zip(found, parameters, strict=True)):
+        if part is None and number not in zeros:
+            zeros[number] = torch.zeros_like(parameter)
+    return tuple(zeros[number] if part is None else part for number, part in enumerate(found))
 
 
 def cache_batch_size(module: nn.Module, pixels: int) -> int:
@@ -207,6 +222,7 @@ def fit_epochs(
         for epoch, parts in enumerate(epochs(images, recipe, seed, device)):
             for index, x in parts:
                 step(index, x, recipe.rate(epoch))
+                add_trained(len(x))
             yield epoch
     elif index_device(images) == device:
         yield from _epochs_on_device(step, images, recipe, seed, device, every_epoch)
@@ -217,6 +233,7 @@ def fit_epochs(
             rate.fill_(recipe.rate(epoch))
             for index, x in parts:
                 graph(index, x)
+                add_trained(len(x))
             yield epoch
 
 
@@ -226,7 +243,7 @@ def _epochs_on_device(
     """Trains on images of a CUDA device by graphs of several steps, which make the batches themselves."""
     count, side = len(images), first_image(images).shape[-1]
     rate = torch.full((), recipe.lr, device=device)
-    batches_on_device = DeviceBatches(images, min(recipe.batch, count), device)
+    batches_on_device = DeviceBatches(images, device)
 
     def run_steps(*sizes: int) -> None:
         for size in sizes:
@@ -242,6 +259,7 @@ def _epochs_on_device(
             rate.fill_(recipe.rate(span[0]))
             for part in graph_steps(sizes * len(span)):
                 graph(*part)
+                add_trained(sum(part))
             yield span[-1]
         start += needed
 
@@ -269,7 +287,9 @@ def training_step(
     needs_loss = not target.is_cuda or implementations()["per_sample"]["cuda"] != "triton"
     if target.is_cuda and precision != torch.float32:
         predict = in_precision(predict, precision)
-    scales: dict[int, Tensor] = {}  # without weights, by batch size; a recorded graph reads them again and again
+    # Tensors that recorded graphs read again and again: `scale` without weights, by batch size, and zero gradients.
+    scales: dict[int, Tensor] = {}
+    zeros: dict[int, Tensor] = {}
 
     def gradient(x: Tensor, target: Tensor, share: Tensor | None) -> tuple[Tensor, ...]:
         if not needs_loss:
@@ -277,7 +297,7 @@ def training_step(
                 scales[len(x)] = torch.full((len(x),), 1 / len(x), device=x.device)
             logits = predict(x)
             upstream = logits_gradient(logits, target, scales[len(x)] if share is None else share / len(x))
-            return torch.autograd.grad(logits, parameters, upstream, allow_unused=True, materialize_grads=True)
+            return gradients_or_zeros(logits, parameters, zeros, upstream)
         size = cache_batch_size(module, x[0, 0].numel())
         if len(x) <= size:
             return summed_gradient([batch_loss(predict, x, target, share)], parameters)
@@ -321,6 +341,7 @@ def accuracy(module: nn.Module, images: Images, labels: Tensor, batch: int = 102
         predict = fused_forward(module)
         for rows, given in zip(index.split(batch), target.split(batch), strict=True):
             correct += (per_sample(predict(images[rows].to(device)), given).prediction == given).sum()
+            add_tested(len(rows))
     return int(correct) / len(images)
 
 

@@ -1,12 +1,12 @@
 """Proxies: small networks that train briefly on the trusted view and then classify every sample.
 
-On CUDA a proxy stays on the device: its steps run as a CUDA graph, the random values of an epoch travel there in one
-copy that does not block, and the outputs never leave it.
+On CUDA a proxy stays on the device: CUDA graphs of several steps make its batches, the random values of an epoch travel
+there in one copy that does not block, and the outputs never leave it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -23,12 +23,21 @@ from tadperf.config import TrustConfig
 from tadperf.data.images import Images, index_device
 from tadperf.kernels import per_sample
 from tadperf.nets.architectures import build
+from tadperf.nets.device_batches import DeviceDraws, batch_sizes, graph_steps
 from tadperf.nets.fused import fused_forward
+from tadperf.nets.optimiser import sgd_step
 from tadperf.nets.problem import Problem
-from tadperf.nets.training import sgd_step, summed_gradient
+from tadperf.nets.training import gradients_or_zeros
 from tadperf.progress import Progress
 from tadperf.trust.epoch_progress import EpochProgress
-from tadperf.trust.proxy_batches import ProxyBatch, epoch_batches
+from tadperf.trust.proxy_batches import (
+    EpochDraws,
+    ProxyBatch,
+    batch_on_device,
+    draw_epoch,
+    epoch_batches,
+    with_image_shares,
+)
 from tadperf.trust.state import TrustedView
 
 AVERAGED_EPOCHS = 4  # losses and probabilities are means over the last epochs; not tuned
@@ -100,30 +109,65 @@ def train_proxy(
     if device.type == "cuda":
         cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
     parameters, predict = tuple(module.parameters()), fused_forward(module)
-    velocity = tuple(map(torch.zeros_like, parameters))
+    velocity, zeros = tuple(map(torch.zeros_like, parameters)), {}
     labels, weights, given = upload_all([view.labels, view.weights, problem.labels[tested]], device)
     index, tested_images = upload_all([view.index, tested], index_device(images))
     target = F.one_hot(labels, classes) * weights.unsqueeze(1)
 
     def step(*fields: Any) -> None:
         loss = proxy_loss(predict, ProxyBatch(*fields), config.consistency)
-        sgd_step(parameters, velocity, summed_gradient([loss], parameters), config.lr, 0.0, 0.0)
+        gradients = gradients_or_zeros(loss, parameters, zeros)
+        sgd_step(parameters, velocity, gradients, config.lr, 0.0, 0.0)
 
-    run_step = GraphedStep(step) if device.type == "cuda" else step
     averaged = min(AVERAGED_EPOCHS, config.epochs)
     means, features = OutputMeans(given, classes, averaged), torch.empty(0)
-    for epoch in range(config.epochs):
-        module.train()
-        for batch in epoch_batches(problem, index, target, config, epoch):
-            run_step(*batch)
+    module.train()
+    for epoch in train_epochs(step, problem, index, target, config):
         module.eval()
         if epoch == config.epochs - 1:
             features = predict_all(module[:-1], images, device)
             means.add(module[-1], features, tested_images.to(device))
         elif epoch >= config.epochs - averaged:
             means.add(predict, images, tested_images)
+        module.train()
         epoch_done()
     return means.losses, means.probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
+
+
+def train_epochs(
+    step: Callable[..., None], problem: Problem, index: Tensor, target: Tensor, config: TrustConfig
+) -> Iterator[int]:
+    """Runs the steps of all epochs, and yields the number of each finished epoch. Arguments as for `epoch_batches`.
+
+    step: takes the fields of a `ProxyBatch`. On CUDA several steps run as one graph, which makes the batches itself if
+    the images are on the device.
+    """
+    if target.is_cuda and index.device == target.device:
+        yield from _epochs_on_device(step, problem, index, target, config)
+        return
+    run_step = GraphedStep(step) if target.is_cuda else step
+    for epoch in range(config.epochs):
+        for batch in epoch_batches(problem, index, target, config, epoch):
+            run_step(*batch)
+        yield epoch
+
+
+def _epochs_on_device(
+    step: Callable[..., None], problem: Problem, index: Tensor, target: Tensor, config: TrustConfig
+) -> Iterator[int]:
+    sizes = batch_sizes(len(index), config.batch)
+    draws = DeviceDraws[EpochDraws](target.device)
+
+    def run_steps(*sizes: int) -> None:
+        for size in sizes:
+            step(*batch_on_device(problem.images, index, target, draws.next_rows(size)))
+
+    graph = GraphedStep(run_steps, target.device)
+    for epoch in range(config.epochs):
+        draws.load(with_image_shares(draw_epoch(problem, len(index), config, epoch), config.batch))
+        for part in graph_steps(sizes):
+            graph(*part)
+        yield epoch
 
 
 def proxy_loss(module: Callable[[Tensor], Tensor], batch: ProxyBatch, consistency: float) -> Tensor:

@@ -14,6 +14,7 @@ from tadperf.compute.transfer import upload
 from tadperf.config import TrustConfig
 from tadperf.data import augment
 from tadperf.data.augment import Draw
+from tadperf.data.images import Images
 from tadperf.nets.problem import Problem
 
 # Pixel values that are augmented in one call. On CUDA one call serves many batches, so that its launches cost little:
@@ -39,9 +40,10 @@ class ProxyBatch(NamedTuple):
 class EpochDraws(NamedTuple):
     """The random values of one epoch over M samples.
 
-    order: int64 [M]. augmentation: of the images in this order. share: float32, one value for each batch. pair: int64
-    [M], positions within the batch. Both are None without mixup. others: int64 [M], the unlabelled images of the
-    consistency loss, and views, their two augmentations; None without it.
+    order: int64 [M]. augmentation: of the images in this order. share: float32, one value for each batch, or for each
+    image after `with_image_shares`. pair: int64 [M], positions within the batch. Both are None without mixup.
+    others: int64 [M], the unlabelled images of the consistency loss, and views, their two augmentations; None without
+    it.
     """
 
     order: Tensor
@@ -104,3 +106,23 @@ def epoch_batches(
             partner = None if draws.pair is None else draws.pair[start:stop]
             first, second = pair or (None, None)
             yield ProxyBatch(x_part, y_part, share, partner, first, second)
+
+
+def with_image_shares(draws: EpochDraws, batch: int) -> EpochDraws:
+    """Returns the draws with a share for every image, that of its batch. So each tensor has one row for each image."""
+    if draws.share is None:
+        return draws
+    return draws._replace(share=draws.share.repeat_interleave(batch)[: len(draws.order)])
+
+
+def batch_on_device(images: Images, index: Tensor, target: Tensor, rows: EpochDraws) -> ProxyBatch:
+    """Returns the batch of some rows of `with_image_shares`, for a CUDA graph. Everything is on the device.
+
+    index, target: as for `epoch_batches`.
+    """
+    x, views = augment.apply(images[index[rows.order]], rows.augmentation), (None, None)
+    if rows.others is not None and rows.views is not None:
+        unlabelled = images[rows.others]
+        views = tuple(augment.apply(unlabelled, drawn) for drawn in rows.views)
+    share = None if rows.share is None else rows.share[0]
+    return ProxyBatch(x, target[rows.order], share, rows.pair, *views)

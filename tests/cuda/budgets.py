@@ -23,11 +23,11 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     # 8 steps are one graph.
-    "expert step": Budget(nodes=36, replays=1 / 8),
-    "flat expert step": Budget(nodes=92, replays=1 / 8),  # experts.rho > 0: two passes
-    "student step": Budget(nodes=36, replays=1 / 8),  # soft labels
-    # Once in an epoch, here 4 steps: the augmentation and the upload of its draws. 4 copies of inputs in each step.
-    "proxy step": Budget(nodes=42, launches=5, async_copies=0.25),
+    "expert step": Budget(nodes=30, replays=1 / 8),
+    "flat expert step": Budget(nodes=83, replays=1 / 8),  # experts.rho > 0: two passes
+    "student step": Budget(nodes=30, replays=1 / 8),  # soft labels
+    # An epoch is 4 steps here: one graph, one upload of its draws, and one launch that sets the position back to 0.
+    "proxy step": Budget(nodes=44, replays=1 / 4, launches=1 / 4, async_copies=1 / 4),
     # nodes: those of one inner step and its adjoint.
     "matching iteration": Budget(nodes=116, launches=37, async_copies=2, waits=1),
 }

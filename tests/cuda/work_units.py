@@ -114,6 +114,7 @@ def all_units(folder: Path) -> dict[str, Any]:
     }
     for unit in ("expert step", "flat expert step", "student step"):
         units[unit]["nodes"] /= STEPS_PER_GRAPH
+    units["proxy step"]["nodes"] /= STEPS_PER_EPOCH
     three_steps = units["matching iteration"]["nodes"]
     counters.reset()
     matching(folder, steps=4)(2)

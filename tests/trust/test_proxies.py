@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves
 from tadperf import seeds
 from tadperf.compute.workers import run_parallel
 from tadperf.config import NetConfig, TrustConfig
+from tadperf.nets.device_batches import DeviceDraws, batch_sizes
 from tadperf.nets.problem import Problem
 from tadperf.progress import silent
 from tadperf.trust import epoch_progress, proxies, proxy_batches
 from tadperf.trust.proxies import proxy_loss, train_proxies, train_proxy
-from tadperf.trust.proxy_batches import draw_epoch, epoch_batches
+from tadperf.trust.proxy_batches import EpochDraws, batch_on_device, draw_epoch, epoch_batches, with_image_shares
 from tadperf.trust.state import TrustedView, as_given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +93,21 @@ def test_the_number_of_batches_that_are_augmented_at_once_changes_no_bit(values,
         for field, expected in zip(batch, other, strict=True):
             assert field is expected is None or torch.equal(field, expected)
     assert [len(batch.x) for batch in calls[0]] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("values", [{}, {"mixup": True}, {"mixup": True, "consistency": 0.5}], ids=str)
+def test_a_batch_that_the_device_makes_equals_that_of_a_cpu(values):
+    p, config = replace(problem(), augment="color_crop_cutout_flip_scale_rotate"), trust_config(**values)
+    index, target = torch.randperm(9, generator=torch.Generator().manual_seed(1)), torch.rand(9, 3)
+    source = DeviceDraws[EpochDraws](torch.device("cpu"))
+    for epoch in range(2):
+        source.load(with_image_shares(draw_epoch(p, 9, config, epoch), config.batch))
+        expected = list(epoch_batches(p, index, target, config, epoch))
+        assert [len(batch.x) for batch in expected] == batch_sizes(9, config.batch)
+        for batch in expected:
+            ours = batch_on_device(p.images, index, target, source.next_rows(len(batch.x)))
+            for field, value in zip(ours, batch, strict=True):
+                assert field is value is None or torch.equal(field, value)
 
 
 def test_the_draws_of_an_epoch_move_to_a_device():
