@@ -8,8 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Called as `progress(stage, done, total, **values)`. The stage ends when done equals total.
 
-    Stages: decode, resize, data, trust, trust:proxies, trust:neighbours, experts, matching, detector, diffusion,
-    generate, refine, round N, evaluate. `values` are figures to show, such as loss=0.31.
+    Stages: decode, resize, encode, features, data, trust, trust:proxies, trust:neighbours, trust:graph, experts,
+    matching, detector, diffusion, generate, refine, round N, evaluate. `values` are figures to show, such as loss=0.31.
     """
 
     def __call__(self, stage: str, done: int, total: int, **values: object) -> None: ...

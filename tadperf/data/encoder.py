@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tadperf.data.dataset import Dataset
 from tadperf.data.mapped import cache_name
-from tadperf.data.parsing import parser_errors
+from tadperf.data.parsing import parser_errors, reason
 from tadperf.errors import UserError
 from tadperf.files import cache_folder
 from tadperf.progress import Progress, silent
@@ -128,13 +128,21 @@ def _require_space(folder: Path, size: int) -> None:
         raise UserError("cache folder", folder, f"{sizes}; set XDG_CACHE_HOME to a larger disk")
 
 
+def _import_error(place: Path, package: str, error: Exception) -> UserError:
+    """Returns the error for a package that is missing, or that a torchvision made for another torch has broken."""
+    if isinstance(error, ImportError) and error.name == package:
+        return UserError(FIELD, place, f"needs {package}; {EXTRA}")
+    remedy = "reinstall it, with a torchvision for this version of torch"
+    return UserError(FIELD, place, f"{package} cannot be imported ({reason(error)}); {remedy}")
+
+
 def _open_transformers(place: Path, device: torch.device) -> Encode:
     """Opens AutoModel and AutoImageProcessor. Features are the model's pooled output."""
     try:
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
-    except ImportError:
-        raise UserError(FIELD, place, f"needs transformers; {EXTRA}") from None
+    except (ImportError, RuntimeError) as error:
+        raise _import_error(place, "transformers", error) from None
     options = {"local_files_only": True, "trust_remote_code": False}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it lists the weights of the classifier, which are not used
@@ -178,9 +186,8 @@ def _open_timm(place: Path, device: torch.device) -> Encode:
     """Opens a model of timm without its classifier. Features are what the classifier would read."""
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that is made for another torch
-        reason = "needs timm" if isinstance(error, ImportError) else f"timm cannot be imported ({error})"
-        raise UserError(FIELD, place, f"{reason}; {EXTRA}") from None
+    except (ImportError, RuntimeError) as error:
+        raise _import_error(place, "timm", error) from None
     from safetensors.torch import load_file
 
     values = json.loads((place / "config.json").read_bytes())

@@ -85,6 +85,22 @@ def test_features_with_images_train_no_network_unless_asked(tadperf, tmp_path):
     assert json.loads(full.out)["samples"] == 1400
 
 
+def test_an_encoder_computes_features_of_the_images(tadperf, tmp_path, monkeypatch):
+    """A random network: its features are poor, but they say something about digits."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=4), add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "vit")
+    content = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(content))
+    code, out, err = tadperf("audit", "digits", "--encoder", "vit", "--device=cpu", "--json")
+    assert code == 0, err
+    assert "computing features 1400/1400" in err
+    assert all(line.startswith(("computing features", "features: probe", "the operators")) for line in err.splitlines())
+    assert json.loads(out)["against_clean_labels"]["issue_precision"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
