@@ -13,7 +13,21 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tadperf.cli import audit, bench, common, config, distill, evaluate, experts, info, options, refine, show, sweep
+from tadperf.cli import (
+    apply,
+    audit,
+    bench,
+    common,
+    config,
+    distill,
+    evaluate,
+    experts,
+    info,
+    options,
+    refine,
+    show,
+    sweep,
+)
 from tadperf.cli.interrupts import Interrupts
 from tadperf.compute import launcher, ranks
 from tadperf.compute.allocator import keep_freed_memory
@@ -24,6 +38,7 @@ COMMANDS = (
     refine.refine,
     sweep.sweep,
     audit.audit,
+    apply.apply,
     experts.experts,
     evaluate.evaluate,
     show.show,

@@ -36,11 +36,21 @@ DualLoop = Annotated[
 ]
 
 
+Apply = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--apply",
+        metavar="DIR",
+        help="Write a cleaned copy of an image folder (links), or corrected labels of another set, into a new folder.",
+    ),
+]
+
+
 @command(
-    "DATA --labels --seed --device --devices --image-size --skip-broken --format --preset --config --set out --noise "
-    "--features --probs --encoder dual_loop --json --quiet --debug"
+    "DATA --labels --seed --device --devices --image-size --skip-broken --format --preset --config --set out "
+    "apply --noise --features --probs --encoder dual_loop --json --quiet --debug"
 )
-def audit(options: SharedOptions, out: Out = None, dual_loop: DualLoop = False) -> None:
+def audit(options: SharedOptions, out: Out = None, apply: Apply = None, dual_loop: DualLoop = False) -> None:
     """List the labels of DATA's training split that are probably wrong, the worst first.
 
     The list has a row for each sample. Its columns are file (for sets of files), index, verdict, score, given_label,
@@ -56,6 +66,10 @@ def audit(options: SharedOptions, out: Out = None, dual_loop: DualLoop = False) 
     config, has_images = _config(options)
     if out:
         check_audit_file(out)
+    if apply:
+        from tadperf.pipeline.repair import apply_verdicts, check_apply
+
+        check_apply(apply, config)
     run = partial(_audit, config, has_images, dual_loop, options.quiet)
     dataset, state = common.run_in_ranks(run, options.devices)
     result = audit_result(config, dataset, state)
@@ -63,12 +77,18 @@ def audit(options: SharedOptions, out: Out = None, dual_loop: DualLoop = False) 
         result["paths"] = write_audit(out, dataset, state, result)
         if not has_images and not options.quiet:
             common.print_note("no picture: this audit has no images")
+    if apply:
+        result["applied"] = apply_verdicts(apply, dataset, state)
     if options.as_json:
         common.print_json(result)
     else:
         from tadperf.cli.tables import print_audit
 
         print_audit(result)
+        if apply:
+            from tadperf.cli.apply import print_applied
+
+            print_applied(result["applied"])
 
 
 def _config(options: SharedOptions) -> tuple[Config, bool]:
