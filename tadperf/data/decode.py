@@ -97,16 +97,17 @@ def decode(
     files: Sequence[Path],
     depth: BitDepth,
     progress: Progress = silent,
+    key: str = "",
 ) -> Tensor:
     """Decodes `count` images to uint8 [N, C, H, W]. C is 1 if all images are grey, else 3.
 
     image_size: resizes each image, shorter side to this size, then centre crop.
-    files: the files that the images come from. The mapped file of a large set is named after them (`mapped`).
+    files: the files that the images come from. The mapped file of a large set is named after them and `key` (`mapped`).
     Transparent pixels show mid grey. Images with more than 8 bits per channel are scaled by one value for the set.
     Raises BrokenImagesError if images cannot be decoded, after it has tried all of them, and UserError on images of two
     sizes if no `image_size` is given.
     """
-    name = mapped.cache_name(files, "decoded", image_size, count)
+    name = mapped.cache_name(files, "decoded", image_size, count, *([key] if key else []))
     if (cached := mapped.cached_images(name)) is not None:
         return cached
     with _pillow_warnings():

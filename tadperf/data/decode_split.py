@@ -24,6 +24,7 @@ def decode_split(
     depth: BitDepth,
     file_names: tuple[str, ...] | None = None,
     clean_labels: Tensor | None = None,
+    key: str = "",
 ) -> Content:
     """Decodes the N images that `images` yields, as `decode` does. labels, clean_labels: int64 [N].
 
@@ -32,12 +33,13 @@ def decode_split(
     """
 
     def decode_rows(images: Iterator[Encoded], count: int) -> Tensor:
-        return decode(images, count, options.image_size, files, depth, options.progress)
+        return decode(images, count, options.image_size, files, depth, options.progress, key)
 
     if not options.skip_broken:
         return Content(decode_rows(images(), len(labels)), labels, clean_labels, file_names)
     decoded: list[Tensor] = []
-    broken = ranks.once(lambda: _find_broken(images, len(labels), options, files, decode_rows, decoded))
+    name = mapped.cache_name(files, "broken", options.image_size, len(labels), key)
+    broken = ranks.once(lambda: _find_broken(lambda: decode_rows(images(), len(labels)), name, decoded))
     if file_names is not None:
         broken = tuple(image._replace(name=file_names[image.row]) for image in broken)
     if len(broken) == len(labels):
@@ -51,23 +53,15 @@ def decode_split(
     return Content(pixels, labels[kept], clean, names, broken)
 
 
-def _find_broken(
-    images: Callable[[], Iterator[Encoded]],
-    count: int,
-    options: ReadOptions,
-    files: Sequence[Path],
-    decode_rows: Callable[[Iterator[Encoded], int], Tensor],
-    decoded: list[Tensor],
-) -> tuple[BrokenImage, ...]:
+def _find_broken(decode_all: Callable[[], Tensor], name: str, decoded: list[Tensor]) -> tuple[BrokenImage, ...]:
     """Returns the images that cannot be decoded. If there are none, appends the pixels to `decoded`.
 
-    The list for a large set is kept in the cache folder, because decoding takes long.
+    The list for a large set is kept in the cache folder under `name`, because decoding takes long.
     """
-    name = mapped.cache_name(files, "broken", options.image_size, count)
     if (known := mapped.recall(name)) is not None:
         return tuple(BrokenImage(*image) for image in known)
     try:
-        decoded.append(decode_rows(images(), count))
+        decoded.append(decode_all())
     except BrokenImagesError as error:
         if error.large:
             mapped.remember(name, error.broken)

@@ -14,9 +14,11 @@ from tadperf.data.labels import replace_labels, require_every_class
 from tadperf.data.layout import Layout, ReadOptions
 from tadperf.data.pixels import resize
 from tadperf.data.readers.arrays import read_npz, read_safetensors
+from tadperf.data.readers.arrow import holds_arrow, read_arrow
 from tadperf.data.readers.cifar import holds_cifar, read_cifar
 from tadperf.data.readers.digits import read_digits
 from tadperf.data.readers.folder import read_folder
+from tadperf.data.readers.hub import hub_name, read_hub
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
 from tadperf.data.readers.table import read_image_table
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 ENDINGS = {
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".npz": "npz",
     ".safetensors": "safetensors",
     ".tar.gz": "cifar",
@@ -202,6 +205,8 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
 
     A folder may hold the files of CIFAR or MNIST one or two levels down, as torchvision stores them.
     """
+    if (name := hub_name(path)) is not None and kind in (None, "hub"):
+        return "hub", Path(name)
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError("data", path, "no such file or folder; name one, or 'digits' for the built-in set")
@@ -219,18 +224,23 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
         raise UserError("data", path, f"holds several data sets: {listed}; name one of these folders")
     if sets:
         return sets[0]
-    return ("parquet" if next(path.rglob("*.parquet"), None) else "folder"), path
+    for kind in ("parquet", "arrow"):
+        if next(path.rglob(f"*.{kind}"), None):
+            return kind, path
+    return "folder", path
 
 
 def _known_sets(folders: list[Path]) -> list[tuple[str, Path]]:
     """Returns the folders that hold CIFAR's or MNIST's files."""
-    kinds = {"cifar": holds_cifar, "idx": holds_idx}
+    kinds = {"cifar": holds_cifar, "idx": holds_idx, "arrow": holds_arrow}
     return [(kind, folder) for folder in sorted(folders) for kind, holds in kinds.items() if holds(folder)]
 
 
 READERS: dict[str, Callable[[Path, ReadOptions], Layout]] = {
     "digits": read_digits,
     "parquet": read_parquet,
+    "arrow": read_arrow,
+    "hub": read_hub,
     "folder": read_folder,
     "table": read_image_table,
     "cifar": read_cifar,

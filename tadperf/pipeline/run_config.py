@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ RUNS = Path("runs")  # the parent of the default run folders
 
 def data_name(path: str) -> str:
     """Returns a short name for the data: "digits", or the name of the file or folder without its suffixes."""
-    name = Path(path).resolve().name
+    name = re.sub(r"[*?{}\[\]:]+", "-", Path(path).resolve().name).strip("-")
     return name.split(".")[0] or name.strip(".") or "data"
 
 

@@ -344,8 +344,6 @@ CORPUS: dict[str, Odd] = {
         ]
     },
     "table: no header": Odd(manifest(header="0.png,cross"), refused="has no header; begin it with a line"),
-    "table: other columns": Odd(manifest(header="path,colour"), refused="which column holds the labels, path, colour?"),
-    "table: an unknown split": Odd(manifest(header="path,split,label"), refused="split 'square' is unknown; write"),
     "table: no such image": Odd(manifest(suffix=".jpg"), refused="line 2: 'i/101.jpg': no such image"),
     "table: outside": Odd(manifest(folder="../i/"), refused="must be the path of a file inside"),
     "labels by path": Odd(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tadperf.data.image_paths import find_images
+from tadperf.data.image_paths import ImageFinder
 from tadperf.data.label_table import CLEAN, FILES, IDS, LABELS, read_rows
 from tadperf.data.layout import Layout, ReadOptions
 from tadperf.data.readers.image_files import LabelledFile, files_layout
@@ -22,7 +22,7 @@ SPLITS = ("split", "subset", "set", "partition")
 def read_image_table(path: Path, options: ReadOptions) -> Layout:
     """Reads a table with a header: an image (IMAGES), a label (LABELS), and if it has them a split and a clean label.
 
-    The images are relative to options.image_root, by default the folder of the table (`find_images`). Labels are class
+    The images are relative to options.image_root, by default the folder of the table (`ImageFinder`). Labels are class
     names; the integers 0..C-1 are class numbers. Without a column for the split, all rows are the train split. Rows
     without a label are left out. Raises UserError on a missing column, and on a row whose image or split is wrong.
     """
@@ -38,7 +38,8 @@ def read_image_table(path: Path, options: ReadOptions) -> Layout:
     lines = [lines[row] for row in kept]
     columns = {name: [values[row] for row in kept] for name, values in columns.items()}
     root = Path(options.image_root).expanduser().absolute() if options.image_root else path.parent
-    files = find_images(root, columns[image], lines, path)
+    finder = ImageFinder(root)
+    files = [finder.find(name, f"{path}: line {line}") for name, line in zip(columns[image], lines, strict=True)]
     _require_distinct(files, lines, path)
     clean = next((name for name in CLEAN if name in columns and name != label), None)
     class_names = class_names_of(columns[label] + (columns[clean] if clean else []))
