@@ -17,8 +17,9 @@ Compare = Annotated[bool, typer.Option("--compare", help="Also distil with trust
 
 
 @command(
-    "DATA --ipc --noise --labels --seed --device --devices --method --synthesis --trust --features --probs --encoder compare --compile "
-    "--experts --repeats --image-size --skip-broken --format --preset --config --set --out --resume --json --quiet --debug"
+    "DATA --ipc --noise --labels --seed --device --devices --method --synthesis --trust --features --probs --encoder "
+    "compare --compile --experts --repeats --image-size --skip-broken --format --preset --config --set --out --resume "
+    "--json --quiet --debug"
 )
 def distill(options: SharedOptions, compare: Compare = False) -> None:
     """Distil DATA into a few synthetic images per class, and measure how well they train networks."""
