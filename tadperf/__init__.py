@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from tadperf.config import Config
     from tadperf.data import Dataset, open_data
     from tadperf.errors import UserError
-    from tadperf.pipeline.api import distill
+    from tadperf.pipeline.api import audit, distill
 
     __version__: str
 
-__all__ = ["Config", "Dataset", "DistilledSet", "UserError", "__version__", "distill", "load", "open_data"]
+__all__ = ["Config", "Dataset", "DistilledSet", "UserError", "__version__", "audit", "distill", "load", "open_data"]
 
 _MODULES = {  # where each public name is defined
     "Config": "tadperf.config",
     "Dataset": "tadperf.data",
     "DistilledSet": "tadperf.artifact",
     "UserError": "tadperf.errors",
+    "audit": "tadperf.pipeline.api",
     "distill": "tadperf.pipeline.api",
     "load": "tadperf.artifact",
     "open_data": "tadperf.data",

@@ -21,6 +21,7 @@ from tadperf.data.convert import as_tensor
 from tadperf.data.dataset import Dataset, describe_tensor
 from tadperf.data.layout import ReadOptions
 from tadperf.data.normalise import Normaliser
+from tadperf.data.objects import FORMAT
 from tadperf.data.open import open_test_split
 from tadperf.errors import UserError
 from tadperf.files import load_tensors, save_tensors, to_json_value
@@ -192,8 +193,8 @@ class DistilledSet:
         own_data = path is None
         format = source.get("format") if own_data else None
         path = source.get("path", self.data.get("name")) if path is None else path
-        if path is None:
-            raise UserError("test", path, "the set does not name its data; give the path of a test set")
+        if path is None or (own_data and format == FORMAT):
+            raise UserError("test", path, "the set does not name a path of its data; give a test set")
         known = {field.name for field in fields(ReadOptions)} - {"format", "progress"}
         # The labels and the share of a made test split belong to the distilled data only.
         known -= set() if own_data and "test_share" in source else {"labels", "test_share"}

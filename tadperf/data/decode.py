@@ -176,10 +176,8 @@ def _decode_one(data: bytes | Path, image_size: int | None, depth: BitDepth) -> 
                 image = Image.fromarray(_scale_to_bytes(np.asarray(image), depth()))
             elif (words := read_words(image, lambda: _open(data))) is not None:
                 image = _on_ground(words_to_image(words, depth(), image.info.get("transparency")))
-            elif "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
-                image = _on_ground(image)
             else:
-                image = image.convert("L" if image.mode in ("L", "1") else "RGB")
+                image = to_eight_bits(image)
             return channels_first(image if image_size is None else fit_square(image, image_size))
     except Exception as error:  # Pillow raises nearly any exception on damaged bytes
         return _reason_of_broken_image(data, error)
@@ -232,6 +230,13 @@ def _bits_of_image(image: Encoded) -> int:
             return max(8, int(np.ceil(highest)).bit_length())
     except Exception:  # a broken image is reported when it is decoded
         return 0
+
+
+def to_eight_bits(image: Any) -> Any:
+    """Converts a Pillow image with 8 bits per channel or fewer to mode L or RGB. Transparent pixels show mid grey."""
+    if "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
+        return _on_ground(image)
+    return image.convert("L" if image.mode in ("L", "1") else "RGB")
 
 
 def _on_ground(image: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tadperf.data.dataset import Dataset
 from tadperf.data.labels import replace_labels, require_every_class
 from tadperf.data.layout import Layout, ReadOptions
+from tadperf.data.objects import FORMAT, object_layout, object_name
 from tadperf.data.pixels import resize
 from tadperf.data.readers.arrays import read_npz, read_safetensors
 from tadperf.data.readers.arrow import holds_arrow, read_arrow
@@ -53,7 +54,7 @@ class Splits(NamedTuple):
 
 
 def open_data(
-    path: str | Path = "digits",
+    path: str | Path | object = "digits",
     *,
     format: str | None = None,
     image_size: int | None = None,
@@ -67,7 +68,9 @@ def open_data(
 ) -> Splits:
     """Opens `digits` (built in), parquet, an image folder, a table of images, CIFAR pickles, .npz, .safetensors or idx.
 
-    path: "digits", or a file or folder.
+    path: "digits", a file or folder, or a data set of the Hugging Face hub ("hf://user/name"). Or a Python object: a
+    `datasets.Dataset`, or anything with `len()` whose items are (image, label), as torchvision's data sets; a pair
+    (train, test) or a dict of these gives both splits.
     format: a key of READERS; by default it is detected.
     image_size: resizes every image, shorter side to this size, then centre crop.
     labels: a file of labels for the train split, see `replace_labels`.
@@ -85,8 +88,10 @@ def open_data(
     return _open_splits(path, options)
 
 
-def open_config(data: DataConfig, progress: Progress = silent, test_share: float | None = None) -> Splits:
-    """Opens the set that a config names. test_share: as for `open_data`."""
+def open_config(
+    data: DataConfig, progress: Progress = silent, test_share: float | None = None, given: object = None
+) -> Splits:
+    """Opens the set that a config names, or a Python object instead. test_share: as for `open_data`."""
     options = ReadOptions(
         format=data.format,
         image_size=data.image_size,
@@ -98,7 +103,7 @@ def open_config(data: DataConfig, progress: Progress = silent, test_share: float
         skip_broken=data.skip_broken,
         progress=progress,
     )
-    return _open_splits(data.path, options)
+    return _open_splits(data.path if given is None else given, options)
 
 
 def open_test_split(path: str | Path, options: ReadOptions = DEFAULTS) -> Dataset | None:
@@ -118,28 +123,30 @@ class _Source(NamedTuple):
     place: Path
 
 
-def _find(path: str | Path, options: ReadOptions) -> _Source:
+def _find(path: str | Path | object, options: ReadOptions) -> _Source:
     """Finds the data and reads what can be read without decoding images."""
     if options.image_size is not None and options.image_size < 1:
         raise UserError("--image-size", options.image_size, "must be at least 1")
     if options.format is not None and options.format not in READERS:
         raise UserError("--format", options.format, f"unknown format; choose one of {', '.join(READERS)}")
+    if not isinstance(path, (str, Path)):
+        return _Source(object_layout(path, options), FORMAT, Path(object_name(path)))
     is_digits = options.format == "digits" or str(path) == "digits"
     kind, place = ("digits", Path("digits")) if is_digits else _locate(path, options.format)
     with _reading(place):
         return _Source(READERS[kind](place, options), kind, place)
 
 
-def _open_splits(path: str | Path, options: ReadOptions) -> Splits:
+def _open_splits(path: str | Path | object, options: ReadOptions) -> Splits:
     source = _find(path, options)
     train = _read_split(source, "train", options)
     if train is None:
-        raise UserError("data", path, "has no train split, only test; name a file or folder that holds both")
+        raise UserError("data", source.place, "has no train split, only test; name a file or folder that holds both")
     _require_classes(train, source.place)
     labels = options.labels
     if labels is not None:
         train = replace_labels(train, labels)
-    require_every_class(train, *("data", path) if labels is None else ("--labels", labels))
+    require_every_class(train, *("data", source.place) if labels is None else ("--labels", labels))
     return _same_shape(train, _read_split(source, "test", options))
 
 

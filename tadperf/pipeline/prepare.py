@@ -16,15 +16,15 @@ from tadperf.task.task import Task, shared_experts_folder
 from tadperf.trust.evidence import check_evidence
 
 
-def prepare(config: Config, progress: Progress = silent) -> Task:
-    """Checks a config and opens its data. Computes nothing and writes nothing into the run folder.
+def prepare(config: Config, progress: Progress = silent, given: object = None) -> Task:
+    """Checks a config and opens its data, or a Python object. Computes nothing, writes nothing into the run folder.
 
     Raises UserError if anything in the config or the data is wrong.
     """
     check_config(config)
     device = resolve_device(config.device)
     data = config.data
-    train, test = open_config(data, progress)
+    train, test = open_config(data, progress, given=given)
     if test is None:
         raise UserError("data", data.path, "has no test split; put test images in a folder test/ next to train/")
     _check_images(config, train)

@@ -168,7 +168,6 @@ def one_class(folder: Path) -> Path:
 
 
 def broken(folder: Path) -> Path:
-    """Two broken images. The message counts both."""
     put(folder, 0, TRAIN)
     (folder / "cross" / "00.png").write_bytes(b"junk")
     (folder / "square" / "01.png").write_bytes(b"")
