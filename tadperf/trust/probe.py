@@ -18,7 +18,7 @@ from tadperf.trust.neighbours import affinity, neighbour_labels
 
 FOLDS = 5
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the ridge, as a share of the mean eigenvalue; not tuned
-SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)  # scores are multiplied by this before the softmax; not tuned
+SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # scores are multiplied by this before the softmax; not tuned
 SELECTION_SIZE = 2**14  # samples that choose penalty and scale; not tuned
 MAX_FEATURES = 4096  # wider features are projected to this width, because the ridge needs D x D numbers; not tuned
 BLOCK = 2**22  # numbers in a block: 16 MB in float32; not tuned

@@ -104,3 +104,11 @@ def test_a_labels_own_value_is_no_part_of_its_probabilities():
     probes = [probe._fit_probes(Standardised(x), y, fold, 4)[int(fold[7])] for y in (labels, changed)]
     for before, after in zip(*probes, strict=True):
         torch.testing.assert_close(before, after)
+
+
+def test_the_probe_of_many_classes_is_as_sure_as_it_is_right():
+    x, labels = clusters(3000, classes=100, width=40)
+    p = ridge_probabilities(Standardised(x), labels, 100)
+    right = float((p.argmax(1) == labels).float().mean())
+    assert right > 0.9
+    assert abs(float(p.amax(1).mean()) - right) < 0.15
