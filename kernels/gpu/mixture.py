@@ -36,9 +36,9 @@ from tadperf.kernels.gpu.mixture_steps import (
     write_posteriors,
 )
 
-# A pass of one program over this many losses takes longer than the two launches of a pass in parts. Estimated for an
-# H100: 20 float64 operations a loss, 64 in a clock of 1.7 GHz, and 3 us a launch.
-ONE_PROGRAM = 2**15
+# A pass of one program over this many losses takes longer than the launch of a pass in parts. Estimated for an H100: 20
+# float64 operations a loss, 64 in a clock of 1.7 GHz, and 3 us a launch. Not tuned.
+ONE_PROGRAM = 2**14
 
 
 @triton.jit

@@ -1,12 +1,13 @@
 """`mixture` in Triton for large groups: several programs share the losses of a group.
 
-A pass is two kernels. part_kernel writes the sums of one part of each group. fold_kernel adds up the parts of a group,
-in a fixed order, and moves the group to its next phase. Every group has its own phase, kept on the device:
+A pass is one kernel. A program first adds up the sums that the pass before left for all parts of its group, in a fixed
+order, and moves the group to its next phase. All programs of a group do this alike, each with its own copy of the
+state, so they need not wait for each other. Then it writes the sums of its own part for that phase. The phases:
 
     EXTENT -> MEAN -> SQUARES -> CUT, up to MAX_CUTS times -> (ONE -> TWO -> FAR), until the fit is done -> DONE
 
-The phases do what `_start` and `_fit` do in mixture.py. The host launches passes until all groups are done. To know
-that, it waits for the device once in PASSES passes.
+They do what `_start` and `_fit` do in mixture.py. The host launches passes until all groups are done. To know that, it
+waits for the device once in PASSES passes.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -38,11 +39,11 @@ from tadperf.kernels.gpu.mixture_steps import (
     write_posteriors,
 )
 
-PROGRAMS = 512  # about four for each multiprocessor of an H100 or H200; not tuned
+PROGRAMS = 256  # two for each multiprocessor of an H100 or H200, as many as their registers allow; not tuned
 PART = 2048  # a part has at least this many losses on average; not tuned
 PASSES = 24  # between two reads of the phases by the host; not tuned
 
-# The state of a group: 48 float64. First four vectors of 8, then numbers.
+# A copy of the state of a group: 48 float64. First four vectors of 8, then numbers.
 THETA, ONE_THETA, TWO_THETA, POINT = tl.constexpr(0), tl.constexpr(8), tl.constexpr(16), tl.constexpr(24)
 PHASE, LOW, SPAN, MEAN_OF_GROUP = tl.constexpr(32), tl.constexpr(33), tl.constexpr(34), tl.constexpr(35)
 SQUARE, CUT_AT, TRIED, CUTS_LEFT = tl.constexpr(36), tl.constexpr(37), tl.constexpr(38), tl.constexpr(39)
@@ -67,37 +68,6 @@ def scale_of(state):
     """Returns 1 / (highest - lowest loss) of a group, or 1 if all losses are equal."""
     span = tl.load(state + SPAN)
     return 1.0 / tl.where(span > 0, span, 1.0)
-
-
-@triton.jit
-def part_kernel(x_ptr, begins_ptr, state_ptr, sums_ptr, n_parts, BLOCK: tl.constexpr):
-    """Writes the sums of one part of one group for the phase of the group to sums [G, parts, 8]."""
-    group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    state = state_ptr + group * STATE
-    phase = tl.load(state + PHASE)
-    begin, end = bounds(begins_ptr, group, part, n_parts)
-    low, scale = tl.load(state + LOW), scale_of(state)
-    to = sums_ptr + (group * n_parts + part) * 8
-    if phase == EXTENT:
-        lowest, highest = extent(x_ptr, begin, end, BLOCK)
-        tl.store(to, -lowest)
-        tl.store(to + 1, highest)
-    elif phase < ONE:
-        cut, centre = tl.load(state + TRIED), tl.load(state + MEAN_OF_GROUP)
-        n, first, second = sums_above(x_ptr, begin, end, low, scale, cut, centre, BLOCK)
-        tl.store(to, n)
-        tl.store(to + 1, first)
-        tl.store(to + 2, second)
-    elif phase < DONE:
-        theta = tl.load(state + POINT + tl.arange(0, 8))
-        n0, n1, first0, first1, second0, second1, density = em_sums(x_ptr, begin, end, low, scale, theta, BLOCK)
-        tl.store(to, n0)
-        tl.store(to + 1, n1)
-        tl.store(to + 2, first0)
-        tl.store(to + 3, first1)
-        tl.store(to + 4, second0)
-        tl.store(to + 5, second1)
-        tl.store(to + 6, density)
 
 
 @triton.jit
@@ -165,24 +135,13 @@ def fold_step(state, phase, following, density, count, rounds, tolerance):
         tl.store(state + PHASE, tl.where(steps + 3 >= 3 * rounds, 7.0, 4.0))
 
 
-@triton.jit(do_not_specialize=["rounds"])
-def fold_kernel(
-    begins_ptr,
-    state_ptr,
-    sums_ptr,
-    n_parts,
-    rounds,
-    tolerance: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
-    floor: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
-    PARTS: tl.constexpr,
-):
-    """Adds up the parts of one group and moves the group to its next phase."""
-    group = tl.program_id(0).to(tl.int64)
-    state = state_ptr + group * STATE
+@triton.jit
+def fold(state, sums, count, n_parts, rounds, tolerance, floor, PARTS: tl.constexpr):
+    """Adds up the sums [n_parts, 8] of a group of `count` losses, and moves the group to its next phase."""
     phase = tl.load(state + PHASE)
-    count = (tl.load(begins_ptr + group + 1) - tl.load(begins_ptr + group)).to(tl.float64)
+    tl.debug_barrier()  # all threads of the program know the phase before one of them changes it
     part = tl.arange(0, PARTS)
-    ptrs = sums_ptr + (group * n_parts + part) * 8
+    ptrs = sums + part * 8
     inside = part < n_parts
     a, b = tl.load(ptrs, inside, other=0.0), tl.load(ptrs + 1, inside, other=0.0)
     if phase == EXTENT:
@@ -210,13 +169,68 @@ def fold_kernel(
         fold_step(state, phase, following, density, count, rounds, tolerance)
 
 
+@triton.jit
+def write_sums(x_ptr, begin, end, state, to, BLOCK: tl.constexpr):
+    """Writes the sums of one part of a group for the phase of the group to 8 float64 at `to`."""
+    phase = tl.load(state + PHASE)
+    low, scale = tl.load(state + LOW), scale_of(state)
+    if phase == EXTENT:
+        lowest, highest = extent(x_ptr, begin, end, BLOCK)
+        tl.store(to, -lowest)
+        tl.store(to + 1, highest)
+    elif phase < ONE:
+        cut, centre = tl.load(state + TRIED), tl.load(state + MEAN_OF_GROUP)
+        n, first, second = sums_above(x_ptr, begin, end, low, scale, cut, centre, BLOCK)
+        tl.store(to, n)
+        tl.store(to + 1, first)
+        tl.store(to + 2, second)
+    elif phase < DONE:
+        theta = tl.load(state + POINT + tl.arange(0, 8))
+        n0, n1, first0, first1, second0, second1, density = em_sums(x_ptr, begin, end, low, scale, theta, BLOCK)
+        tl.store(to, n0)
+        tl.store(to + 1, n1)
+        tl.store(to + 2, first0)
+        tl.store(to + 3, first1)
+        tl.store(to + 4, second0)
+        tl.store(to + 5, second1)
+        tl.store(to + 6, density)
+
+
+@triton.jit(do_not_specialize=["number", "rounds"])
+def pass_kernel(
+    x_ptr,
+    begins_ptr,
+    state_ptr,  # float64 [G, parts, STATE]
+    sums_ptr,  # float64 [2, G, parts, 8]: those of the passes with even and with odd numbers
+    n_parts,
+    number,  # of this pass, from 0
+    rounds,
+    tolerance: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
+    floor: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Adds up the sums of the pass before, and writes those of one part of one group."""
+    group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    first = group * n_parts
+    state = state_ptr + (first + part) * STATE
+    size = tl.num_programs(1).to(tl.int64) * n_parts * 8
+    if number > 0:
+        count = (tl.load(begins_ptr + group + 1) - tl.load(begins_ptr + group)).to(tl.float64)
+        before = sums_ptr + (number + 1) % 2 * size + first * 8
+        fold(state, before, count, n_parts, rounds, tolerance, floor, PARTS)
+        tl.debug_barrier()  # all threads of the program see its new state
+    begin, end = bounds(begins_ptr, group, part, n_parts)
+    write_sums(x_ptr, begin, end, state, sums_ptr + number % 2 * size + (first + part) * 8, BLOCK)
+
+
 @triton.jit(do_not_specialize=["monotone"])
 def write_kernel(
     x_ptr, sample_ptr, begins_ptr, state_ptr, sums_ptr, posterior_ptr, n_parts, monotone, BLOCK: tl.constexpr
 ):
     """Writes the posteriors of one part of one group, and its total log-density to sums [G, parts, 8]."""
     group, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    state = state_ptr + group * STATE
+    state = state_ptr + (group * n_parts + part) * STATE
     begin, end = bounds(begins_ptr, group, part, n_parts)
     theta = tl.load(state + POINT + tl.arange(0, 8))
     density = write_posteriors(
@@ -250,7 +264,7 @@ def result_kernel(
 ):
     """Writes the five results of one group."""
     group = tl.program_id(0).to(tl.int64)
-    state = state_ptr + group * STATE
+    state = state_ptr + group * n_parts * STATE
     count = (tl.load(begins_ptr + group + 1) - tl.load(begins_ptr + group)).to(tl.float64)
     part = tl.arange(0, PARTS)
     density = tl.sum(tl.load(sums_ptr + (group * n_parts + part) * 8, part < n_parts, other=0.0), 0)
@@ -285,16 +299,17 @@ def fit_in_parts(
     """Fills the six results [G] of `mixture` for losses x sorted by group. Waits for the device every PASSES passes."""
     groups = len(begins) - 1
     parts = max(1, min(PROGRAMS // groups, len(x) // (groups * PART)))
-    state = x.new_zeros(groups, STATE.value, dtype=torch.float64)
-    sums = state.new_zeros(groups, parts, 8)
+    state = x.new_zeros(groups, parts, STATE.value, dtype=torch.float64)
+    sums = state.new_zeros(2, groups, parts, 8)
     padded = triton.next_power_of_2(parts)
-    block: dict = launch_config("mixture_parts", x.device, len(x) // groups)
+    config: dict = launch_config("mixture_parts", x.device, len(x) // groups)
     longest = 3 + MAX_CUTS.value + 1 + 3 * rounds  # passes of a group that never converges
-    for launched in range(longest):
-        part_kernel[(parts, groups)](x, begins, state, sums, parts, **block)
-        fold_kernel[(groups,)](begins, state, sums, parts, rounds, tolerance, floor, PARTS=padded, num_warps=4)
-        if launched % PASSES == PASSES - 1 and bool((state[:, PHASE.value] == DONE.value).all()):
+    for number in range(longest + 1):  # each pass adds up the sums of the one before
+        pass_kernel[(parts, groups)](
+            x, begins, state, sums, parts, number, rounds, tolerance, floor, PARTS=padded, **config
+        )
+        if number % PASSES == PASSES - 1 and bool((state[:, 0, PHASE.value] == DONE.value).all()):
             break
     posterior, *others = results
-    write_kernel[(parts, groups)](x, sample, begins, state, sums, posterior, parts, monotone, **block)
+    write_kernel[(parts, groups)](x, sample, begins, state, sums, posterior, parts, monotone, **config)
     result_kernel[(groups,)](begins, state, sums, *others, parts, PARTS=padded, num_warps=4)
