@@ -185,7 +185,7 @@ def _open_transformers(place: Path, device: torch.device) -> Encode:
 def _open_timm(place: Path, device: torch.device) -> Encode:
     """Opens a model of timm without its classifier. Features are what the classifier would read."""
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:
         raise _import_error(place, "timm", error) from None
     from safetensors.torch import load_file

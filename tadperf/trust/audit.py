@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tadperf.compute import ranks
 from tadperf.compute.device import resolve_device
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.config import Config
@@ -34,8 +33,7 @@ def audit(
     with torch_settings(tf32=config.tf32):
         evidence = open_evidence(config.trust, dataset, device, progress)
         if not networks:
-            p, z = evidence
-            return ranks.once(lambda: audit_labels(dataset.labels, p, z, dataset.class_names, progress))
+            return audit_labels(dataset.labels, *evidence, dataset.class_names, progress)
         probabilities, features = loop_signals(evidence, dataset.labels, dataset.num_classes, progress)
         pixels = device_pixels(dataset.images, device)
         images = normalise_images(fit_normaliser(pixels, config.data.normalise, device), pixels, device)

@@ -41,7 +41,8 @@ def audit_labels(
     sample. features: floats [N, D], also memory-mapped. One of the two is enough; from features, `pool_features` makes
     probabilities out of fold. class_names: C names; by default "0".."C-1".
     The state's score is 1 - `label_quality_scores`, its reliability the quality. It suggests the likeliest other class
-    for an untrusted label. From LARGE numbers N x C on, works in blocks of samples (`large_audit`).
+    for an untrusted label. From LARGE numbers N x C on, works in blocks of samples, which several ranks share
+    (`large_audit`); before that rank 0 works alone.
     Raises ValueError for wrong shapes, types, labels or probabilities.
     """
     given, p, z, names = _check(labels, pred_probs, features, class_names)
@@ -50,6 +51,11 @@ def audit_labels(
         order = leave_enough(most_suspicious(found.odds), given, 1)
         issues = torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True)
         return _state(given, issues, (-found.odds).sigmoid(), found.other, names)
+    return ranks.once(lambda: _audit(given, p, z, names, progress))
+
+
+def _audit(given: Tensor, p: Tensor | None, z: Tensor | None, names: tuple[str, ...], progress: Progress) -> TrustState:
+    """Audits labels whose probabilities [N, C] fit in memory."""
     if z is not None:
         p = pool_features(z, given, len(names), p, progress)
     assert p is not None

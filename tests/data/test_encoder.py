@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def images(count: int = 40, channels: int = 3, seed: int = 0) -> Dataset:
     return Dataset(pixels, torch.arange(count) % 2, ("a", "b"), "set")
 
 
-def save_vit(folder: Path, classifier: bool = True) -> torch.nn.Module:
+def save_vit(folder: Path, classifier: bool = True) -> Any:
     """Writes a random ViT of transformers. With a classifier it has no pooler."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -128,7 +129,7 @@ def test_a_killed_computation_continues(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_a_model_of_timm(tmp_path):
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"timm cannot be imported: {error}")
     torch.manual_seed(0)
@@ -183,7 +184,7 @@ def test_wrong_folders(tmp_path, files, words):
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     save_vit(tmp_path / "vit")
     save_file({"other": torch.zeros(2)}, tmp_path / "vit" / "model.safetensors")
-    with pytest.raises(UserError, match="its weights lack .* tensors, first "):
+    with pytest.raises(UserError, match=r"its weights lack .* tensors, first "):
         encode_images(str(tmp_path / "vit"), images(), CPU)
 
 
