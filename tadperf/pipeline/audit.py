@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tadperf.compute import ranks
 from tadperf.config import Config
 from tadperf.data.broken import save_broken
 from tadperf.data.dataset import Dataset
@@ -62,8 +61,7 @@ def audit_files(config: Config, progress: Progress = silent) -> tuple[Dataset | 
     count = len(p) if p is not None else len(z) if z is not None else None
     labels = open_label_file(config.data.labels, count, None if p is None else p.shape[1])
     evidence = open_evidence(trust, labels, torch.device("cpu"), progress)
-    names = labels.class_names
-    return labels, ranks.once(lambda: audit_labels(labels.labels, *evidence, names, progress))
+    return labels, audit_labels(labels.labels, *evidence, labels.class_names, progress)
 
 
 def broken_file(path: Path) -> Path:
@@ -94,7 +92,7 @@ def write_audit(path: Path, dataset: Dataset | LabelSet, state: TrustState, resu
     """
     try:
         state.export(path, dataset.file_names)
-        wrote_broken = save_broken(broken_file(path), dataset)
+        wrote_broken = isinstance(dataset, Dataset) and save_broken(broken_file(path), dataset)
     except OSError as error:
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
     picture = path.with_suffix(".png")
