@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,15 +24,21 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines while a stage runs; not tuned
 STAGES = {  # stage -> words for the user
+    "experts:training": "images trained for experts",
+    "matching:check": "images trained to check the set",
+    "evaluate:training": "images trained for evaluation",
+    "detector:training": "images trained for the detector",
     "decode": "decoding images",
     "resize": "resizing images",
-    "trust:proxies": "trust: proxy networks",
+    "trust:proxies": "images trained for proxy networks",
     "trust:neighbours": "trust: neighbours",
     "features": "features: probe and neighbours",
     "encode": "computing features",
     "trust:graph": "neighbours",
     "trust:labels": "probabilities of all labels",
 }
+# Stages within a stage, in images. Plain lines show them only after 10 s without a line, so a short job has none.
+INNER_STAGES = {"trust:proxies", "experts:training", "matching:check", "evaluate:training", "detector:training"}
 FIGURES = {"trusted": "share trusted", "moved": "share changed"}
 
 
@@ -82,20 +89,30 @@ class Clock:
 
 
 class PlainProgress:
-    """Prints a line when a stage starts, when it ends, and about every 10 s in between."""
+    """Prints a line when a stage starts, when it ends, and about every 10 s in between.
+
+    A thread may call it (`work_progress.reporting`), so a lock keeps lines whole.
+    """
 
     def __init__(self) -> None:
         self.clocks: dict[str, Clock] = {}
-        self.printed = 0.0
+        self.printed, self.lock = time.monotonic(), threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int, **values: object) -> None:
+        with self.lock:
+            self._show(stage, done, total, values)
+
+    def _show(self, stage: str, done: int, total: int, values: dict[str, object]) -> None:
         now = time.monotonic()
         clock = self.clocks.get(stage)
         is_new = clock is None or done < clock.done  # a stage that runs again, as trust does in every round
         if clock is None or is_new:
             clock = self.clocks[stage] = Clock(now, done, done)
         clock.done = done
-        if not is_new and done < total and now - self.printed < PLAIN_INTERVAL:
+        if stage in INNER_STAGES and done >= total:  # the stage around it has its own last line
+            return
+        is_edge = is_new or done >= total  # the start or the end of the stage
+        if now - self.printed < PLAIN_INTERVAL and (not is_edge or stage in INNER_STAGES):
             return
         self.printed = now
         parts = [f"{stage_words(stage)} {done}/{total}", figures(values)]
@@ -120,7 +137,8 @@ class LiveProgress:
         elif done < self.done[stage]:
             self.bars.reset(self.tasks[stage])
         self.done[stage] = done
-        self.bars.update(self.tasks[stage], completed=done, total=total, figures=figures(values))
+        shown = stage not in INNER_STAGES or done < total
+        self.bars.update(self.tasks[stage], completed=done, total=total, visible=shown, figures=figures(values))
 
 
 def _bars() -> Bars:

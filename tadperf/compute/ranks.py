@@ -178,6 +178,12 @@ def once(make: Callable[[], T]) -> T:
     return value
 
 
+def assigned(count: int) -> range:
+    """Returns the positions of `count` items that this rank works on in `divide_work`."""
+    team = _active_team()
+    return range(count) if team is None else range(team.rank, count, team.world)
+
+
 def divide_work(work: Callable[[Sequence[int]], Iterator[tuple[int, T]]], count: int) -> Iterator[tuple[int, T]]:
     """Yields (position, result) for positions 0 to count - 1. Each rank works on every `world_size`-th position.
 
@@ -187,11 +193,11 @@ def divide_work(work: Callable[[Sequence[int]], Iterator[tuple[int, T]]], count:
         yield from work(range(count))
         return
     key = _next_key(team, "shared")
-    assigned = range(team.rank, count, team.world)
-    awaited = {position for position in range(count) if position not in assigned}
-    for index, result in work(assigned):
-        _send(team, f"{key}/{assigned[index]}", result)
-        yield assigned[index], result
+    own = assigned(count)
+    awaited = {position for position in range(count) if position not in own}
+    for index, result in work(own):
+        _send(team, f"{key}/{own[index]}", result)
+        yield own[index], result
         yield from _arrived(team, key, awaited)
     while awaited:
         yield from _arrived(team, key, awaited)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.compute.transfer import Download
+from tadperf.compute.work_progress import reporting, work
 from tadperf.compute.workers import run_parallel
 from tadperf.config import ExpertConfig
 from tadperf.experts import store
@@ -86,6 +87,8 @@ def train_experts(
         return accuracy
 
     workers = config.workers if problem.device.type == "cpu" else 1
-    for _, accuracy in run_parallel(train, missing, workers):
-        done += 1
-        progress("experts", done, config.count, train_accuracy=accuracy)
+    images = len(problem.images) * len(ranks.assigned(len(missing)))
+    with reporting(progress, "experts:training", work(epochs * images, images)):
+        for _, accuracy in run_parallel(train, missing, workers):
+            done += 1
+            progress("experts", done, config.count, train_accuracy=accuracy)

@@ -9,10 +9,11 @@ from typing import Any
 from tadperf import artifact
 from tadperf.compute.device import resolve_device
 from tadperf.compute.torch_settings import torch_settings
+from tadperf.compute.work_progress import reporting
 from tadperf.config import Config
 from tadperf.data.images import normalise_images
 from tadperf.nets.students import Student, StudentScorer, score_students, summarise
-from tadperf.pipeline.scoring import distilled_students
+from tadperf.pipeline.scoring import assigned_students, distilled_students, training_work
 from tadperf.progress import Progress, silent
 
 
@@ -46,6 +47,8 @@ def evaluate_file(
         images = normalise_images(distilled.normaliser, test.images, target)
         progress("evaluate", 0, len(students))
         scorer = StudentScorer(images, test.labels, distilled.num_classes, seed, target)
-        score_students(scorer, students, done)
+        total = training_work(assigned_students(students), len(images))
+        with reporting(progress, "evaluate:training", total):
+            score_students(scorer, students, done)
     accuracy = {row: summarise([scores[repeat] for repeat in sorted(scores)]) for row, scores in rows.items()}
     return {"file": str(path), "data": test.name, "accuracy": accuracy}

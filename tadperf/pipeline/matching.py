@@ -8,6 +8,7 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.compute.torch_settings import torch_settings
+from tadperf.compute.work_progress import reporting
 from tadperf.compute.workers import available_cores, threads_for
 from tadperf.data.pick import pick_central, pick_real
 from tadperf.experts.store import Experts
@@ -19,7 +20,8 @@ from tadperf.nets.flat import FlatNet
 from tadperf.nets.students import Examples, Student, StudentScorer, score_students
 from tadperf.pipeline.context import RunContext
 from tadperf.pipeline.package import INITIAL, package_set, student_recipe
-from tadperf.pipeline.scoring import BackgroundScoring
+from tadperf.pipeline.scoring import BackgroundScoring, assigned_students, training_work
+from tadperf.progress import Progress, silent
 from tadperf.task.samples import TrainingSamples
 from tadperf.task.task import Task
 
@@ -45,7 +47,7 @@ def match(
     problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed)
 
     def check(images: Tensor, labels: Tensor, lr: float, iteration: int) -> float:
-        return held_out_accuracy(task, context.samples, Examples(images, labels), lr, iteration)
+        return held_out_accuracy(task, context.samples, Examples(images, labels), lr, iteration, context.progress)
 
     def report(stage: str, done: int, total: int, **values: object) -> None:
         if scoring:
@@ -92,12 +94,15 @@ def _starting_images(task: Task, samples: TrainingSamples, candidates: Tensor) -
     return torch.randn(images.shape, generator=generator).to(images) if config.init == "noise" else images
 
 
-def held_out_accuracy(task: Task, samples: TrainingSamples, synthetic: Examples, lr: float, iteration: int) -> float:
+def held_out_accuracy(
+    task: Task, samples: TrainingSamples, synthetic: Examples, lr: float, iteration: int, progress: Progress = silent
+) -> float:
     """Returns the mean accuracy, on held-out samples, of students trained on the synthetic set at this iteration."""
     config = task.config
     recipe, seed = student_recipe(config, lr), seeds.derive(config.seed, "check", iteration)
     students = [Student("check", repeat, config.net, recipe, lambda: synthetic) for repeat in range(CHECK_STUDENTS)]
     scorer = StudentScorer(samples.held_out, samples.held_out_labels, task.train.num_classes, seed, task.device)
     scores: list[float] = []
-    score_students(scorer, students, lambda _, score: scores.append(score))
+    with reporting(progress, "matching:check", training_work(assigned_students(students), len(samples.held_out))):
+        score_students(scorer, students, lambda _, score: scores.append(score))
     return sum(sorted(scores)) / len(scores)

@@ -12,6 +12,7 @@ import torch
 from tadperf import files, seeds
 from tadperf.artifact import DistilledSet
 from tadperf.compute import ranks
+from tadperf.compute.work_progress import SharedCount, counting, reporting, work
 from tadperf.compute.workers import BackgroundTasks
 from tadperf.data.images import ImageSubset
 from tadperf.data.pick import pick_real
@@ -116,6 +117,7 @@ class BackgroundScoring:
         """pool: runs the students; leaving its block ends them."""
         self._context, self._pool, self.scores = context, pool, scores
         self._students: list[Student] = []
+        self._count, self._ended = SharedCount(), 0  # work that students have done, and of those with a saved score
 
     def start(self, cores: int) -> None:
         """Starts the baseline students without a score, one for each idle core at a time.
@@ -128,12 +130,15 @@ class BackgroundScoring:
         if self._students and cores > 0:
             task, data = context.task, context.data
             score = StudentScorer(data.test, data.test_labels, task.train.num_classes, task.config.seed, task.device)
-            self._pool.start(score, self._students, min(cores, len(self._students)))
+            with counting(self._count.add):
+                self._pool.start(score, self._students, min(cores, len(self._students)))
 
     def collect(self) -> None:
         """Saves the scores that are ready. Does not wait."""
         for position, score in self._pool.completed():
-            self.scores.add(self._students[position], score)
+            student = self._students[position]
+            self.scores.add(student, score)
+            self._ended += training_work([student], len(self._context.data.test))
 
     def stop_starting(self) -> list[Student]:
         """Stops starting students. Returns those still in training."""
@@ -141,10 +146,24 @@ class BackgroundScoring:
         self.collect()
         return [self._students[position] for position in self._pool.pending()]
 
+    def work_done(self) -> int:
+        """Returns the units of work that the students still in training have done."""
+        return self._count.total() - self._ended
+
     def wait(self) -> Iterator[tuple[Student, float]]:
         """Waits for the students that are still in training. Yields each with its score when it finishes."""
         for position, score in self._pool.as_completed():
             yield self._students[position], score
+
+
+def assigned_students(students: Sequence[Student]) -> list[Student]:
+    """Returns the students that this rank trains."""
+    return [students[position] for position in ranks.assigned(len(students))]
+
+
+def training_work(students: Sequence[Student], tested: int) -> int:
+    """Returns the units of work (`work_progress.work`) of training the students, and of testing each on some images."""
+    return sum(work(s.recipe.epochs * len(s.make_examples().images), tested) for s in students)
 
 
 def score_all_students(
@@ -152,7 +171,8 @@ def score_all_students(
 ) -> dict[str, list[float]]:
     """Returns the test accuracies by row. Trains the students that have no score and are not yet in training."""
     task, data, scores = context.task, context.data, scoring.scores
-    in_training = {(s.row, s.repeat) for s in scoring.stop_starting()}
+    pending = scoring.stop_starting()
+    in_training = {(s.row, s.repeat) for s in pending}
 
     def done(student: Student, score: float) -> None:
         scores.add(student, score)
@@ -163,9 +183,11 @@ def score_all_students(
     context.progress("evaluate", len(students) - len(missing), len(students))
     missing = [s for s in missing if (s.row, s.repeat) not in in_training]
     scorer = StudentScorer(data.test, data.test_labels, task.train.num_classes, task.config.seed, task.device)
-    score_students(scorer, missing, done)
-    for student, score in scoring.wait():
-        done(student, score)
+    total = training_work([*assigned_students(missing), *pending], len(data.test))
+    with reporting(context.progress, "evaluate:training", total, scoring.work_done):
+        score_students(scorer, missing, done)
+        for student, score in scoring.wait():
+            done(student, score)
     return {row: scores.row(row) for row in dict.fromkeys(s.row for s in students)}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from tadperf import files
 from tadperf.compute import ranks
+from tadperf.compute.work_progress import reporting, work
 from tadperf.config import Config
 from tadperf.nets.problem import Problem
 from tadperf.refine.context import RefineContext
@@ -43,7 +44,8 @@ def get_detector(context: RefineContext) -> tuple[nn.Module, float]:
             device,
             samples.weights,
         )
-        detector = train_detector(config.detector, problem)
+        with reporting(context.progress, "detector:training", work(config.detector.epochs * len(samples.images))):
+            detector = train_detector(config.detector, problem)
     accuracy = check_detector(detector, samples.held_out, samples.held_out_labels, context.task.train.class_names)
     if not path:
         files.save_tensors(run_file, detector.state_dict())

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tadperf import seeds
+from tadperf.compute import ranks
 from tadperf.compute.cuda_graphs import GraphedStep
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.transfer import upload_all
+from tadperf.compute.work_progress import add_tested, add_trained, reporting, work
 from tadperf.compute.workers import run_parallel
 from tadperf.config import TrustConfig
 from tadperf.data.images import Images, index_device
@@ -29,7 +31,6 @@ from tadperf.nets.optimiser import sgd_step
 from tadperf.nets.problem import Problem
 from tadperf.nets.training import gradients_or_zeros
 from tadperf.progress import Progress
-from tadperf.trust.epoch_progress import EpochProgress
 from tadperf.trust.proxy_batches import (
     EpochDraws,
     ProxyBatch,
@@ -72,18 +73,21 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
         # A CPU tests all samples, because the last bits of an output may depend on the other images of its batch.
         tested = torch.arange(count) if on_cpu else counted
         proxy_problem = replace(problem, seed=seeds.derive(seed, "proxy", m))
-        outputs = train_proxy(proxy_problem, part, tested, config, lambda: reporter.epoch_done(m))
+        outputs = train_proxy(proxy_problem, part, tested, config)
         if not on_cpu:
             return outputs
         # NumPy arrays: PyTorch would send tensors through shared files, which stay behind if a worker is killed.
         losses, probabilities, features = outputs
         return losses[counted].numpy(), probabilities[counted].numpy(), features.numpy()
 
-    results: dict[int, tuple[Any, ...]] = {}
-    with EpochProgress(progress, "trust:proxies", proxies, config.epochs) as reporter:
-        for m, result in run_parallel(train, list(range(proxies)), None if on_cpu else 1):
-            results[m] = result
-            reporter.network_done(m)
+    sizes = zip(*(values.bincount(minlength=proxies).tolist() for values in (fold[view.index], fold)), strict=True)
+    works = [
+        proxy_work(len(view.index) - held_out * in_view, count if on_cpu or not held_out else in_fold, count, config)
+        for in_view, in_fold in sizes
+    ]
+    total = sum(works[m] for m in ranks.assigned(proxies))
+    with reporting(progress, "trust:proxies", total):
+        results = dict(run_parallel(train, list(range(proxies)), None if on_cpu else 1))
     losses, probabilities, features = ([torch.as_tensor(results[m][i]) for m in range(proxies)] for i in range(3))
     if held_out:
         position = fold.argsort(stable=True).argsort().to(device)  # of each sample, after the folds are concatenated
@@ -91,17 +95,17 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
     return ProxyOutputs(torch.stack(losses).mean(0), torch.stack(probabilities).mean(0), torch.cat(features, 1))
 
 
+def proxy_work(trained: int, tested: int, count: int, config: TrustConfig) -> int:
+    """Returns the units of work of a proxy that trains on `trained` images and tests some or all of `count`."""
+    return work(config.epochs * trained, min(AVERAGED_EPOCHS, config.epochs) * tested + count)
+
+
 def train_proxy(
-    problem: Problem,
-    view: TrustedView,
-    tested: Tensor,
-    config: TrustConfig,
-    epoch_done: Callable[[], None] = lambda: None,
+    problem: Problem, view: TrustedView, tested: Tensor, config: TrustConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trains one proxy; returns losses [T] of the given labels, probabilities [T, C] and features [N, D].
 
-    tested: int64 [T], the samples to return losses and probabilities of. epoch_done: called after every epoch. The
-    results are on the problem's device.
+    tested: int64 [T], the samples to return losses and probabilities of. The results are on the problem's device.
     """
     images, classes, device = problem.images, problem.num_classes, problem.device
     module = build(problem.net, problem.shape, classes, problem.seed).to(device)
@@ -130,7 +134,6 @@ def train_proxy(
         elif epoch >= config.epochs - averaged:
             means.add(predict, images, tested_images)
         module.train()
-        epoch_done()
     return means.losses, means.probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
 
 
@@ -149,6 +152,7 @@ def train_epochs(
     for epoch in range(config.epochs):
         for batch in epoch_batches(problem, index, target, config, epoch):
             run_step(*batch)
+            add_trained(len(batch.x))
         yield epoch
 
 
@@ -167,6 +171,7 @@ def _epochs_on_device(
         draws.load(with_image_shares(draw_epoch(problem, len(index), config, epoch), config.batch))
         for part in graph_steps(sizes):
             graph(*part)
+            add_trained(sum(part))
         yield epoch
 
 
@@ -214,6 +219,7 @@ class OutputMeans:
             logits = classify(inputs[index[rows]].to(self.labels.device))
             self.losses[rows].add_(per_sample(logits, self.labels[rows]).loss / self.epochs)
             self.probabilities[rows].add_(logits.softmax(1) / self.epochs)
+            add_tested(len(logits))
 
 
 @torch.no_grad()
@@ -221,7 +227,11 @@ def predict_all(module: nn.Module, images: Images, device: torch.device) -> Tens
     """Returns the outputs of `module` in eval mode for all images, computed in batches."""
     predict = fused_forward(module.eval())
     index = torch.arange(len(images), device=index_device(images))
-    return torch.cat([predict(images[part].to(device)) for part in index.split(EVAL_BATCH)])
+    outputs = []
+    for part in index.split(EVAL_BATCH):
+        outputs.append(predict(images[part].to(device)))
+        add_tested(len(part))
+    return torch.cat(outputs)
 
 
 @torch_settings(tf32=False)

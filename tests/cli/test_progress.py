@@ -31,18 +31,34 @@ def test_plain_lines_come_at_the_start_at_the_end_and_every_10_seconds(capsys, m
 
 def test_a_stage_that_runs_again_has_a_new_clock(capsys):
     show = progress.PlainProgress()
-    show("trust:proxies", 0, 2)
-    show.clocks["trust:proxies"].start -= 100
-    show("trust:proxies", 2, 2)
-    show("trust:proxies", 0, 2)
-    show("trust:proxies", 2, 2)
-    words = "trust: proxy networks"
+    show("trust:neighbours", 0, 2)
+    show.clocks["trust:neighbours"].start -= 100
+    show("trust:neighbours", 2, 2)
+    show("trust:neighbours", 0, 2)
+    show("trust:neighbours", 2, 2)
+    words = "trust: neighbours"
     assert lines(capsys) == [
         f"{words} 0/2",
         f"{words} 2/2, took 1 min 40 s",
         f"{words} 0/2",
         f"{words} 2/2, took 0.0 s",
     ]
+
+
+def test_a_stage_within_a_stage_has_lines_after_10_seconds_only(capsys):
+    show = progress.PlainProgress()
+    show("experts", 0, 4)
+    show("experts:training", 100, 400)
+    show("experts:training", 400, 400)
+    assert lines(capsys) == ["experts 0/4"]
+    show("experts:training", 100, 400)
+    show.printed -= 10
+    show.clocks["experts:training"].start -= 10
+    show("experts:training", 200, 400, finished="1 of 4")
+    show("experts:training", 300, 400)
+    show.printed -= 10
+    show("experts:training", 400, 400)
+    assert lines(capsys) == ["images trained for experts 200/400, finished 1 of 4, 20 s left"]
 
 
 def test_figures_are_words_and_numbers():

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tadperf import files
-from tadperf.compute import launcher, ranks
+from tadperf.compute import launcher, ranks, work_progress
 from tadperf.compute.device import resolve_device
+from tadperf.compute.work_progress import add_trained, reporting, work
 from tadperf.compute.workers import available_cores, run_parallel
 from tadperf.config import MatchConfig
 from tadperf.config.merge import merge
@@ -91,6 +92,30 @@ def test_ranks_divide_the_work_and_each_gets_all_results():
     assert first[1] == {0}
     assert first[2] == {1}
     assert first[3] == [(0, -7)]
+
+
+@linux
+def test_each_rank_reports_the_progress_of_its_own_tasks(monkeypatch):
+    monkeypatch.setattr(work_progress, "START_DELAY", 0.1)
+    monkeypatch.setattr(work_progress, "INTERVAL", 0.02)
+
+    def train(images: int) -> None:
+        for _ in range(images):
+            time.sleep(0.05)
+            add_trained(1)
+
+    def job() -> Any:
+        calls: list[tuple[int, int]] = []
+
+        def record(stage: str, done: int, total: int, **values: object) -> None:
+            calls.append((done, total))
+
+        sizes = [9, 6, 8]
+        with reporting(record, "stage", sum(work(sizes[position]) for position in ranks.assigned(3))):
+            results = list(run_parallel(train, sizes, workers=2))
+        return sorted(position for position, _ in results), {total for _, total in calls}, calls[-1][0]
+
+    assert run_ranks(2, job) == [([0, 1, 2], {17}, 17), ([0, 1, 2], {6}, 6)]
 
 
 def test_rank_0_decides_and_large_values_arrive_complete():

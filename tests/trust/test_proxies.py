@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +13,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tadperf import seeds
-from tadperf.compute.workers import run_parallel
+from tadperf.compute import work_progress, workers
 from tadperf.config import NetConfig, TrustConfig
 from tadperf.nets.device_batches import DeviceDraws, batch_sizes
 from tadperf.nets.problem import Problem
 from tadperf.progress import silent
-from tadperf.trust import epoch_progress, proxies, proxy_batches
+from tadperf.trust import proxies, proxy_batches
 from tadperf.trust.proxies import proxy_loss, train_proxies, train_proxy
 from tadperf.trust.proxy_batches import EpochDraws, batch_on_device, draw_epoch, epoch_batches, with_image_shares
-from tadperf.trust.state import TrustedView, as_given
+from tadperf.trust.state import TrustedView
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,38 +150,20 @@ def test_held_out_outputs_come_from_the_proxy_that_did_not_see_the_sample():
         assert torch.equal(outputs.features.chunk(2, 1)[m], features)
 
 
-def test_progress_of_each_round_starts_at_zero():
-    calls: list[tuple[str, int, int]] = []
+@pytest.mark.parametrize(("held_out", "mixup"), [(True, False), (False, True)])
+def test_the_work_of_the_proxies_is_what_they_count(monkeypatch, held_out, mixup):
+    expected: list[int] = []
+    counted: list[int] = []
 
-    def record(stage: str, done: int, total: int, **values: object) -> None:
-        calls.append((stage, done, total))
+    @contextlib.contextmanager
+    def count_here(progress: object, stage: str, total: int) -> Iterator[None]:
+        expected.append(total)
+        with work_progress.counting(counted.append):
+            yield
 
+    monkeypatch.setattr(proxies, "reporting", count_here)
+    monkeypatch.setattr(workers, "can_fork", lambda: False)
     p = problem()
-    train_proxies(p, as_given(p.labels, p.class_names).view(), trust_config(), record)
-    assert calls[0] == ("trust:proxies", 0, 4)
-    assert calls[-1] == ("trust:proxies", 4, 4)
-
-
-def test_epochs_of_forked_workers_are_reported_while_they_train(monkeypatch):
-    """Two workers of three slow epochs: the parent reports epochs before any worker has finished."""
-    monkeypatch.setattr(epoch_progress, "START_DELAY", 0.1)
-    monkeypatch.setattr(epoch_progress, "INTERVAL", 0.05)
-    calls: list[tuple[int, int, object]] = []
-
-    def record(stage: str, done: int, total: int, **values: object) -> None:
-        calls.append((done, total, values.get("finished")))
-
-    def train(m: int) -> int:
-        for _ in range(3):
-            time.sleep(0.4)
-            reporter.epoch_done(m)
-        time.sleep(0.4)
-        return m
-
-    with epoch_progress.EpochProgress(record, "stage", 2, 3) as reporter:
-        for m, _ in run_parallel(train, [0, 1], workers=2):
-            reporter.network_done(m)
-    assert calls[0] == (0, 6, None)
-    assert any(0 < done < 6 and finished == "0 of 2" for done, _, finished in calls)
-    assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
-    assert calls[-1][:2] == (6, 6)
+    view = TrustedView(torch.arange(7), p.labels[:7], torch.ones(7))
+    train_proxies(p, view, trust_config(held_out=held_out, mixup=mixup), silent)
+    assert [sum(counted)] == expected
