@@ -23,8 +23,9 @@ class GraphedSweep:
     kernel. CUDA only.
     """
 
-    def __init__(self, net: FlatNet, backend: StepBackend, exact: bool = True) -> None:
-        self._net, self._adjoint = net, partial(adjoint, net, exact=exact, backend=backend)
+    def __init__(self, net: FlatNet, backend: StepBackend, exact: bool = True, scaled: bool = True) -> None:
+        self._adjoint = partial(adjoint, net, exact=exact, backend=backend, scaled=scaled)
+        self._layers = len(net.layer_sizes) if scaled else None
         self._gradient: Gradient | None = None  # fixed memory that the graph writes into
         self.graphed_step = GraphedStep(self._write_gradient)
 
@@ -38,7 +39,7 @@ class GraphedSweep:
                 labels=torch.empty_like(labels) if labels.is_floating_point() else None,
                 lr=torch.empty_like(lr),
                 end=torch.empty_like(start),
-                layers=start.new_empty(len(self._net.layer_sizes)),
+                layers=None if self._layers is None else start.new_empty(self._layers),
             )
         order, (affine, color, hole) = drawn.draws
         self.graphed_step(start, target, images, labels, lr, order, affine, color, hole, drawn.sizes)

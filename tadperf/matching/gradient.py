@@ -74,7 +74,7 @@ class StepDraws(NamedTuple):
 class Gradient(NamedTuple):
     """The matching loss and its gradients. `labels` is None for hard labels."""
 
-    loss: Tensor  # scalar
+    loss: Tensor  # scalar; 0 if the gradient is unscaled
     images: Tensor  # [M, C, H, W]
     labels: Tensor | None  # [M, K]
     lr: Tensor  # scalar
@@ -92,7 +92,7 @@ class Distance(NamedTuple):
 
     loss: Tensor
     lam: Tensor
-    layers: Tensor
+    layers: Tensor | None
 
 
 def matching_distance(end: Tensor, start: Tensor, target: Tensor, layer_sizes: Sequence[int]) -> Distance:
@@ -110,6 +110,28 @@ def matching_distance(end: Tensor, start: Tensor, target: Tensor, layer_sizes: S
     expert_distance = (start - target).square().sum()
     lam = 2 * (end - target) / expert_distance
     return Distance((end - target).square().sum() / expert_distance, lam, by_layer.ratio)
+
+
+def unscaled_distance(end: Tensor, target: Tensor) -> Distance:
+    """Returns lambda_T without its factor 2 / |start - target|^2, and neither loss. `scaled_gradients` adds them."""
+    return Distance(end.new_zeros(()), end - target, None)
+
+
+def scaled_gradients(
+    parts: Sequence[Gradient], starts: Sequence[Tensor], targets: Sequence[Tensor], layer_sizes: Sequence[int]
+) -> list[Gradient]:
+    """Finishes the unscaled gradients of K trajectories with one call of `trajectory_distance` on K rows (tadperf).
+
+    A gradient is linear in lambda_T, so its factor 2 / |start - target|^2 can be applied last. Overwrites `parts`.
+    """
+    ends, begins, aims = (torch.stack(list(rows)) for rows in ([part.end for part in parts], starts, targets))
+    by_layer = trajectory_distance(ends, aims, begins, tuple(layer_sizes))  # [K, layers]
+    expert_distances = by_layer.expert_distance.sum(1)
+    losses, factors = by_layer.distance.sum(1) / expert_distances, 2 / expert_distances
+    for part, factor in zip(parts, factors.unbind(), strict=True):
+        torch._foreach_mul_([x for x in (part.images, part.labels, part.lr) if x is not None], factor)
+    rows = zip(parts, losses.unbind(), by_layer.ratio.unbind(), strict=True)
+    return [part._replace(loss=loss, layers=layers) for part, loss, layers in rows]
 
 
 def inner_step(backend: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
@@ -138,11 +160,13 @@ def adjoint(
     steps: Sequence[Step],
     exact: bool = True,
     backend: StepBackend | None = None,
+    scaled: bool = True,
 ) -> Gradient:
     """Computes the exact gradient at constant memory in T (tadperf); with `exact=False` TESLA's approximation.
 
     start, target: float [P]. images: [M, C, H, W]. labels: int64 [M], or logits [M, K]. lr: scalar tensor. steps: the
-    T inner steps. backend: computes one step; the default is the fastest one that needs no compiler.
+    T inner steps. backend: computes one step; the default is the fastest one that needs no compiler. scaled: False
+    leaves the losses and a common factor to `scaled_gradients`.
     """
     backend = backend or step_backends.eager(net)
     x, y, lr = images.detach(), labels.detach(), lr.detach()
@@ -156,7 +180,8 @@ def adjoint(
             stored[i // stride] = theta
         theta = inner_step(backend, theta, x, y, lr, step)
     end = theta
-    loss, lam, layers = matching_distance(end, start, target, list(net.layer_sizes.values()))
+    sizes = list(net.layer_sizes.values())
+    loss, lam, layers = matching_distance(end, start, target, sizes) if scaled else unscaled_distance(end, target)
     cuts = slices_by_pass([len(step.rows) for step in steps], len(x))
     grad_x, grad_y, grad_lr = torch.zeros_like(x), torch.zeros_like(y) if soft else None, torch.zeros_like(lr)
     for first in reversed(range(0, len(steps), stride)):
@@ -200,9 +225,10 @@ def tesla(
     lr: Tensor,
     steps: Sequence[Step],
     backend: StepBackend | None = None,
+    scaled: bool = True,
 ) -> Gradient:
     """Computes TESLA's gradient at constant memory. Its error grows with T and lr. Arguments as for `adjoint`."""
-    return adjoint(net, start, target, images, labels, lr, steps, exact=False, backend=backend)
+    return adjoint(net, start, target, images, labels, lr, steps, exact=False, backend=backend, scaled=scaled)
 
 
 def unroll(

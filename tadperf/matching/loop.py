@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from tadperf.data.image_draws import ImageDraws
 from tadperf.experts.store import Experts, ResidentExperts
 from tadperf.matching.attempt import Attempt
 from tadperf.matching.cuda_graph_sweep import GraphedSweep
-from tadperf.matching.gradient import GRADIENTS, Gradient, StepDraws
+from tadperf.matching.gradient import GRADIENTS, Gradient, StepDraws, scaled_gradients
 from tadperf.matching.starts import start_range
 from tadperf.matching.state import MatchState, load_checkpoint, save_checkpoint, step_back
 from tadperf.matching.step_backends import StepBackend, choose_step_backend
@@ -61,10 +62,16 @@ def draw_steps(config: MatchConfig, count: int, size: int, strategy: str, genera
     return StepDraws(ImageDraws(order, drawn), (batch,) * config.steps)
 
 
-def matching_gradient(
-    state: MatchState, compute: TrajectoryGradient, problem: MatchProblem, trajectory: int = 0
-) -> Gradient:
-    """Draws an expert, its start epoch and the inner steps, and computes the gradient of the matching loss.
+class Trajectory(NamedTuple):
+    """A drawn part of an expert's trajectory, and the inner steps that imitate it."""
+
+    start: Tensor  # [P]
+    target: Tensor  # [P]
+    drawn: StepDraws
+
+
+def draw_trajectory(state: MatchState, problem: MatchProblem, trajectory: int = 0) -> Trajectory:
+    """Draws an expert, its start epoch and the inner steps.
 
     trajectory: its number in this iteration, from 0 to match.trajectories - 1.
     """
@@ -77,7 +84,34 @@ def matching_gradient(
     drawn = draw_steps(config, len(state.images), state.images.shape[-1], problem.augment, generator).to(device)
     epochs = (start, start + config.expert_epochs)
     start_point, target = upload_all([experts.snapshot(expert, epoch) for epoch in epochs], device)
-    return compute(start_point, target, state.images, state.labels, state.log_lr.exp(), drawn)
+    return Trajectory(start_point, target, drawn)
+
+
+def matching_gradient(
+    state: MatchState, compute: TrajectoryGradient, problem: MatchProblem, trajectory: int = 0
+) -> Gradient:
+    """Draws a trajectory and computes the gradient of the matching loss."""
+    start, target, drawn = draw_trajectory(state, problem, trajectory)
+    return compute(start, target, state.images, state.labels, state.log_lr.exp(), drawn)
+
+
+def joins_trajectories(config: MatchConfig, device: torch.device) -> bool:
+    """Returns whether this rank measures the distances of its trajectories together: several of them, on CUDA.
+
+    `compute` then returns unscaled gradients. A CPU keeps one call a trajectory, and with it the order of its sums.
+    """
+    several = len(range(ranks.rank(), config.trajectories, ranks.world_size())) > 1
+    return several and device.type == "cuda" and config.gradient != "unroll"
+
+
+def joined_gradients(
+    state: MatchState, compute: TrajectoryGradient, problem: MatchProblem, numbers: Sequence[int]
+) -> list[Gradient]:
+    """Returns the gradients of several trajectories. Keeps three vectors [P] of each one until the last is done."""
+    trajectories, lr = [draw_trajectory(state, problem, number) for number in numbers], state.log_lr.exp()
+    parts = [compute(start, target, state.images, state.labels, lr, drawn) for start, target, drawn in trajectories]
+    starts, targets, _ = zip(*trajectories, strict=True)
+    return scaled_gradients(parts, starts, targets, list(problem.net.layer_sizes.values()))
 
 
 def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBackend, TrajectoryGradient]:
@@ -87,9 +121,10 @@ def choose_gradient(state: MatchState, problem: MatchProblem) -> tuple[StepBacke
     shape, device = (batch, *state.images.shape[1:]), state.images.device
     # Passes all iterations of the run, not only those left: a resumed run must choose the same backend.
     backend = choose_step_backend(config, net, shape, device, config.iterations)
+    scaled = not joins_trajectories(config, device)
     if device.type == "cuda" and config.compile != "off" and config.gradient != "unroll":
-        return backend, GraphedSweep(net, backend, config.gradient == "adjoint")
-    gradient = partial(GRADIENTS[config.gradient], net, backend=backend)
+        return backend, GraphedSweep(net, backend, config.gradient == "adjoint", scaled)
+    gradient = partial(GRADIENTS[config.gradient], net, backend=backend, **({} if scaled else {"scaled": False}))
     return backend, lambda *values: gradient(*values[:-1], values[-1].split())
 
 
@@ -101,11 +136,14 @@ def mean_gradient(state: MatchState, compute: TrajectoryGradient, problem: Match
     """
     trajectories = problem.config.trajectories
     numbers = range(ranks.rank(), trajectories, ranks.world_size())
-    parts = [matching_gradient(state, compute, problem, number) for number in numbers] or [_zero_gradient(state)]
+    if joins_trajectories(problem.config, state.images.device):
+        parts = joined_gradients(state, compute, problem, numbers)
+    else:
+        parts = [matching_gradient(state, compute, problem, number) for number in numbers] or [_zero_gradient(state)]
     if trajectories == ranks.world_size() == 1:
         return parts[0]
     names = [name for name in ("loss", "images", "labels", "lr") if getattr(parts[0], name) is not None]
-    sums = [reduce(torch.add, [getattr(part, name) for part in parts]) for name in names]
+    sums = reduce(torch._foreach_add, [[getattr(part, name) for name in names] for part in parts])
     layers = [part.layers for part in parts if part.layers is not None]
     means = dict(zip(names, ranks.mean(sums, trajectories), strict=True))
     return parts[0]._replace(**means, layers=torch.stack(layers).mean(0) if layers else None)

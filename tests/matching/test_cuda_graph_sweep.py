@@ -9,11 +9,12 @@ import torch
 
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
-from tadperf.matching import step_backends
+from tadperf.kernels import trajectory_distance
+from tadperf.matching import gradient, loop, step_backends
 from tadperf.matching.cuda_graph_sweep import GraphedSweep
 from tadperf.matching.gradient import Gradient, Step, StepDraws, adjoint
 from tadperf.matching.loop import MatchProblem, mean_gradient
-from tadperf.matching.state import initial_state
+from tadperf.matching.state import MatchState, initial_state
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 
@@ -43,9 +44,9 @@ def problem(strategy: str, soft: bool, seed: int) -> list[Any]:
     ]
 
 
-def sweep_without_graph(net: FlatNet) -> GraphedSweep:
+def sweep_without_graph(net: FlatNet, scaled: bool = True) -> GraphedSweep:
     """Returns a sweep that runs without a graph, because a CPU cannot record one."""
-    sweep: Any = GraphedSweep(net, step_backends.eager(net))
+    sweep: Any = GraphedSweep(net, step_backends.eager(net), scaled=scaled)
     sweep.graphed_step = sweep._write_gradient
     return sweep
 
@@ -70,12 +71,12 @@ def test_the_sweep_equals_the_adjoint(soft):
         expected = adjoint(net, *arguments)
         assert expected.images.norm() > 0
         start, target, images, labels, lr, steps = arguments
-        gradient = sweep(start, target, images, labels, lr, StepDraws.join(steps))
-        for actual, exact in zip(gradient, expected, strict=True):
+        found = sweep(start, target, images, labels, lr, StepDraws.join(steps))
+        for actual, exact in zip(found, expected, strict=True):
             torch.testing.assert_close(actual, exact, rtol=0, atol=0)
 
 
-def test_trajectories_do_not_overwrite_each_other():
+def three_trajectories() -> tuple[FlatNet, MatchState, MatchProblem]:
     net, _, _, images, labels, _, _ = problem("none", True, 0)
 
     class FakeExperts:
@@ -90,7 +91,11 @@ def test_trajectories_do_not_overwrite_each_other():
         {"trajectories": 3, "steps": 3, "batch": 5, "max_start": 2, "expert_epochs": 1, "soft_labels": True}
     )
     experts: Any = FakeExperts()
-    state, match = initial_state(images, labels, config), MatchProblem(net, experts, config, "flip", 0)
+    return net, initial_state(images, labels, config), MatchProblem(net, experts, config, "flip", 0)
+
+
+def test_trajectories_do_not_overwrite_each_other():
+    net, state, match = three_trajectories()
 
     def by_step(*values: Any) -> Gradient:
         start, target, x, y, lr, drawn = values
@@ -99,6 +104,31 @@ def test_trajectories_do_not_overwrite_each_other():
     sweep, exact = (mean_gradient(state, compute, match) for compute in (sweep_without_graph(net), by_step))
     for name in ("loss", "images", "labels", "lr", "layers"):
         assert torch.equal(getattr(sweep, name), getattr(exact, name))
+
+
+def test_joined_trajectories_take_one_call_of_the_distance(monkeypatch):
+    net, state, match = three_trajectories()
+    expected = mean_gradient(state, sweep_without_graph(net), match)
+    rows: list[int] = []
+
+    def counted(student: torch.Tensor, *others: Any) -> Any:
+        rows.append(len(student))
+        return trajectory_distance(student, *others)
+
+    monkeypatch.setattr(gradient, "trajectory_distance", counted)
+    monkeypatch.setattr(loop, "joins_trajectories", lambda *_: True)
+    found = mean_gradient(state, sweep_without_graph(net, scaled=False), match)
+    assert rows == [3]
+    for name in ("loss", "images", "labels", "lr", "layers", "end"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-8)
+
+
+def test_several_trajectories_of_a_rank_are_joined_on_cuda_only():
+    config = MatchConfig(trajectories=2)
+    assert loop.joins_trajectories(config, torch.device("cuda"))
+    assert not loop.joins_trajectories(config, CPU)
+    assert not loop.joins_trajectories(MatchConfig(), torch.device("cuda"))
+    assert not loop.joins_trajectories(MatchConfig(trajectories=2, gradient="unroll"), torch.device("cuda"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

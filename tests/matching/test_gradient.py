@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.matching import gradient
-from tadperf.matching.gradient import GRADIENTS, KEPT_VECTORS, adjoint, slices_by_pass, tesla, unroll
+from tadperf.matching.gradient import (
+    GRADIENTS,
+    KEPT_VECTORS,
+    adjoint,
+    scaled_gradients,
+    slices_by_pass,
+    tesla,
+    unroll,
+)
 from tadperf.matching.loop import draw_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +74,21 @@ def test_no_image_is_added_twice_in_parallel(problem):
         adjoint(*p._replace(steps=steps))
     assert all(len(set(rows)) == len(rows) for rows in added.rows)
     assert len(added.rows) == 2 * (7 + 6)  # images and labels; all batches but the first hold the end of a pass
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["adjoint", "tesla"])
+def test_a_gradient_can_be_scaled_last(problem, exact):
+    """The distances of three trajectories in one call, and neither loss in the sweep."""
+    p = problem(True, steps=4)
+    others = [p, p._replace(target=p.target + 0.1), p._replace(start=p.start * 1.1)]
+    expected = [adjoint(*other, exact=exact) for other in others]
+    unscaled = [adjoint(*other, exact=exact, scaled=False) for other in others]
+    assert all(part.layers is None and float(part.loss) == 0 for part in unscaled)
+    sizes = list(p.net.layer_sizes.values())
+    found = scaled_gradients(unscaled, [o.start for o in others], [o.target for o in others], sizes)
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "images", "labels", "lr", "layers", "end"):
+            assert error(getattr(ours, name), getattr(theirs, name)) < 1e-12, name
 
 
 def test_batches_are_cut_at_the_ends_of_passes():
