@@ -224,7 +224,8 @@ def norm_relu_pool_dual_cases() -> Iterator[tuple[str, CASE]]:
                 torch.zeros(2, 64, n, n, dtype=dtype).contiguous(memory_format=torch.channels_last)
                 for n in (side, half)
             )
-            maps, grads, affine, moments = (x, x), (y, y), (torch.ones(64),) * 4, torch.empty(4, 2, 64)
+            one, moments = torch.ones(64), torch.empty(4, 2, 64)
+            maps, grads, affine = (x, x), (y, y), (one, one, one, one)
             name = f"{side} x {side} {str(dtype)[6:]}{'' if pool else ', no pool'}"
             forward, reverse = module.norm_relu_pool_dual, module.norm_relu_pool_dual_gradient
             yield name, lambda a=(maps, affine, moments, grads), p=pool, f=forward: f(*a, 1e-5, p)
