@@ -139,7 +139,7 @@ def _graph(z: Standardised, progress: Progress) -> Tensor:
     if len(z) >= APPROXIMATE and is_available():
         found = approximate_neighbours(z, k, progress)
         return affinity_of(found.similarity, found.index.long())
-    return affinity_of(*nearest_neighbours(z.matrix(True), k))
+    return affinity_of(*nearest_neighbours(z.compact(True), k))
 
 
 def _entries(graph: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

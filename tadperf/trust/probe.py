@@ -22,6 +22,10 @@ SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # scores are multiplied 
 SELECTION_SIZE = 2**14  # samples that choose penalty and scale; not tuned
 MAX_FEATURES = 4096  # wider features are projected to this width, because the ridge needs D x D numbers; not tuned
 BLOCK = 2**22  # numbers in a block: 16 MB in float32; not tuned
+# Neighbours among wider features are those among their principal components. On 10 000 CIFAR-10 images with 2048
+# features of random filters, the vote of 10 neighbours is right for 44.6 % with 256 components and for 44.5 % with all
+# features; 94 % of the neighbours are the same. A random projection to 512 has 43.5 %.
+WIDE, COMPONENTS = 512, 256
 POOL_STEPS = 50
 MIN_STD = 1e-6  # as a share of the mean: a feature that varies less is constant
 
@@ -71,6 +75,18 @@ class Standardised:
             result[rows] = self[rows] if standardise else self.centred(rows)
         return result
 
+    def compact(self, standardise: bool) -> Tensor:
+        """Returns all rows, float32 [N, D]; above WIDE features, their COMPONENTS principal components instead."""
+        if self.width <= WIDE:
+            return self.matrix(standardise)
+        covariance = torch.zeros(self.width, self.width, dtype=torch.float64)
+        for rows in self.blocks():
+            x = self[rows] if standardise else self.centred(rows)
+            covariance += x.T @ x
+        axes = torch.linalg.eigh(covariance).eigenvectors[:, -COMPONENTS:].float()
+        parts = ((self[rows] if standardise else self.centred(rows)) @ axes for rows in self.blocks())
+        return torch.cat(list(parts))
+
     def _raw(self, rows: slice | Tensor) -> Tensor:
         x = self.features[rows]
         return x.double() if self.projection is None else (x.float() @ self.projection).double()
@@ -91,7 +107,7 @@ def pool_features(
     sources = [ridge_probabilities(z, labels, num_classes)]
     progress("features", 1, 3)
     for step, standardise in ((2, False), (3, True)):
-        sources += neighbour_probabilities(z.matrix(standardise), labels, num_classes)
+        sources += neighbour_probabilities(z.compact(standardise), labels, num_classes)
         progress("features", step, 3)
     return pool(sources if model is None else [model.float(), *sources], labels)
 

@@ -74,6 +74,19 @@ def test_a_constant_feature_with_a_large_mean_changes_nothing():
     assert not Standardised(constant).matrix(True)[:, -1].any()
 
 
+def test_neighbours_of_wide_features_are_those_of_their_principal_components(monkeypatch):
+    monkeypatch.setattr(probe, "WIDE", 32)
+    monkeypatch.setattr(probe, "COMPONENTS", 8)
+    x, labels = clusters(width=8)
+    wide = x @ torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
+    z = Standardised(wide)
+    for standardise in (False, True):
+        compact, matrix = z.compact(standardise), z.matrix(standardise)
+        assert compact.shape == (400, 8)
+        torch.testing.assert_close(compact @ compact.T, matrix @ matrix.T, atol=0.05, rtol=1e-4)
+    assert (pool_features(wide, labels, 4).argmax(1) == labels).float().mean() > 0.95
+
+
 def test_wide_features_are_projected(monkeypatch):
     monkeypatch.setattr(probe, "MAX_FEATURES", 32)
     x, labels = clusters(width=200)
