@@ -82,6 +82,36 @@ def test_a_network_of_feature_maps_is_pooled(tmp_path):
     torch.testing.assert_close(z, expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_clip_gives_its_image_features(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision, text = {"image_size": SIDE, "patch_size": 8}, {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    config = transformers.CLIPConfig(vision_config=size | vision, text_config=size | text, projection_dim=6)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    sides = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    content = json.dumps({"image_processor_type": "CLIPImageProcessor", **sides})
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(content)
+    z = encode_images(str(tmp_path / "clip"), images(), CPU)
+    assert z.shape == (40, 6)
+    assert z.std(0).min() > 0
+
+
+def test_code_in_the_folder_does_not_run(tmp_path, monkeypatch):
+    save_vit(tmp_path / "vit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "vit" / "code.py").write_text("open('it_ran', 'w')\n")
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
+    with pytest.raises(UserError, match=r"--encoder: .*vit: not a valid transformers image model"):
+        encode_images(str(tmp_path / "vit"), images(), CPU)
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    assert encode_images(str(tmp_path / "vit"), images(), CPU).shape == (40, 12)
+    assert not (tmp_path / "it_ran").exists()
+
+
 def test_grey_images_are_repeated_and_small_images_scaled(tmp_path):
     save_vit(tmp_path / "vit")
     grey = images(channels=1)
