@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tadperf.config import Config
     from tadperf.data.dataset import Dataset
     from tadperf.data.label_file import LabelSet
+    from tadperf.pipeline.near_duplicates import NearDuplicates
     from tadperf.trust.state import TrustState
 
 Out = Annotated[
@@ -46,11 +47,27 @@ Apply = Annotated[
 ]
 
 
+Near = Annotated[
+    bool,
+    typer.Option(
+        "--near-duplicates",
+        help="Also list near duplicates in the training split, and between it and the test split. Compares pixels, and "
+        "features if given.",
+    ),
+]
+
+
 @command(
     "DATA --labels --seed --device --devices --image-size --skip-broken --format --preset --config --set out "
-    "apply --noise --features --probs --encoder dual_loop --json --quiet --debug"
+    "apply near_duplicates --noise --features --probs --encoder dual_loop --json --quiet --debug"
 )
-def audit(options: SharedOptions, out: Out = None, apply: Apply = None, dual_loop: DualLoop = False) -> None:
+def audit(
+    options: SharedOptions,
+    out: Out = None,
+    apply: Apply = None,
+    dual_loop: DualLoop = False,
+    near_duplicates: Near = False,
+) -> None:
     """List the labels of DATA's training split that are probably wrong, the worst first.
 
     The list has a row for each sample. Its columns are file (for sets of files), index, verdict, score, given_label,
@@ -67,17 +84,20 @@ def audit(options: SharedOptions, out: Out = None, apply: Apply = None, dual_loo
     if out:
         check_audit_file(out)
     if apply:
-        from tadperf.pipeline.repair import apply_verdicts, check_apply
+        from tadperf.pipeline.repair import check_apply
 
         check_apply(apply, config)
     run = partial(_audit, config, has_images, dual_loop, options.quiet)
     dataset, state = common.run_in_ranks(run, options.devices)
     result = audit_result(config, dataset, state)
+    duplicates = _find_duplicates(config, dataset, result, options.quiet) if near_duplicates else None
     if out:
-        result["paths"] = write_audit(out, dataset, state, result)
+        result["paths"] = write_audit(out, dataset, state, result, duplicates)
         if not has_images and not options.quiet:
             common.print_note("no picture: this audit has no images")
     if apply:
+        from tadperf.pipeline.repair import apply_verdicts
+
         result["applied"] = apply_verdicts(apply, dataset, state)
     if options.as_json:
         common.print_json(result)
@@ -89,6 +109,19 @@ def audit(options: SharedOptions, out: Out = None, apply: Apply = None, dual_loo
             from tadperf.cli.apply import print_applied
 
             print_applied(result["applied"])
+
+
+def _find_duplicates(
+    config: Config, dataset: Dataset | LabelSet, result: dict[str, Any], quiet: bool
+) -> NearDuplicates:
+    """Finds near duplicates and adds their counts to the result."""
+    from tadperf.cli.progress import display
+    from tadperf.pipeline.near_duplicates import duplicates_result, list_duplicates, user_features
+
+    with display(quiet) as progress:
+        found = list_duplicates(dataset, user_features(config, dataset, progress), progress)
+    result["near_duplicates"] = duplicates_result(found)
+    return found
 
 
 def _config(options: SharedOptions) -> tuple[Config, bool]:

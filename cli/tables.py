@@ -98,12 +98,30 @@ def print_audit(result: Mapping[str, Any]) -> None:
         suggested = "no clear class" if sample["suggested"] == sample["given"] else sample["suggested"]
         worst.add_row(str(sample[place]), sample["given"], suggested, f"{sample['score']:.3f}")
     _show(*(table for table in (pairs, worst) if table.row_count))
+    if "near_duplicates" in result:
+        _print_duplicates(result["near_duplicates"])
     if quality := result.get("against_clean_labels"):
         figures = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in quality.items() if value is not None)
         print(f"against the clean labels: {', '.join(figures)}")
     _print_paths(result["paths"])
     if not result["paths"]:
         print("add --out labels.csv to write the list of all samples and a picture of the worst")
+
+
+def _print_duplicates(found: Mapping[str, Any]) -> None:
+    """Prints the number of near duplicates and the first pairs."""
+    leaks = "" if found["leaks"] is None else f"; {found['leaks']} pairs of a training and a test image"
+    print(
+        f"near duplicates: {found['in_train']} pairs of training samples, {found['different_labels']} with different "
+        f"labels{leaks} ({found['exact']} exact, the others have a similarity of at least {found['threshold']:g})"
+    )
+    table = _table("first", "label", "second", "label", "similarity")
+    for pair in found["pairs"]:
+        second = f"test: {pair['second']}" if pair["kind"] == "leak" else pair["second"]
+        similarity = "exact" if pair["exact"] else f"{pair['similarity']:.3f}"
+        table.add_row(pair["first"], pair["first_label"], second, pair["second_label"], similarity)
+    if table.row_count:
+        _show(table)
 
 
 def print_accuracy(result: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from tadperf.data.noise import add_noise
 from tadperf.data.open import open_config
 from tadperf.errors import UserError
 from tadperf.files import to_json_value
+from tadperf.pipeline.near_duplicates import NearDuplicates, duplicates_file, save_duplicates
 from tadperf.progress import Progress, silent
 from tadperf.report.drawing import save_safely
 from tadperf.report.page import save_audit_page
@@ -73,7 +74,7 @@ def check_audit_file(path: Path) -> None:
     """Raises UserError if the list or its picture cannot be written. Runs before the audit, which takes minutes."""
     if path.suffix.lower() not in LIST_SUFFIXES:
         raise UserError("--out", path, f"must end in {' or '.join(LIST_SUFFIXES)}")
-    for file in (path, path.with_suffix(".png"), path.with_suffix(".html"), broken_file(path)):
+    for file in (path, path.with_suffix(".png"), path.with_suffix(".html"), broken_file(path), duplicates_file(path)):
         if file.exists():
             raise UserError("--out", file, "exists already; choose another name")
     if not path.absolute().parent.is_dir():
@@ -82,7 +83,13 @@ def check_audit_file(path: Path) -> None:
         raise UserError("--out", path, "its folder cannot be written; choose another")
 
 
-def write_audit(path: Path, dataset: Dataset | LabelSet, state: TrustState, result: dict[str, Any]) -> dict[str, str]:
+def write_audit(
+    path: Path,
+    dataset: Dataset | LabelSet,
+    state: TrustState,
+    result: dict[str, Any],
+    duplicates: NearDuplicates | None = None,
+) -> dict[str, str]:
     """Writes the list, and next to it a picture of the worst samples and a page. Returns the paths by name.
 
     result: of `audit_result`; the page shows it. If the page fails, logs a warning.
@@ -93,14 +100,19 @@ def write_audit(path: Path, dataset: Dataset | LabelSet, state: TrustState, resu
     try:
         state.export(path, dataset.file_names)
         wrote_broken = isinstance(dataset, Dataset) and save_broken(broken_file(path), dataset)
+        if duplicates is not None:
+            save_duplicates(duplicates_file(path), duplicates)
     except OSError as error:
         raise UserError("--out", path, f"cannot be written: {error.strerror}; choose another name") from None
     picture = path.with_suffix(".png")
     paths = {"labels": str(path)} | ({"broken": str(broken_file(path))} if wrote_broken else {})
     if dataset.images is not None and save_safely(save_suspects, picture, dataset, state):
         paths["picture"] = str(picture)
+    if duplicates is not None:
+        paths["duplicates"] = str(duplicates_file(path))
     page, values = path.with_suffix(".html"), result | {"paths": paths}
-    if save_safely(save_audit_page, page, values, state, dataset.images, dataset.file_names):
+    shown = duplicates.shown() if duplicates is not None else None
+    if save_safely(save_audit_page, page, values, state, dataset.images, dataset.file_names, shown):
         paths["report"] = str(page)
     return paths
 

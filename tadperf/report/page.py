@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tadperf.files import has_write_access, write_bytes
-from tadperf.report.page_images import distilled_rows, suspect_groups
+from tadperf.report.page_images import distilled_rows, pair_uris, suspect_groups
 from tadperf.report.page_values import audit_values, percent, run_values, shown_name, shown_path
 from tadperf.report.words import VERDICTS
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from tadperf.trust.state import TrustState
 
 TEMPLATE = "page.html"
+
+
+class ShownPairs(NamedTuple):
+    """Pairs of near duplicates: the rows of the list by column, their samples, and the images of the test split."""
+
+    rows: Sequence[Mapping[str, Any]]
+    samples: Sequence[tuple[int, int]]
+    test_images: Tensor | None
 
 
 def save_run_page(
@@ -47,11 +55,17 @@ def save_audit_page(
     state: TrustState,
     images: Tensor | None = None,
     file_names: Sequence[str] | None = None,
+    duplicates: ShownPairs | None = None,
 ) -> None:
-    """Writes the page of an audit, atomically. result: as `pipeline.audit.audit_result` returns it."""
+    """Writes the page of an audit, atomically. result: as `pipeline.audit.audit_result` returns it.
+
+    duplicates: near duplicates, if the audit looked for them.
+    """
     if has_write_access():
         values = audit_values(result, state.class_names, images is not None)
         values["suspects"] = _suspect_values(state, images, file_names)
+        if duplicates is not None:
+            values["duplicates"] = _duplicate_values(duplicates, images, result["near_duplicates"])
         write_bytes(path, render(values))
 
 
@@ -107,4 +121,17 @@ def _suspect_values(state: TrustState, images: Tensor | None, file_names: Sequen
             }
             for group in groups
         ],
+    }
+
+
+def _duplicate_values(duplicates: ShownPairs, images: Tensor | None, counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the first pairs with their images, and the counts of all pairs."""
+    rows = duplicates.rows
+    places = [(a, b, row["kind"] == "leak") for (a, b), row in zip(duplicates.samples, rows, strict=True)]
+    uris = pair_uris(places, images, duplicates.test_images)
+    return {
+        "counts": counts,
+        "hidden": len(rows) - len(uris),
+        "with_images": images is not None,
+        "pairs": [dict(row) | {"uris": pair} for row, pair in zip(rows, uris, strict=False)],
     }

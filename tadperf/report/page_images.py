@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ MAX_GROUPS = 40  # pairs of given and suggested label with images
 MAX_SUSPECTS = 240  # suspect images in all pairs together
 MIN_IN_GROUP, MAX_IN_GROUP = 4, 24
 MAX_DISTILLED = 600
+MAX_PAIRS, PAIR_BYTES = 40, 400_000  # near duplicates
 
 
 class Suspect(NamedTuple):
@@ -102,6 +104,23 @@ def suspect_groups(state: TrustState, images: Tensor | None) -> list[Group]:
         ]
         groups.append(Group(code // classes, code % classes, count, samples))
     return groups
+
+
+def pair_uris(
+    pairs: Sequence[tuple[int, int, bool]], train: Tensor | None, test: Tensor | None
+) -> list[tuple[str, str]]:
+    """Returns the data URIs of the first pairs of near duplicates, "" where there is no image or no room.
+
+    pairs: both samples, and whether the second one is in `test`. train, test: uint8 [N, C, H, W] each.
+    """
+    budget, uris = ByteBudget(PAIR_BYTES), []
+    for first, second, in_test in pairs[:MAX_PAIRS]:
+        others = test if in_test else train
+        if train is None or others is None:
+            uris.append(("", ""))
+        else:
+            uris.append((budget.uri(to_drawable(train[[first]])[0]), budget.uri(to_drawable(others[[second]])[0])))
+    return uris
 
 
 def distilled_rows(pixels: Tensor, labels: Tensor, num_classes: int) -> list[tuple[int, int, list[str]]]:

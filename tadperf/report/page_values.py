@@ -21,7 +21,17 @@ train, test = tadperf.open_data({data!r}, labels={labels!r})  # corrected labels
 TABLE_USE = """import csv
 with open({labels!r}, newline="", encoding="utf-8") as file:
     rows = [row for row in csv.DictReader(file) if row["label"]]  # without untrusted samples"""
-SECTIONS = ("accuracy", "trust", "suspects", "distilled", "refinement", "stages", "columns", "against_clean_labels")
+SECTIONS = (
+    "accuracy",
+    "trust",
+    "suspects",
+    "duplicates",
+    "distilled",
+    "refinement",
+    "stages",
+    "columns",
+    "against_clean_labels",
+)
 
 
 def run_values(result: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:

@@ -52,7 +52,14 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
     ],
     "sweep": ["FIELD=LIST", "--data", *COMMON[1:], "--synthesis", "--out", "--resume", *OUTPUT],
     "experts": [*COMMON, "--devices", "--method", "--out", "--resume", *OUTPUT],
-    "audit": [name for name in COMMON if name != "--trust"] + ["--devices", "--out", "--apply", *OUTPUT],
+    "audit": [
+        *(name for name in COMMON if name != "--trust"),
+        "--devices",
+        "--out",
+        "--apply",
+        "--near-duplicates",
+        *OUTPUT,
+    ],
     "apply": ["RUN|DATA", "OUT", "--labels", "--skip-broken", *OUTPUT],
     "evaluate": ["FILE", "DATA", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
@@ -225,7 +232,8 @@ WRONG = {  # a wrong value for every option that sets a field of the config
     "--set": "a",
     "--devices": "0",
 }
-FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"], "apply": ["digits", "copy"]}  # arguments that a command checks before its options
+# Arguments that a command checks before its options.
+FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"], "apply": ["digits", "copy"]}
 
 
 def wrong_options() -> list[tuple[str, str]]:
