@@ -213,7 +213,7 @@ def test_wrong_folders(tmp_path, files, words):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     save_vit(tmp_path / "vit")
-    save_file({"other": torch.zeros(2)}, tmp_path / "vit" / "model.safetensors")
+    save_file({"other": torch.zeros(2)}, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"its weights lack .* tensors, first "):
         encode_images(str(tmp_path / "vit"), images(), CPU)
 
