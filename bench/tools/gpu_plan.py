@@ -24,6 +24,7 @@ from tadperf.bench.stages import experts, matching, published_training
 from tadperf.bench.tools.gpu_page import CONVOLUTION_TIMES, MODES
 from tadperf.compute.cuda_graphs import GraphedStep
 from tadperf.compute.torch_settings import torch_settings
+from tadperf.kernels import mixture
 from tadperf.matching import cuda_graph_sweep, gradient, step_backends
 from tadperf.nets import fused, training
 from tadperf.nets.architectures import build
@@ -314,6 +315,23 @@ def measure_operators(folder: Path, device: torch.device) -> None:
             file.flush()
             if on_cuda:
                 torch.cuda.empty_cache()
+        if on_cuda:
+            file.writelines(json.dumps(row) + "\n" for row in mixture_forms(device))
+
+
+def mixture_forms(device: torch.device) -> list[Facts]:
+    """Returns the milliseconds of `mixture` with one program for each group, and with groups in parts."""
+    from tadperf.kernels.gpu import mixture as triton
+
+    rows, before = [], triton.ONE_PROGRAM
+    for size in ((50_000, 10), (200_000, 10), (1_280_000, 10)):
+        inputs = catalogue.load("mixture").inputs(size, torch.float32, device, 0)
+        for form, triton.ONE_PROGRAM in (("one program a group", 2**62), ("groups in parts", 0)):
+            row: Facts = {"operator": "mixture", "shape": "x".join(map(str, size)), "provider": f"tadperf, {form}"}
+            record(row, "median_ms", lambda inputs=inputs: milliseconds(lambda: mixture(*inputs), device, 5))
+            rows.append(row)
+    triton.ONE_PROGRAM = before
+    return rows
 
 
 def collect_jobs(folder: Path, device: torch.device) -> None:
