@@ -109,6 +109,19 @@ def test_the_pool_prefers_the_source_that_predicts_the_labels():
     torch.testing.assert_close(pool([good, poor], labels), good.float(), atol=0.01, rtol=0)
 
 
+def test_a_pool_that_gains_nothing_is_its_best_source():
+    """A flatter copy adds nothing; two sources that each know half of the samples do."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (800,), generator=generator)
+    sure = (4 * F.one_hot(labels, 4) + torch.randn(800, 4, generator=generator)).softmax(1)
+    flat = 0.9 * sure + 0.1 / 4
+    assert torch.equal(pool([flat, sure], labels), sure / sure.sum(1, keepdim=True))
+    half = (torch.arange(800) % 2 == 0).unsqueeze(1)
+    first, second = (torch.where(part, sure, 0.25) for part in (half, ~half))
+    together = pool([first, second], labels)
+    torch.testing.assert_close(together, (first + second) / 2, atol=0.02, rtol=0)
+
+
 def test_a_labels_own_value_is_no_part_of_its_probabilities():
     x, labels = clusters()
     changed = labels.clone()
