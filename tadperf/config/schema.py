@@ -60,6 +60,9 @@ class DataConfig(Section):
         default="color_crop_cutout_flip_scale_rotate",
         description="differentiable augmentations joined with '_', or 'none'",
     )
+    test_share: float = Field(
+        default=0.2, gt=0, lt=1, description="share of each class that becomes the test split if the data have none"
+    )
     holdout: float = Field(
         default=0.1, gt=0, lt=0.5, description="share of the training samples that is held out to choose the checkpoint"
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tadperf.data import mapped
 from tadperf.data.dataset import Dataset
-from tadperf.data.label_table import read_table
+from tadperf.data.label_table import read_rows, read_table
 from tadperf.data.layout import as_numpy
 from tadperf.data.npy import read_npy
 from tadperf.data.parsing import parser_errors, reason, require_size
@@ -84,6 +84,14 @@ def read_label_array(path: Path, suffix: str, key: str | None, spec: str) -> Giv
     if suffix == ".json":
         return _read_json(path, spec)
     return _read_npy(path, spec) if suffix == ".npy" else _read_pt(path, key, spec)
+
+
+def count_labels(spec: str) -> int:
+    """Returns the number of labels in a file for `replace_labels`. The header of a table counts as a label."""
+    path, suffix, key = locate_labels(spec)
+    if suffix in (".csv", ".tsv"):
+        return len(read_rows(path, spec)[1])
+    return len(read_label_array(path, suffix, key, spec).labels)
 
 
 def require_every_class(dataset: Dataset, field: str, value: object) -> Dataset:

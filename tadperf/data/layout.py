@@ -32,13 +32,17 @@ class ReadOptions:
     progress: Progress = silent
 
     def values(self) -> dict[str, Any]:
-        """Returns the options as JSON values: format, image_size and labels, and the others if they are set."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
+        """Returns the options as JSON values: format, image_size and labels, and the others if they are set.
+
+        `split_off_test` adds test_share if it makes a test split.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in UNNAMED}
         if self.image_root is not None:
             given["image_root"] = str(Path(self.image_root).expanduser().absolute())
         return {name: value for name, value in given.items() if name in ALWAYS_NAMED or value not in (None, False)}
 
 
+UNNAMED = ("test_share", "progress")
 ALWAYS_NAMED = ("format", "image_size", "labels")  # the keys that every distilled file has had from the first version
 
 

@@ -23,6 +23,8 @@ from tadperf.data.readers.hub import hub_name, read_hub
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
 from tadperf.data.readers.table import read_image_table
+from tadperf.data.readers.webdataset import holds_shards, is_pattern, is_shard, read_webdataset
+from tadperf.data.test_split import split_off_test
 from tadperf.data.text import display_name
 from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
@@ -143,11 +145,13 @@ def _open_splits(path: str | Path | object, options: ReadOptions) -> Splits:
     if train is None:
         raise UserError("data", source.place, "has no train split, only test; name a file or folder that holds both")
     _require_classes(train, source.place)
-    labels = options.labels
-    if labels is not None:
+    labels, test = options.labels, None
+    if "test" not in source.layout.splits and options.test_share:
+        train, test = split_off_test(train, options.test_share, labels)
+    elif labels is not None:
         train = replace_labels(train, labels)
     require_every_class(train, *("data", source.place) if labels is None else ("--labels", labels))
-    return _same_shape(train, _read_split(source, "test", options))
+    return _same_shape(train, test or _read_split(source, "test", options))
 
 
 def _read_split(source: _Source, split: str, options: ReadOptions) -> Dataset | None:
@@ -215,6 +219,8 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
     if (name := hub_name(path)) is not None and kind in (None, "hub"):
         return "hub", Path(name)
     path = Path(path).expanduser()
+    if not path.exists() and is_pattern(path) and kind in (None, "webdataset"):
+        return "webdataset", path.absolute()
     if not path.exists():
         raise UserError("data", path, "no such file or folder; name one, or 'digits' for the built-in set")
     path = path.absolute()
@@ -224,7 +230,7 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
         known = next((kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)), None)
         if known is None:
             raise UserError("data", path, f"unknown format; choose one with --format: {', '.join(READERS)}")
-        return known, path
+        return "webdataset" if known == "cifar" and is_shard(path) else known, path
     sets = _known_sets([path]) or _known_sets([*path.glob("*/"), *path.glob("*/raw/")])
     if len(sets) > 1:
         listed = ", ".join(str(place.relative_to(path)) for _, place in sets)
@@ -234,7 +240,7 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
     for kind in ("parquet", "arrow"):
         if next(path.rglob(f"*.{kind}"), None):
             return kind, path
-    return "folder", path
+    return "webdataset" if holds_shards(path) else "folder", path
 
 
 def _known_sets(folders: list[Path]) -> list[tuple[str, Path]]:
@@ -250,6 +256,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], Layout]] = {
     "hub": read_hub,
     "folder": read_folder,
     "table": read_image_table,
+    "webdataset": read_webdataset,
     "cifar": read_cifar,
     "npz": read_npz,
     "safetensors": read_safetensors,

@@ -24,9 +24,8 @@ def prepare(config: Config, progress: Progress = silent, given: object = None) -
     check_config(config)
     device = resolve_device(config.device)
     data = config.data
-    train, test = open_config(data, progress, given=given)
-    if test is None:
-        raise UserError("data", data.path, "has no test split; put test images in a folder test/ next to train/")
+    train, test = open_config(data, progress, data.test_share, given)
+    assert test is not None  # it is made if the data have none
     _check_images(config, train)
     train = add_noise(train, data.noise, config.seed)
     if config.trust.mode == "oracle" and train.clean_labels is None:

@@ -19,7 +19,7 @@ DECODED = "decoding images 6/6"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """An image folder with a train split alone, so that a run ends as soon as the data are open."""
+    """An image folder of six images: too few for a run, which therefore ends as soon as the data are open."""
     rng = np.random.default_rng(0)
     for k in range(6):
         file = tmp_path / "set" / "train" / "ab"[k % 2] / f"{k}.png"
@@ -28,18 +28,20 @@ def folder(tmp_path) -> Path:
     return tmp_path / "set"
 
 
-@pytest.mark.parametrize("command", [["distill"], ["refine"], ["experts"], ["sweep", "match.ipc=1,2", "--data"]])
+@pytest.mark.parametrize(
+    "command", [["distill", "--ipc=5"], ["refine", "--ipc=5"], ["experts"], ["sweep", "match.ipc=5,6", "--data"]]
+)
 def test_commands(tadperf, folder, command):
     code, out, err = tadperf(*command, folder, "--out", "run")
     assert (code, out) == (2, "")
     assert DECODED in err
-    assert "has no test split" in err
+    assert "has no test split; 2 of 6 images (20 % of each class, data.test_share) are drawn" in err
     assert DECODED not in tadperf(*command, folder, "--out", "run", "--quiet").err
 
 
 def test_the_python_interface(folder, tmp_path):
     calls: list[tuple[str, int, int]] = []
-    with pytest.raises(UserError, match="no test split"):
+    with pytest.raises(UserError, match="too small"):
         api.distill(
             merge(options={"data.path": str(folder)}), tmp_path / "run", progress=lambda *c, **_: calls.append(c)
         )

@@ -116,7 +116,7 @@ def test_wrong_data_are_refused(tmp_path):
             prepare(config(**values))
         return str(caught.value)
 
-    assert "no test split" in refused(data__path=save(tmp_path / "a.npz", test=False))
+    assert len(prepare(config(data__path=save(tmp_path / "a.npz", test=False))).test) == 12  # a test split is made
     assert "8 x 6" in refused(data__path=save(tmp_path / "b.npz", size=(8, 6)))
     assert "--image-size" in refused(data__path=save(tmp_path / "b.npz", size=(8, 6)))
     assert refused(data__path=save(tmp_path / "c.npz"), data__holdout=0.01).startswith("data.holdout: 0.01: ")

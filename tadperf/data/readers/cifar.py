@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tadperf.data.archives import CheckedMember
 from tadperf.data.layout import Content, Layout, ReadOptions, index_labels
 from tadperf.data.parsing import parser_errors, reason, require_size
 from tadperf.errors import UserError
@@ -178,13 +179,16 @@ def _pixels(data: object, file: Path) -> np.ndarray:
 
 def _in_tar(path: Path) -> dict[str, Callable[[], bytes]]:
     """Returns a reader for each file of an archive, by file name without folders. Writes nothing to disk."""
-    with parser_errors("tar archive", path), tarfile.open(path) as archive:
+    with parser_errors("tar archive", path), tarfile.open(path, tarinfo=CheckedMember) as archive:
         members = [member for member in archive.getmembers() if member.isfile()]
 
     def read(member: tarfile.TarInfo) -> bytes:
         name = path / member.name
         require_size(name, (member.size,), 1, path.stat().st_size, compressed=True)
-        with parser_errors("file in a tar archive", name, file=path), tarfile.open(path) as archive:
+        with (
+            parser_errors("file in a tar archive", name, file=path),
+            tarfile.open(path, tarinfo=CheckedMember) as archive,
+        ):
             file = archive.extractfile(member)
             assert file is not None  # a regular file
             return file.read()

@@ -58,11 +58,19 @@ def split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
     files = [file for file in sorted(path.rglob(f"*{suffix}")) if "/." not in f"/{file.relative_to(path).as_posix()}"]
     if not files:
         raise UserError("data", path, f"holds no {suffix} file")
+    return group_by_split(path, files)
+
+
+def group_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Returns files in `path` by their split, from the names of files and folders. All are "train" if none names one.
+
+    Raises UserError if some name a split and others do not, if a shard is missing, and on several data sets.
+    """
     _require_one_set(path, files)
     splits: dict[str, list[Path]] = {}
     unknown = []
     for file in files:
-        parts = (file.stem, *reversed(file.relative_to(path).parent.parts))
+        parts = (file.stem, *reversed(_folders(file, path)))
         split = next(filter(None, map(split_of_file, parts)), None)
         if split:
             splits.setdefault(split, []).append(file)
@@ -80,11 +88,16 @@ def _require_one_set(path: Path, files: list[Path]) -> None:
     """Raises UserError if files lie in several folders that are not splits: a hub repository of several configs."""
     sets = set()
     for file in files:
-        parents = file.relative_to(path).parent.parts
+        parents = _folders(file, path)
         sets.add("/".join(part for part in parents if not _is_split(part)) or ".")
     if len(sets) > 1:
         listed = ", ".join(sorted(sets)[:20])
         raise UserError("data", path, f"holds several data sets: {listed}; name one of these folders")
+
+
+def _folders(file: Path, path: Path) -> tuple[str, ...]:
+    """Returns the folders between `path` and a file: none if `path` is a pattern."""
+    return file.relative_to(path).parent.parts if file.is_relative_to(path) and file != path else ()
 
 
 def _is_split(folder: str) -> bool:
