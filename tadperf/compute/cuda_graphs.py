@@ -51,6 +51,8 @@ class GraphedStep:
         for static, value in zip(inputs, (v for v in values if isinstance(v, Tensor)), strict=True):
             static.copy_(value)
         graph.replay()
+        # Memory that the step kept from its warm-up belongs to the side stream, which must not reuse it before this.
+        self._side_stream().wait_stream(torch.cuda.current_stream())
         return None
 
     def _side_stream(self) -> torch.cuda.Stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tadperf import seeds
-from tadperf.compute.workers import run_parallel
+from tadperf.compute.streams import run_in_parts, run_to_end
 from tadperf.config import NetConfig
-from tadperf.data.images import Images
+from tadperf.data.images import Images, first_image
 from tadperf.nets import training
 from tadperf.nets.architectures import build
-from tadperf.nets.training import Recipe, accuracy
+from tadperf.nets.training import Recipe, count_correct, to_device
 
 
 class Examples(NamedTuple):
@@ -31,10 +31,19 @@ def train_student(
     examples: Examples, num_classes: int, net: NetConfig, recipe: Recipe, seed: int, device: torch.device
 ) -> nn.Module:
     """Builds a fresh network of `net`, trains it on the examples and returns it in eval mode."""
+    return run_to_end(student_parts(examples, num_classes, net, recipe, seed, device))
+
+
+def student_parts(
+    examples: Examples, num_classes: int, net: NetConfig, recipe: Recipe, seed: int, device: torch.device
+) -> Generator[object, None, nn.Module]:
+    """Does the same in parts, one or more epochs each, for `run_in_parts`."""
     images, labels, weights = examples
-    channels, height, width = images[torch.zeros(1, dtype=torch.int64)].shape[1:]
-    module = build(net, (channels, height, width), num_classes, seeds.derive(seed, "student")).to(device)
-    return training.fit(module, images, labels, recipe, seeds.derive(seed, "student"), weights=weights)
+    channels, height, width = first_image(images).shape[1:]
+    module = to_device(build(net, (channels, height, width), num_classes, seeds.derive(seed, "student")), device)
+    seed = seeds.derive(seed, "student")
+    yield from training.fit_epochs(module, images, labels, recipe, seed, weights, every_epoch=False)
+    return module.eval()
 
 
 class Student(NamedTuple):
@@ -62,10 +71,17 @@ class StudentScorer:
     device: torch.device
 
     def __call__(self, student: Student) -> float:
-        seed = seeds.derive(self.seed, student.row, student.repeat)
-        examples = student.make_examples()
-        module = train_student(examples, self.num_classes, student.net, student.recipe, seed, self.device)
-        return accuracy(module, self.test_images, self.test_labels)
+        return self.share(run_to_end(self.parts(student)))
+
+    def parts(self, student: Student) -> Generator[object, None, Tensor]:
+        """Trains a student part by part. Returns how many test images it classifies correctly, on the device."""
+        seed, examples = seeds.derive(self.seed, student.row, student.repeat), student.make_examples()
+        module = yield from student_parts(examples, self.num_classes, student.net, student.recipe, seed, self.device)
+        return count_correct(module, self.test_images, self.test_labels)
+
+    def share(self, correct: Tensor) -> float:
+        """Returns the accuracy. Waits for the device."""
+        return int(correct) / len(self.test_images)
 
 
 def score_students(
@@ -73,10 +89,11 @@ def score_students(
 ) -> None:
     """Trains and tests every student and calls `report(student, accuracy)` as each one finishes.
 
-    On a CPU as many students run at a time as there are cores, one thread each.
+    On a CPU as many students run at a time as there are cores, one thread each. On CUDA small ones train side by side.
     """
-    workers = None if scorer.device.type == "cpu" else 1
-    for position, result in run_parallel(scorer, students, workers):
+    pixels = first_image(scorer.test_images)[0, 0].numel() if len(scorer.test_images) else 0
+    activations = max((student.recipe.batch * student.net.width * pixels for student in students), default=0)
+    for position, result in run_in_parts(scorer.parts, students, scorer.device, activations, scorer.share):
         report(students[position], result)
 
 

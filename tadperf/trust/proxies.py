@@ -6,7 +6,8 @@ there in one copy that does not block, and the outputs never leave it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.compute.cuda_graphs import GraphedStep
+from tadperf.compute.streams import run_in_parts, run_to_end
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.transfer import upload_all
 from tadperf.compute.work_progress import add_tested, add_trained, reporting, work
-from tadperf.compute.workers import run_parallel
 from tadperf.config import TrustConfig
 from tadperf.data.images import Images, index_device
 from tadperf.kernels import per_sample
@@ -29,7 +30,7 @@ from tadperf.nets.device_batches import DeviceDraws, batch_sizes, graph_steps
 from tadperf.nets.fused import fused_forward
 from tadperf.nets.optimiser import sgd_step
 from tadperf.nets.problem import Problem
-from tadperf.nets.training import gradients_or_zeros
+from tadperf.nets.training import gradients_or_zeros, to_device
 from tadperf.progress import Progress
 from tadperf.trust.proxy_batches import (
     EpochDraws,
@@ -57,23 +58,23 @@ class ProxyOutputs(NamedTuple):
 def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, progress: Progress) -> ProxyOutputs:
     """Trains the proxies on the view and runs them on all samples. The outputs are on the problem's device.
 
-    On a CPU, several train in parallel on one core each. problem: its labels are the given labels. Losses and
-    probabilities are means over the last epochs and over the proxies. With `config.held_out`, proxy m trains without
-    fold m of the samples, and the outputs of those samples come from proxy m alone. The result depends on (seed, view)
-    only.
+    On a CPU, several train in parallel on one core each; on CUDA, small ones train side by side. problem: its labels
+    are the given labels. Losses and probabilities are means over the last epochs and over the proxies. With
+    `config.held_out`, proxy m trains without fold m of the samples, and the outputs of those samples come from proxy m
+    alone. The result depends on (seed, view) only.
     """
     count, proxies, seed, device = len(problem.images), config.proxies, problem.seed, problem.device
     fold = torch.randperm(count, generator=seeds.generator(seed, "proxy folds")) % proxies
     held_out, on_cpu = config.held_out and proxies > 1, device.type == "cpu"
 
-    def train(m: int) -> tuple[Any, ...]:
+    def parts(m: int) -> Generator[object, None, tuple[Any, ...]]:
         inside = fold[view.index] != m if held_out else torch.ones(len(view.index), dtype=torch.bool)
         part = TrustedView(*(values[inside] for values in view))
         counted = (fold == m).nonzero().squeeze(1) if held_out else torch.arange(count)
         # A CPU tests all samples, because the last bits of an output may depend on the other images of its batch.
         tested = torch.arange(count) if on_cpu else counted
         proxy_problem = replace(problem, seed=seeds.derive(seed, "proxy", m))
-        outputs = train_proxy(proxy_problem, part, tested, config)
+        outputs = yield from proxy_parts(proxy_problem, part, tested, config)
         if not on_cpu:
             return outputs
         # NumPy arrays: PyTorch would send tensors through shared files, which stay behind if a worker is killed.
@@ -87,7 +88,8 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
     ]
     total = sum(works[m] for m in ranks.assigned(proxies))
     with reporting(progress, "trust:proxies", total):
-        results = dict(run_parallel(train, list(range(proxies)), None if on_cpu else 1))
+        activations = config.batch * problem.net.width * math.prod(problem.shape[1:])
+        results = dict(run_in_parts(parts, range(proxies), device, activations))
     losses, probabilities, features = ([torch.as_tensor(results[m][i]) for m in range(proxies)] for i in range(3))
     if held_out:
         position = fold.argsort(stable=True).argsort().to(device)  # of each sample, after the folds are concatenated
@@ -107,8 +109,15 @@ def train_proxy(
 
     tested: int64 [T], the samples to return losses and probabilities of. The results are on the problem's device.
     """
+    return run_to_end(proxy_parts(problem, view, tested, config))
+
+
+def proxy_parts(
+    problem: Problem, view: TrustedView, tested: Tensor, config: TrustConfig
+) -> Generator[object, None, tuple[Tensor, Tensor, Tensor]]:
+    """Does the same epoch by epoch, for `run_in_parts`."""
     images, classes, device = problem.images, problem.num_classes, problem.device
-    module = build(problem.net, problem.shape, classes, problem.seed).to(device)
+    module = to_device(build(problem.net, problem.shape, classes, problem.seed), device)
     assert isinstance(module, nn.Sequential), "the last module is the classifier, the modules before give the features"
     if device.type == "cuda":
         cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
@@ -134,6 +143,7 @@ def train_proxy(
         elif epoch >= config.epochs - averaged:
             means.add(predict, images, tested_images)
         module.train()
+        yield
     return means.losses, means.probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
 
 
@@ -244,5 +254,5 @@ def compact_features(features: Tensor, width: int, seed: int) -> Tensor:
     z = features - features.mean(0)
     if z.shape[1] > width:
         projection = torch.randn(z.shape[1], width, generator=seeds.generator(seed, "projection")).mul_(width**-0.5)
-        z = z @ projection.to(z.device)
+        z = z @ upload_all([projection], z.device)[0]
     return F.normalize(z, dim=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from counters import WAIT, counters
 from graphs import Graph, record, refuse_while_recording
+from stream_order import DEFAULT, Event, Stream, record_stream, use_stream, wait_on_host
 from torch import Tensor
 
 NAME = "NVIDIA H100 80GB HBM3"
@@ -21,72 +21,9 @@ class Properties:
     L2_cache_size, total_memory, max_threads_per_multi_processor = 50 << 20, 80 << 30, 2048
 
 
-class Stream:
-    """Replaces torch.cuda.Stream. There is no order to keep, because the twin computes at once.
-
-    As in PyTorch, the streams of a program are 32 that come round again and again.
-    """
-
-    made = 0
-    current: Stream  # set below, to the default stream
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.cuda_stream = 1 + Stream.made % 32
-        Stream.made += 1
-
-    def synchronize(self) -> None:
-        _wait("Stream.synchronize")
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or Event()
-
-    def query(self) -> bool:
-        return True
-
-
-Stream.current = DEFAULT = Stream()
-DEFAULT.cuda_stream, Stream.made = 0, 0
-
-
-@contextlib.contextmanager
-def use_stream(stream: Stream | None) -> Iterator[None]:
-    """Replaces torch.cuda.stream."""
-    before = Stream.current
-    Stream.current = stream or before
-    try:
-        yield
-    finally:
-        Stream.current = before
-
-
-class Event:
-    """Replaces torch.cuda.Event."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        pass
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        _wait("Event.synchronize")
-
-
-def _wait(name: str, *_: Any) -> None:
-    counters.add(WAIT, name)
-    refuse_while_recording(f"{name} waits for the device")
+def _synchronize(*_: Any) -> None:
+    wait_on_host("synchronize")
+    refuse_while_recording("synchronize waits for the device")
 
 
 def replace_torch_cuda() -> None:
@@ -109,7 +46,7 @@ def replace_torch_cuda() -> None:
     for name in ("_lazy_init", "init", "set_device", "empty_cache", "reset_peak_memory_stats"):
         functions[name] = None
     replaced = {name: _constant(value) for name, value in functions.items()} | {
-        "synchronize": lambda *_: _wait("synchronize"),
+        "synchronize": _synchronize,
         "is_current_stream_capturing": lambda: Graph.recording is not None,
         "current_stream": lambda *_: Stream.current,
         "stream": use_stream,
@@ -130,6 +67,7 @@ def replace_tensor_functions() -> None:
     """torch.tensor(..., device="cuda") would make memory on a real device; here it copies a CPU tensor."""
     for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
         setattr(owner, name, _made_on_cpu(getattr(owner, name), owner is Tensor))
+    Tensor.record_stream = record_stream
 
 
 def _made_on_cpu(make: Callable[..., Tensor], method: bool) -> Callable[..., Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import costs
 import torch
 from counters import LAUNCH, RECORD, REPLAY, RecordedGraph, counters, line_of_tadperf
+from stream_order import Memory, Stream, _merge, clocks, host, replayed, use_stream
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from trees import tensors_of
@@ -36,6 +38,10 @@ class Graph:
         self.nodes: list[Node] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.own: set[int] = set()  # memory that the graph itself made
+        self.reads: dict[int, Any] = {}  # other memory, by its address
+        self.writes: dict[int, Any] = {}
+        self.memory = Memory()  # of all graphs of one pool
+        self.workspace = Memory()
         self.finished = False
         self.costs = costs.Costs()
 
@@ -47,6 +53,11 @@ class Graph:
                 memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self.before[address] = memory, memory.clone()
 
+    def access(self, reads: list[Tensor], writes: list[Tensor]) -> None:
+        """Notes what a recorded operator will use."""
+        for tensors, noted in ((reads, self.reads), (writes, self.writes)):
+            noted.update({_address(tensor): tensor for tensor in tensors if _address(tensor) not in self.own})
+
     def add(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Adds a call that was just carried out."""
         made = _made(args, kwargs, result)
@@ -57,26 +68,35 @@ class Graph:
         assert self.finished, "a graph is replayed before it is recorded"
         counters.add(REPLAY, "graph")
         costs.total.add(self.costs)
+        replayed(self.reads.values(), [*self.writes.values(), self.memory, self.workspace])
         with _disable_current_modes(), torch.no_grad():
             for node in self.nodes:
                 result = node.function(*node.args, **node.kwargs)
                 for old, new in zip(node.made, _made(node.args, node.kwargs, result), strict=True):
                     old.copy_(new)
 
-    def pool(self) -> tuple[int, int]:
-        return 0, 0
+    def pool(self) -> Memory:
+        return self.memory
 
     def reset(self) -> None:
         self.nodes.clear()
 
 
+workspaces: defaultdict[int, Memory] = defaultdict(Memory)  # of cuBLAS, one for each stream of a recording
+
+
 @contextlib.contextmanager
-def record(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
+def record(graph: Graph, pool: Memory | None = None, stream: Stream | None = None) -> Iterator[None]:
     """Replaces torch.cuda.graph."""
     assert Graph.recording is None
+    for known in clocks.values():  # PyTorch waits for the device, once for a recording
+        _merge(host, known)
+    graph.memory = pool or graph.memory
+    graph.workspace = workspaces[stream.cuda_stream if stream else -1]
     Graph.recording, before = graph, counters.lines[LAUNCH].copy()
     try:
-        yield
+        with use_stream(stream):
+            yield
     finally:
         Graph.recording = None
         for memory, values in graph.before.values():

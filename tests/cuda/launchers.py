@@ -18,7 +18,7 @@ from graphs import Graph
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from trees import leaves, tensors_of
-from twin import Twin, unwrap
+from twin import Twin, note_access, unwrap
 
 # CPU forms whose arguments differ from those of the launcher. For all others, ops.<module>.<name> takes the same.
 CPU_FORMS: dict[str, Callable[..., Any]] = {}
@@ -154,6 +154,7 @@ def _with_values(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
                     if target is not value:
                         target.copy_(value)
 
+        note_access([leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Twin)], targets)
         if Graph.recording is not None:
             Graph.recording.keep(targets)
             Graph.recording.add(fill, (), {}, None)

@@ -15,7 +15,7 @@ from typing import Any
 import costs
 import torch
 import work_units
-from counters import ASYNC, TO_DEVICE, TO_HOST, WAIT, counters
+from counters import TO_DEVICE, TO_HOST, WAIT, counters
 
 from tadperf.config import NetConfig
 from tadperf.nets.device_batches import STEPS_PER_GRAPH

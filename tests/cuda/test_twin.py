@@ -42,3 +42,20 @@ def test_counts(rules: dict[str, Any]):
 
 def test_recording_changes_nothing_and_a_replay_computes_with_new_values(rules: dict[str, Any]):
     assert rules["graph"] == [[0, 0], [0, 0], [3, 3], [8, 8]]
+
+
+def test_a_missing_wait_between_two_streams_is_found(rules: dict[str, Any]):
+    found = rules["streams"]
+    assert found["ordered"] == found["freed and recorded"] == []
+    (no_wait,) = found["no wait"]
+    assert "reads what stream" in no_wait
+    (freed,) = found["freed"]
+    assert "frees memory that stream" in freed
+
+
+def test_graphs_that_share_memory_or_a_workspace_may_not_run_at_once(rules: dict[str, Any]):
+    found = rules["graphs"]
+    assert found["apart"] == []
+    for case in ("one pool", "one stream"):
+        (problem,) = found[case]
+        assert "writes what stream" in problem

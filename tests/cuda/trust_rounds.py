@@ -55,6 +55,7 @@ def measure(case: str) -> dict[str, Any]:
     config = TrustConfig.model_validate({**CONFIG, **CASES[case]})
     on_device, found = problem(case, "cuda"), {}
     start = as_given(DATA.labels, DATA.class_names)
+    assert on_device.shape == DATA.shape  # the problem reads it from an image, once
     for epochs in (4, 6):
         forget_counts()
         outputs = train_proxies(on_device, start.view(), config.model_copy(update={"epochs": epochs}), silent)

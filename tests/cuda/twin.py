@@ -7,7 +7,9 @@ an operator, in autograd too, is checked as CUDA would check it:
 CUDA graphs are recorded, and a replay carries out their operators one by one. Triton launchers run as they are, up to
 the launch, and the operator's CPU form computes the values. `counters` counts launches, copies and waits by line.
 
-What it cannot see: the order of streams, the allocator, cuDNN, Inductor (torch.compile returns the function), speed.
+stream_order finds memory that two streams use without a wait between them.
+
+What it cannot see: the allocator, cuDNN, Inductor (torch.compile returns the function), speed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import costs
 import torch
 from counters import ASYNC, LAUNCH, TO_DEVICE, TO_HOST, WAIT, counters
 from graphs import Graph, refuse_while_recording
+from stream_order import accessed, host_waits_for_current_stream, owned
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,17 +129,25 @@ def run_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if not twins and not on_device:
         return func(*args, **kwargs)
     name = func.overloadpacket.__name__
-    moved = name in COPIES and _check_copy(name, args, kwargs, on_device)
+    moved = _check_copy(name, args, kwargs, on_device) if name in COPIES else None
     if name not in COPIES:
         _check_devices(func, name, args, kwargs, [tensor for tensor in tensors if not isinstance(tensor, Twin)])
-    _check_wait(name, args, kwargs, twins)
+    waits = _check_wait(name, args, kwargs, twins)
     values, options = unwrap((args, kwargs))
     if options.get("pin_memory"):
         options["pin_memory"] = False
     graph, launches = Graph.recording, not moved and name not in NO_LAUNCH
+    written = [tensor.held for tensor in _written(func, args, kwargs) if isinstance(tensor, Twin)]
     if graph is not None:
-        graph.keep([unwrap(tensor) for tensor in _written(func, args, kwargs)])
+        graph.keep(written)
     result = func(*values, **options)
+    made = tensors_of(result) if on_device and name != "copy_" else []
+    if launches or moved or waits:
+        note_access([twin.held for twin in twins], [*written, *made] if launches or moved else [])
+    elif graph is None:
+        owned(made)
+    if waits or moved in (TO_DEVICE, TO_HOST):
+        host_waits_for_current_stream()
     if launches:
         counters.add(LAUNCH, name)
         if costs.counting:
@@ -174,22 +185,20 @@ def wrap(result: Any, inputs: list[Tensor], on_device: bool = True) -> Any:
     return map_leaves(twin, result)
 
 
-def _check_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_device: bool) -> bool:
-    """Counts a copy between the devices; returns whether it is one."""
+def _check_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_device: bool) -> str | None:
+    """Counts a copy between the devices; returns its kind, or None if it stays on one."""
     source: Tensor = args[0] if name == "_to_copy" else args[1]
     target = on_device if name == "_to_copy" else isinstance(args[0], Twin)
     if isinstance(source, Twin) == target or not source.numel():
-        return False
+        return None
     wanted = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
     host = source if target else (args[0] if name == "copy_" else None)
     pinned = host is not None and host.is_pinned()
-    if wanted and (target or pinned):
-        counters.add(ASYNC, name)
-    else:
-        counters.add(TO_DEVICE if target else TO_HOST, name)
+    kind = ASYNC if wanted and (target or pinned) else TO_DEVICE if target else TO_HOST
+    counters.add(kind, name)
     if not (wanted and pinned):
         refuse_while_recording(f"a copy of pageable memory ({name} of {list(source.shape)})")
-    return True
+    return kind
 
 
 def _check_devices(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_cpu: list[Tensor]) -> None:
@@ -214,8 +223,8 @@ def _check_devices(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
         counters.fail(f"{name}: a CPU tensor is written by an operator on CUDA tensors")
 
 
-def _check_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[Twin]) -> None:
-    """Counts an operator that waits for the device."""
+def _check_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[Twin]) -> bool:
+    """Counts an operator that waits for the device; returns whether it is one."""
     waits = bool(twins) and name in WAITS
     if name in INDEXED and any(tensor.dtype is torch.bool for tensor in tensors_of(args[1])):
         waits = "put" not in name or bool(args[2].ndim)  # a mask and one value: masked_fill, which does not wait
@@ -224,6 +233,15 @@ def _check_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], twins:
     if waits:
         counters.add(WAIT, name)
         refuse_while_recording(f"{name} waits for the device")
+    return waits
+
+
+def note_access(used: list[Any], written: list[Any]) -> None:
+    """Notes what an operator reads and writes, now or at each replay of the graph that is recorded."""
+    if Graph.recording is not None:
+        Graph.recording.access(used, written)
+    else:
+        accessed(used, written)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -73,6 +73,46 @@ def counted(call: Callable[[], Any]) -> dict[str, int]:
     return dict(counters.counts)
 
 
+def unordered(wait: bool = True, join: bool = True, record: bool = True) -> list[str]:
+    """One stream makes a tensor, and another one reads it. Returns the problems without some of the waits.
+
+    wait: the reader waits for the maker. join: the maker waits for the reader before the memory is freed. record: the
+    memory is not used again before the reader is done.
+    """
+    before = len(counters.problems)
+    maker, reader = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(maker):
+        x = torch.ones(2, device="cuda")
+    if wait:
+        reader.wait_stream(maker)
+    with torch.cuda.stream(reader):
+        x.sum()
+        if record:
+            x.record_stream(reader)
+    if join:
+        maker.wait_stream(reader)
+    del x
+    return found_since(before)
+
+
+def unordered_graphs(same_pool: bool, same_stream: bool) -> list[str]:
+    """Replays two graphs on two streams. Returns the problems."""
+    before, total = len(counters.problems), torch.zeros(2, device="cuda")
+    graphs, recorder, pool = [torch.cuda.CUDAGraph() for _ in range(2)], torch.cuda.Stream(), None
+    for graph in graphs:
+        with torch.cuda.graph(graph, pool=pool, stream=recorder if same_stream else torch.cuda.Stream()):
+            torch.ones(2, device="cuda") + total
+        pool = graph.pool() if same_pool else None
+    for graph in graphs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
+    return found_since(before)
+
+
+def found_since(before: int) -> list[str]:
+    return [problem.split(",")[0] for problem in counters.problems[before:]]
+
+
 def graph_values() -> list[list[float]]:
     """Returns a tensor before and after the recording of a graph, and after each of two replays with new inputs."""
     x, total = torch.zeros(2, device="cuda"), torch.zeros(2, device="cuda")
@@ -96,6 +136,17 @@ if __name__ == "__main__":
                 "in a graph": {name: refused_in_a_graph(call) for name, call in REFUSED_IN_A_GRAPH.items()},
                 "counted": {name: counted(call) for name, call in COUNTED.items()},
                 "graph": graph_values(),
+                "streams": {
+                    "ordered": unordered(),
+                    "no wait": unordered(wait=False),
+                    "freed": unordered(join=False, record=False),
+                    "freed and recorded": unordered(join=False),
+                },
+                "graphs": {
+                    "apart": unordered_graphs(False, False),
+                    "one pool": unordered_graphs(True, False),
+                    "one stream": unordered_graphs(False, True),
+                },
             }
         )
     )
