@@ -23,6 +23,7 @@ from tadperf.data.readers.hub import hub_name, read_hub
 from tadperf.data.readers.idx import holds_idx, read_idx
 from tadperf.data.readers.parquet import read_parquet
 from tadperf.data.readers.table import read_image_table
+from tadperf.data.readers.tiny_imagenet import holds_tiny_imagenet, read_tiny_imagenet
 from tadperf.data.readers.webdataset import holds_shards, is_pattern, is_shard, read_webdataset
 from tadperf.data.test_split import split_off_test
 from tadperf.data.text import display_name
@@ -245,7 +246,7 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
 
 def _known_sets(folders: list[Path]) -> list[tuple[str, Path]]:
     """Returns the folders that hold CIFAR's or MNIST's files."""
-    kinds = {"cifar": holds_cifar, "idx": holds_idx, "arrow": holds_arrow}
+    kinds = {"cifar": holds_cifar, "idx": holds_idx, "arrow": holds_arrow, "tiny-imagenet": holds_tiny_imagenet}
     return [(kind, folder) for folder in sorted(folders) for kind, holds in kinds.items() if holds(folder)]
 
 
@@ -257,6 +258,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], Layout]] = {
     "folder": read_folder,
     "table": read_image_table,
     "webdataset": read_webdataset,
+    "tiny-imagenet": read_tiny_imagenet,
     "cifar": read_cifar,
     "npz": read_npz,
     "safetensors": read_safetensors,
