@@ -57,8 +57,8 @@ class Mixture(NamedTuple):
 
 def mixture(
     losses: Tensor,
-    groups: Tensor,
-    num_groups: int,
+    groups: Tensor | None = None,
+    num_groups: int = 1,
     *,
     iterations: int = 10_000,
     tolerance: float = 1e-7,
@@ -68,10 +68,12 @@ def mixture(
     """Fits each group; returns each sample's posterior of the low-loss component (tadperf; formulas at the top).
 
     losses: float [...], any strides. groups: int32 or int64 [...], 0 to G-1 for G = num_groups, or -1 to ignore the
-    sample (its posterior is NaN). iterations: maximum number of EM steps of a group. tolerance: a group is done when
-    its estimated distance to the fixed point is below this. The distance of a mean is in standard deviations, that of a
-    variance or of the ratio of the weights in natural logarithms. floor: share of the variance of the group that is
-    added to the variance of each component. monotone: see the top of this file.
+    sample (its posterior is NaN); None puts all samples in one group. iterations: maximum number of EM steps of a
+    group. tolerance: a group is done when its estimated distance to the fixed point is below this. The distance of a
+    mean is in standard deviations, that of a variance or of the ratio of the weights in natural logarithms.
+    floor: share of the variance of the group that is added to the variance of each component. sklearn's reg_covar is
+    absolute: floor = reg_covar / variance. Losses with a peak at 0, as of a network in training, need about 1e-2, or
+    else the lower component shrinks onto the peak. monotone: see the top of this file.
     Returns posterior float32 (float64 for float64 losses) [...], weight, mean and variance float64 [G, 2], iterations
     int64 [G] (steps taken) and log_likelihood float64 [G] (sum over the samples of the group, nats). No result has a
     gradient. All types are computed in float64. On a CPU float32, bfloat16 and float16 run compiled code, on
@@ -79,6 +81,9 @@ def mixture(
     Raises ValueError for wrong shapes, types, groups or settings. CUDA does not check groups, because that would wait
     for the device: a group out of range counts as -1.
     """
+    if groups is None:
+        check_dense(losses=losses)
+        groups = torch.zeros(losses.shape, dtype=torch.int64, device=losses.device)
     _check(losses, groups, num_groups, iterations, tolerance, floor)
     chosen = route("mixture", losses, groups)
     losses = losses.detach()
