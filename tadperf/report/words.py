@@ -34,7 +34,7 @@ COLUMNS = {  # of labels.csv, in the order of the file; tadperf.trust.state writ
     "given_label": "class name of the label in the data",
     "suggested_label": "most probable class; equal to given_label if no other class is more probable",
     "label": "label to train with, empty if untrusted; correct it by hand, or empty it to leave the sample out",
-    "reliability": "probability that `label` is right, used as the weight of the sample",
+    "reliability": "probability that the column label is right, used as the weight of the sample",
     "round": "round of the trust loop that set the verdict",
     "given_number": "class number of given_label, from 0",
     "suggested_number": "class number of suggested_label",

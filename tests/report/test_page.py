@@ -20,7 +20,7 @@ from tadperf.artifact import DistilledSet
 from tadperf.config import NetConfig
 from tadperf.data.normalise import Normaliser
 from tadperf.nets.training import Recipe
-from tadperf.report.page import save_audit_page, save_run_page
+from tadperf.report.page import ShownPairs, save_audit_page, save_run_page
 from tadperf.report.page_images import ByteBudget, data_uri, distilled_rows, suspect_groups
 from tadperf.report.page_values import percent, shown_name, shown_path
 from tadperf.report.words import COLUMNS
@@ -42,6 +42,7 @@ HOSTILE = (
     "url(http://example.com/x)",
 )
 MAX_BYTES = 3_000_000
+COUNTS = {"in_train": 0, "different_labels": 0, "exact": 0, "leaks": 50, "threshold": 0.98}
 
 
 class Page(HTMLParser):

@@ -72,6 +72,17 @@ def test_flat_images_are_duplicates_only_if_they_are_equal():
     assert describe_images(images[:3]).abs().sum() == 0
 
 
+def test_two_blue_images_are_no_duplicates():
+    """Their channels differ in the same way, so the cosine of all pixels is high. Their pictures differ."""
+    images = pictures(4) // 16 + torch.tensor([40, 100, 180], dtype=torch.uint8).view(1, 3, 1, 1)
+    z = describe_images(images)
+    assert float((z[0] * z[1]).sum()) > THRESHOLD
+    assert pairs(find_duplicates(images)) == []
+    assert pairs(find_leaks(images[:2], images[2:])) == []
+    images[3] = images[1] + 1
+    assert pairs(find_duplicates(images)) == [(1, 3, False)]
+
+
 def test_features_of_the_user_find_what_pixels_do_not():
     images = pictures(12)
     features = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
