@@ -232,5 +232,5 @@ def shown_name(name: object, limit: int = MAX_NAME) -> str:
 
 def shown_path(path: object) -> str:
     """Returns a path in one line; a long one keeps its end, which names the file."""
-    line = clean_text(str(path)).translate(REORDERING)
+    line = clean_text(str(path)).translate(REORDERING) or "(empty name)"
     return line if len(line) <= MAX_PATH else "…" + line[-MAX_PATH:]

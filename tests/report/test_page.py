@@ -246,7 +246,11 @@ def test_hostile_names_are_text(tmp_path):
     images_of_run = distilled(torch.arange(len(HOSTILE)), (3, 8, 8), HOSTILE)
     for name in HOSTILE:
         save_run_page(tmp_path / "r.html", run_result(len(HOSTILE), name), images_of_run, images, files, verdicts)
-        save_audit_page(tmp_path / "a.html", audit_result(verdicts, name), verdicts, images, files)
+        row: dict[str, Any] = {"kind": "leak", "different_labels": True, "exact": False, "similarity": 0.99}
+        row |= {"first": name, "second": name, "first_label": name, "second_label": name}
+        values = audit_result(verdicts, name) | {"near_duplicates": COUNTS}
+        shown = ShownPairs([row] * 50, [(0, 1)] * 50, images)
+        save_audit_page(tmp_path / "a.html", values, verdicts, images, files, shown)
         for page in (check(tmp_path / "r.html"), check(tmp_path / "a.html")):
             for text in (
                 "<script>alert(1)</script>",
