@@ -75,13 +75,13 @@ def test_features_with_images_train_no_network_unless_asked(tadperf, tmp_path):
     quick = ["--device=cpu", "--set=trust.rounds=1", "--set=trust.proxies=2", "--set=trust.epochs=1", "--json"]
     cheap = tadperf("audit", "digits", "--features", "F.npy", "--out", "list.csv", *quick)
     assert cheap.code == 0, cheap.err
-    assert "proxy networks" not in cheap.err
+    assert "trust 1/1" not in cheap.err
     result = json.loads(cheap.out)
     assert result["against_clean_labels"]["issue_precision"] > 0.9
     assert (tmp_path / "list.png").exists()
     full = tadperf("audit", "digits", "--features", "F.npy", "--dual-loop", *quick)
     assert full.code == 0, full.err
-    assert "proxy networks" in full.err
+    assert "trust 1/1" in full.err
     assert json.loads(full.out)["samples"] == 1400
 
 
