@@ -43,6 +43,10 @@ class DataConfig(Section):
     label_column: str | None = Field(
         default=None, description="column of the labels in a table or parquet; by default it is detected"
     )
+    label_pattern: str | None = Field(
+        default=None,
+        description="regular expression that finds the label in the path of an image; its first group is the label",
+    )
     image_root: str | None = Field(
         default=None, description="folder that holds the images of a table; by default the folder of the table"
     )

@@ -26,6 +26,7 @@ from tadperf.errors import UserError, warn_user
 
 FIELD = "--labels"
 SUFFIXES = (".csv", ".tsv", ".json", ".npy", ".pt", ".pth")
+CLEAN = ("clean_label", "clean_coarse_label")  # the keys of CIFAR-N's true labels
 MIN_KAPPA = 0.05  # between clean and given labels in one order; not tuned
 
 
@@ -186,13 +187,13 @@ def _read_pt(path: Path, key: str | None, spec: str) -> GivenLabels:
     if not isinstance(content, dict):
         content = {"labels": content}
     content = {str(name): values for name, values in content.items()}
-    clean = content.get("clean_label")
-    keys = [name for name in content if name != "clean_label"]
+    keys = [name for name in content if name not in CLEAN]
     if key is None and len(keys) != 1:
         raise UserError(FIELD, spec, f"choose the labels: {path.name}:KEY, with KEY one of {', '.join(keys)[:200]}")
     if key is not None and key not in content:
         raise UserError(FIELD, spec, f"has no {key!r}; it holds {', '.join(content)[:200]}")
-    return GivenLabels(content[key or keys[0]], clean)
+    key = key or keys[0]
+    return GivenLabels(content[key], content.get(CLEAN[1] if "coarse" in key else CLEAN[0]))
 
 
 def _class_numbers(values: Any, dataset: Dataset, kind: str, spec: str) -> Tensor:

@@ -26,6 +26,7 @@ class ReadOptions:
     labels: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    label_pattern: str | None = None
     image_root: str | None = None
     test_share: float | None = None  # None: no test split is made
     skip_broken: bool = False

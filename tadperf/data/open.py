@@ -64,6 +64,7 @@ def open_data(
     labels: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_pattern: str | None = None,
     image_root: str | None = None,
     test_share: float | None = None,
     skip_broken: bool = False,
@@ -78,6 +79,8 @@ def open_data(
     image_size: resizes every image, shorter side to this size, then centre crop.
     labels: a file of labels for the train split, see `replace_labels`.
     image_column, label_column: columns of a table or parquet file; by default they are detected.
+    label_pattern: for a folder without class folders, a regular expression that finds the label in a file's path; its
+    first group is the label.
     image_root: the folder that holds the images of a table; by default the folder of the table.
     test_share: if the set has no test split, this share of each class becomes one; by default none is made.
     skip_broken: leaves out images that cannot be decoded, and lists them in Dataset.broken.
@@ -86,7 +89,16 @@ def open_data(
     Raises UserError if anything is wrong with the path or its content.
     """
     options = ReadOptions(
-        format, image_size, labels, image_column, label_column, image_root, test_share, skip_broken, progress
+        format,
+        image_size,
+        labels,
+        image_column,
+        label_column,
+        label_pattern,
+        image_root,
+        test_share,
+        skip_broken,
+        progress,
     )
     return _open_splits(path, options)
 
@@ -101,6 +113,7 @@ def open_config(
         labels=data.labels,
         image_column=data.image_column,
         label_column=data.label_column,
+        label_pattern=data.label_pattern,
         image_root=data.image_root,
         test_share=test_share,
         skip_broken=data.skip_broken,
@@ -136,6 +149,8 @@ def _find(path: str | Path | object, options: ReadOptions) -> _Source:
         return _Source(object_layout(path, options), FORMAT, Path(object_name(path)))
     is_digits = options.format == "digits" or str(path) == "digits"
     kind, place = ("digits", Path("digits")) if is_digits else _locate(path, options.format)
+    if options.label_pattern is not None and kind != "folder":
+        raise UserError("data.label_pattern", options.label_pattern, f"is for folders of images; {place} is {kind}")
     with _reading(place):
         return _Source(READERS[kind](place, options), kind, place)
 

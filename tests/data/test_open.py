@@ -62,7 +62,7 @@ def test_source_reopens_the_same_set(tmp_path, monkeypatch, pixels, classes):
     ("call", "field", "words"),
     [
         ({"path": "/nowhere/at/all"}, "data", "no such file"),
-        ({"format": "tfrecord"}, "--format", "choose one of digits, parquet, .*folder, table, .*cifar, npz, safetensors, idx"),
+        ({"format": "tfrecord"}, "--format", "choose one of digits, parquet, .*folder, table, .*npz, safetensors, idx"),
         ({"image_size": 0}, "--image-size", "at least 1"),
     ],
 )

@@ -25,6 +25,10 @@ CIFAR10 = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("tes
 CIFAR100 = {"train": ("train",), "test": ("test",)}
 
 
+FINE, COARSE = ("fine_labels", "labels"), ("coarse_labels",)  # the keys of the labels in a batch
+COARSE_CLASSES = 20
+
+
 def holds_cifar(path: Path) -> bool:
     """Returns whether a folder holds the pickles of CIFAR-10 or CIFAR-100."""
     names = ("data_batch_1", "test_batch", "batches.meta", "meta", "train", "test")
@@ -32,7 +36,9 @@ def holds_cifar(path: Path) -> bool:
 
 
 def read_cifar(path: Path, options: ReadOptions) -> Layout:
-    """Reads a folder or .tar.gz: data_batch_1..5, test_batch, batches.meta, or train, test, meta (fine labels).
+    """Reads a folder or .tar.gz: data_batch_1..5, test_batch, batches.meta, or train, test, meta.
+
+    CIFAR-100 has 100 fine classes, and 20 coarse ones for options.label_column = "coarse_label".
 
     Without the meta file the classes are named "0".."C-1". Raises UserError on a missing or damaged file, and on a
     pickle that holds anything but arrays and plain containers. No code in a pickle runs.
@@ -41,6 +47,9 @@ def read_cifar(path: Path, options: ReadOptions) -> Layout:
     batches, meta, key, classes = CIFAR10, "batches.meta", "label_names", 10
     if CIFAR10["train"][0] not in files and CIFAR10["test"][0] not in files:
         batches, meta, key, classes = CIFAR100, "meta", "fine_label_names", 100
+    labels_of = _label_keys(options.label_column, batches is CIFAR100)
+    if labels_of is COARSE:
+        key, classes = "coarse_label_names", COARSE_CLASSES
     names = tuple(map(str, range(classes)))
     if meta in files:
         names = _class_names(_field(_load(files[meta](), path / meta), (key,), path / meta), path / meta)
@@ -55,13 +64,24 @@ def read_cifar(path: Path, options: ReadOptions) -> Layout:
                 raise UserError("data", path / name, "is missing, but other batches exist; add it")
             batch = _load(files[name](), path / name)
             images.append(_pixels(_field(batch, ("data",), path / name), path / name))
-            labels.append(_labels(_field(batch, ("fine_labels", "labels"), path / name), path / name))
+            labels.append(_labels(_field(batch, labels_of, path / name), path / name))
             if len(images[-1]) != len(labels[-1]):
                 raise UserError("data", path / name, f"{len(images[-1])} images but {len(labels[-1])} labels")
         _, indexed = index_labels({split: np.concatenate(labels)}, names, str(path))
         return Content(torch.from_numpy(np.concatenate(images)), indexed[split])
 
     return Layout(names, {split: lambda split=split: read(split) for split in splits})
+
+
+def _label_keys(column: str | None, has_coarse: bool) -> tuple[str, ...]:
+    """Returns the keys of the labels that the option label_column names, with or without an s at its end."""
+    name = (column or FINE[0]).rstrip("s") + "s"
+    if name in COARSE and has_coarse:
+        return COARSE
+    if name not in FINE:
+        remedy = "CIFAR-100 has fine_label and coarse_label" if has_coarse else "CIFAR-10 has one kind of label"
+        raise UserError("data.label_column", column, remedy)
+    return FINE
 
 
 def restricted_load(data: bytes) -> Any:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
 from tadperf.data.layout import Layout, ReadOptions
 from tadperf.data.readers.image_files import LabelledFile, files_layout
+from tadperf.data.readers.table import class_names_of
 from tadperf.data.splits import choose_splits, look_like_splits, split_of_folder
 from tadperf.data.text import display_name
 from tadperf.data.walk import is_image, visible_folders, walk
 from tadperf.errors import UserError, warn_user
 
 MAX_DESCENT = 2  # levels with a single folder that are skipped in search of the classes
+NO_IMAGE = (
+    "no image found; put the images (jpg, png, tif, ...) of each class into a folder of its own, name a table of the "
+    "images (.csv), or set data.label_pattern if their names hold the labels"
+)
 LISTED = 8  # a warning names at most this many kinds of files or folders
 
 
@@ -26,6 +32,8 @@ def read_folder(path: Path, options: ReadOptions) -> Layout:
     """
     if not path.is_dir():
         raise UserError("data", path, "is a file; an image folder is a folder with a folder per class")
+    if options.label_pattern is not None:
+        return _by_pattern(path, options.label_pattern, options)
     roots = _split_roots(path)
     classes = {split: _classes(root) for split, root in roots.items()}
     names = tuple(classes.get("train", classes.get("test", {})))
@@ -42,10 +50,37 @@ def read_folder(path: Path, options: ReadOptions) -> Layout:
     }
     for split, images in files.items():
         if not images:
-            message = "no image found; put the images (jpg, png, tif, ...) of each class into a folder of its own"
-            raise UserError("data", roots[split], message)
+            raise UserError("data", roots[split], NO_IMAGE)
     _report_skipped(path, skipped + _outside_of_classes(set(roots.values())))
     return files_layout(path, names, files, options)
+
+
+def _by_pattern(path: Path, pattern: str, options: ReadOptions) -> Layout:
+    """Reads images whose label is the first group of `pattern` in their path, below split folders or in `path`."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError("data.label_pattern", pattern, f"is no regular expression ({error})") from None
+    if expression.groups < 1:
+        raise UserError("data.label_pattern", pattern, "needs a group around the label, such as ^([a-z]+)")
+    folders = {split: folder for folder in visible_folders(path) if (split := split_of_folder(folder.name))}
+    roots = {split: folders[name] for split, name in choose_splits(folders).items()}
+    roots = roots if "train" in roots else {"train": path}
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for split, root in roots.items():
+        images = sorted(file for file in walk(root) if is_image(file.name))
+        if not images:
+            raise UserError("data", root, "no image found; name the folder of the images")
+        matches = [expression.search(display_name(file.relative_to(root).as_posix())) for file in images]
+        missed = [file for file, match in zip(images, matches, strict=True) if not match or not match[1]]
+        if missed:
+            count = f"finds no label in {len(missed)} of {len(images)} paths"
+            raise UserError("data.label_pattern", pattern, f"{count}, first {missed[0].relative_to(root)}")
+        found[split] = [(file, match[1]) for file, match in zip(images, matches, strict=True) if match]
+    names = class_names_of([label for files in found.values() for _, label in files])
+    number = {name: c for c, name in enumerate(names)}
+    splits = {split: [LabelledFile(file, number[label]) for file, label in files] for split, files in found.items()}
+    return files_layout(path, names, splits, options)
 
 
 def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:

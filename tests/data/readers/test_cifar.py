@@ -187,3 +187,63 @@ def test_an_archive_without_cifar_files_is_refused(tmp_path):
         archive.addfile(tarfile.TarInfo("readme"), io.BytesIO())
     with pytest.raises(UserError, match="holds neither data_batch"):
         open_data(tmp_path / "x.tar")
+
+
+@pytest.fixture
+def cifar100(tmp_path):
+    """Returns CIFAR-100 with 100 images a split: image k has the fine label k and the coarse label k % 20."""
+    for name in ("train", "test"):
+        batch = {b"data": np.zeros((100, 3072), np.uint8), b"fine_labels": list(range(100))}
+        batch[b"coarse_labels"] = [k % 20 for k in range(100)]
+        (tmp_path / name).write_bytes(pickle.dumps(batch, 2))
+    names = {
+        "fine_label_names": [f"fine {k}" for k in range(100)],
+        "coarse_label_names": [f"coarse {k}" for k in range(20)],
+    }
+    (tmp_path / "meta").write_bytes(pickle.dumps(names, 2))
+    return tmp_path
+
+
+@pytest.mark.parametrize("column", ["coarse_label", "coarse_labels"])
+def test_coarse_labels(cifar100, column):
+    train, test = open_data(cifar100, label_column=column)
+    assert test is not None
+    assert train.class_names == tuple(f"coarse {k}" for k in range(20))
+    assert train.labels.tolist() == test.labels.tolist() == [k % 20 for k in range(100)]
+    assert train.source["label_column"] == column
+    (cifar100 / "meta").unlink()
+    assert open_data(cifar100, label_column=column).train.num_classes == 20
+
+
+def test_fine_labels_by_name_and_unknown_labels(cifar100, tmp_path):
+    assert open_data(cifar100, label_column="fine_label").train.fingerprint == open_data(cifar100).train.fingerprint
+    with pytest.raises(UserError, match="CIFAR-100 has fine_label and coarse_label"):
+        open_data(cifar100, label_column="medium")
+    (tmp_path / "ten").mkdir()
+    batch = {"data": np.zeros((10, 3072), np.uint8), "labels": list(range(10))}
+    (tmp_path / "ten" / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(UserError, match="CIFAR-10 has one kind of label"):
+        open_data(tmp_path / "ten", label_column="coarse_label")
+
+
+def test_labels_of_cifar_100n(cifar100, tmp_path):
+    """CIFAR-100_human.pt of CIFAR-N has fine and coarse labels, each with the clean ones."""
+    fine, coarse = np.arange(100), np.arange(100) % 20
+    content = {
+        "clean_label": fine,
+        "noisy_label": (fine + 1) % 100,
+        "noisy_coarse_label": (coarse + 1) % 20,
+        "clean_coarse_label": coarse,
+    }
+    path = tmp_path / "CIFAR-100_human.pt"
+    torch.save(content, path)
+    train = open_data(cifar100, labels=f"{path}:noisy_label").train
+    assert (train.labels[:3].tolist(), train.clean_labels is not None) == ([1, 2, 3], True)
+    train = open_data(cifar100, labels=f"{path}:noisy_coarse_label", label_column="coarse_label").train
+    assert train.labels[18:22].tolist() == [19, 0, 1, 2]
+    assert train.clean_labels is not None
+    assert train.clean_labels.tolist() == coarse.tolist()
+    with pytest.raises(UserError, match="KEY one of noisy_label, noisy_coarse_label"):
+        open_data(cifar100, labels=str(path))
+    with pytest.raises(UserError, match=r"must be in 0\.\.19"):
+        open_data(cifar100, labels=f"{path}:noisy_label", label_column="coarse_label")

@@ -110,3 +110,62 @@ def test_an_undecodable_image_is_named(tmp_path, keep):
     with pytest.raises(UserError, match=r"1\.jpg: cannot be decoded .*repair or remove") as caught:
         open_data(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def flat(tmp_path, pixels):
+    """Returns a function that writes images of these names, and returns their folder."""
+
+    def write(*names: str):
+        for k, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[k]).save(tmp_path / name)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files", "classes", "labels"),
+    [
+        (r"^([a-z]+)\.", ("cat.001.png", "cat.002.png", "dog.001.png"), ("cat", "dog"), [0, 0, 1]),
+        (r"_(\d+)\.", ("a_0.png", "b_2.png", "c_1.png"), ("0", "1", "2"), [0, 2, 1]),
+        (r"class_(\d{2})\d{2}", ("class_0300.png", "class_0401.png", "class_0302.png"), ("03", "04"), [0, 0, 1]),
+        (r"(?:^|/)(.)[^/]*$", ("x/ab.png", "y/ba.png", "z/aa.png"), ("a", "b"), [0, 1, 0]),
+    ],
+)
+def test_labels_in_the_names_of_files(flat, pattern, files, classes, labels):
+    train, test = open_data(flat(*files), label_pattern=pattern)
+    assert test is None
+    assert (train.class_names, train.labels.tolist()) == (classes, labels)
+    assert train.file_names == tuple(sorted(files))
+    assert train.source["label_pattern"] == pattern
+
+
+def test_labels_in_the_names_of_files_below_split_folders(flat):
+    folder = flat("train/cat.1.png", "train/dog.1.png", "test/dog.7.png")
+    train, test = open_data(folder, label_pattern=r"^(\w+)\.")
+    assert test is not None
+    assert (train.class_names, train.labels.tolist(), test.labels.tolist()) == (("cat", "dog"), [0, 1], [1])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("([a-z", "is no regular expression"),
+        ("[a-z]+", "needs a group around the label"),
+        (r"^(\d+)", "finds no label in 2 of 3 paths, first cat.png"),
+        (r"^([a-z]*?)", "finds no label in 3 of 3 paths"),
+    ],
+)
+def test_wrong_patterns_are_refused(flat, pattern, words):
+    with pytest.raises(UserError, match=words) as error:
+        open_data(flat("cat.png", "dog.png", "1.png"), label_pattern=pattern)
+    assert error.value.field == "data.label_pattern"
+
+
+def test_a_folder_without_classes_names_the_ways_out(flat):
+    with pytest.raises(UserError, match=r"name a table of the images \(\.csv\), or set data\.label_pattern"):
+        open_data(flat("cat.png", "dog.png"))
+    with pytest.raises(UserError, match="is for folders of images"):
+        open_data("digits", label_pattern="(.)")

@@ -176,3 +176,17 @@ def test_columns_can_be_chosen(tmp_path, encoded, classes):
     assert (train.source["image_column"], train.source["label_column"]) == ("b", "x")
     with pytest.raises(UserError, match=r"data.label_column: b: holds binary; must hold integers or class names"):
         open_data(tmp_path / "a.parquet", image_column="b", label_column="b")
+
+
+def test_the_coarse_labels_of_cifar_100_by_column(tmp_path, encoded):
+    features = {"img": {"_type": "Image"}}
+    features |= {
+        name: {"_type": "ClassLabel", "names": [f"{name} {k}" for k in range(12)]}
+        for name in ("fine_label", "coarse_label")
+    }
+    table = pa.table({"img": encoded, "fine_label": list(range(12)), "coarse_label": [k % 12 for k in range(5, 17)]})
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "train.parquet")
+    assert open_data(tmp_path).train.class_names[0] == "fine_label 0"
+    train = open_data(tmp_path, label_column="coarse_label").train
+    assert (train.class_names[0], train.labels[0]) == ("coarse_label 0", 5)
