@@ -59,7 +59,7 @@ Near = Annotated[
 
 @command(
     "DATA --labels --seed --device --devices --image-size --skip-broken --format --preset --config --set out "
-    "apply near_duplicates --noise --features --probs --encoder dual_loop --json --quiet --debug"
+    "apply near_duplicates --noise --features --probs --encoder dual_loop --estimate --json --quiet --debug"
 )
 def audit(
     options: SharedOptions,
@@ -81,6 +81,8 @@ def audit(
     from tadperf.pipeline.audit import audit_result, check_audit_file, write_audit
 
     config, has_images = _config(options)
+    if options.estimate:
+        return _show_estimate(options, config, has_images and (dual_loop or not _has_evidence(config)))
     if out:
         check_audit_file(out)
     if apply:
@@ -109,6 +111,12 @@ def audit(
             from tadperf.cli.apply import print_applied
 
             print_applied(result["applied"])
+
+
+def _show_estimate(options: SharedOptions, config: Config, trains: bool) -> None:
+    from tadperf.cli.estimate import show_audit_estimate
+
+    show_audit_estimate(options, config, trains)
 
 
 def _find_duplicates(

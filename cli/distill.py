@@ -19,12 +19,17 @@ Compare = Annotated[bool, typer.Option("--compare", help="Also distil with trust
 @command(
     "DATA --ipc --noise --labels --seed --device --devices --method --synthesis --trust --features --probs --encoder "
     "compare --compile --experts --repeats --image-size --skip-broken --format --preset --config --set --out --resume "
-    "--json --quiet --debug"
+    "--estimate --json --quiet --debug"
 )
 def distill(options: SharedOptions, compare: Compare = False) -> None:
     """Distil DATA into a few synthetic images per class, and measure how well they train networks."""
     from tadperf.pipeline.run_config import choose_run, distill_folder
 
+    if options.estimate:
+        from tadperf.cli.estimate import show_estimate
+
+        show_estimate(options, options.sources.config())
+        return
     config, out = choose_run(options.sources, options.out, options.resume, distill_folder)
 
     def run() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -26,6 +26,7 @@ OPTIONS = {
         Option("--set", "A.B=C", "Any setting; overrides the file; may be repeated.", kind=list),
         Option("--out", "DIR", "Run folder; by default runs/<data>-....", kind=Path),
         Option("--resume", "", "Continue the run in the folder.", kind=bool),
+        Option("--estimate", "", "Say what the job will take (time, memory, disk), and end.", kind=bool),
         Option("--json", "", "Print one JSON object and nothing else on stdout.", kind=bool),
         Option("--quiet", "", "No progress and no notes on stderr.", kind=bool),
         Option("--debug", "", "Show the traceback of a failure.", kind=bool),
@@ -56,6 +57,7 @@ class SharedOptions:
     resume: bool
     as_json: bool
     quiet: bool
+    estimate: bool
 
 
 def command(line: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -126,6 +128,7 @@ def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedO
         values.get("resume", False),
         values.get("json", False),
         values.get("quiet", False),
+        values.get("estimate", False),
     )
 
 
