@@ -112,7 +112,8 @@ def apply_run(run: Path, out: Path, progress: Progress = silent) -> dict[str, An
     if config is None:
         raise UserError("RUN", run, "is not a run folder: config.json is missing; give the folder of a run")
     check_apply(out, config, "OUT")
-    train, test = open_config(config.data.model_copy(update={"image_size": SMALL_IMAGE}), progress)
+    data = config.data.model_copy(update={"image_size": SMALL_IMAGE})
+    train, test = open_config(data, progress, data.test_share)
     return apply_verdicts(out, train, starting_trust(run, train), test)
 
 

@@ -200,6 +200,21 @@ def test_the_verdicts_of_a_run_are_applied(tmp_path, tiny_config):
         apply_run(source, tmp_path / "other")
 
 
+def test_a_test_split_that_a_run_made_is_kept(tmp_path, tiny_config):
+    source = save_set(tmp_path / "set", test=False)
+    config = tiny_config(data__path=str(source), data__noise="none", data__test_share=0.25)
+    train = open_data(source, test_share=0.25).train
+    assert len(train) == 9
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(config.model_dump_json())
+    changed(as_given(train.labels, train.class_names)).save(run / "trust.safetensors")
+    apply_run(run, tmp_path / "clean")
+    again = open_data(tmp_path / "clean")
+    assert again.test is not None
+    assert (len(again.train), len(again.test), again.test.class_names) == (8, 3, train.class_names)
+
+
 @pytest.mark.parametrize(
     ("name", "safe"),
     [
