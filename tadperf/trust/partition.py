@@ -4,6 +4,9 @@ In each class the losses follow a mixture of two Gaussians: right labels (lower 
 class-wise dynamic mixture with a class-wise dynamic threshold (TAD, arXiv 2502.05027, abstract). The checks and the
 rule for the threshold are ours:
 
+- Losses of a network in training have a peak at 0, and the lower Gaussian shrinks onto it. Then the variances need a
+  floor (FLOOR), as in DivideMix. We use it for a class where it matters: the lower Gaussian is narrower than the floor,
+  and its weight is larger with the floor.
 - A class is split only if BIC prefers two Gaussians to one, Ashman's D is above 2, and the upper mean loss is above
   log 2. Below log 2 the label is still more likely than all other classes together: the class is only hard to learn.
 - A class that is not split, or has few samples, uses the split of all classes together. If there is no such split
@@ -27,6 +30,8 @@ from tadperf.data.dataset import describe_tensor
 from tadperf.kernels import Mixture, mixture
 
 MIN_SAMPLES = 20  # a class with fewer samples is not fitted alone: a mixture has five parameters; not tuned
+FLOOR = 0.01  # of the variances, as a share of the class's; DivideMix's is 0.015 to 0.02 on simulated logits
+MIN_WEIGHT_GAIN = 0.05  # weight that the floor adds to a shrunken Gaussian; it adds 0.1 or more there, 0.00 on digits
 MIN_ASHMAN_D = 2.0  # above 2 the two modes are clearly separated (Ashman, Bird and Zepf, 1994)
 MIN_THRESHOLD = 0.5
 KEEP_ONE_IN = 10  # a class keeps the best tenth of its posteriors >= 0.5, even above the budget; not tuned
@@ -69,7 +74,7 @@ def partition(
     threshold = torch.full((classes,), MIN_THRESHOLD, device=losses.device)
     if dynamic_threshold:
         groups = labels if class_wise else torch.zeros_like(labels)
-        threshold = _threshold(posterior, groups, classes if class_wise else 1, budget).expand(classes).clone()
+        threshold = budget_threshold(posterior, groups, classes if class_wise else 1, budget).expand(classes).clone()
     return Partition(posterior, threshold, posterior >= threshold[labels], separated)
 
 
@@ -113,8 +118,27 @@ def _check(losses: Tensor, labels: Tensor, num_classes: int | None) -> tuple[Ten
 
 def _split(losses: Tensor, groups: Tensor, count: int, min_wrong_loss: float) -> tuple[Tensor, Tensor]:
     """Returns the posterior [N] of the lower mode, and which groups have an upper mode of wrong labels [count]."""
-    fit = mixture(losses, groups, count, monotone=True)
+    fit = _fit(losses, groups, count)
     return fit.posterior.float(), _is_bimodal(fit, losses, groups) & (fit.mean[:, 1] > min_wrong_loss)
+
+
+def _fit(losses: Tensor, groups: Tensor, count: int) -> Mixture:
+    """Fits the mixture of each group, with a floor of the variances where the lower Gaussian shrinks onto a peak."""
+    fit = mixture(losses, groups, count, monotone=True)
+    variance = (fit.weight * fit.variance).sum(1) + fit.weight.prod(1) * (fit.mean[:, 1] - fit.mean[:, 0]) ** 2
+    narrow = fit.variance[:, 0] < FLOOR * variance
+    if not narrow.any():
+        return fit
+    wide = mixture(losses, groups, count, floor=FLOOR, monotone=True)
+    shrunken = narrow & (wide.weight[:, 0] - fit.weight[:, 0] > MIN_WEIGHT_GAIN)
+    chosen = shrunken[groups.clamp(min=0)]
+    return Mixture(
+        torch.where(chosen, wide.posterior, fit.posterior),
+        *(
+            torch.where(shrunken.view(-1, *[1] * (one.ndim - 1)), other, one)
+            for one, other in zip(fit[1:], wide[1:], strict=True)
+        ),
+    )
 
 
 def _is_bimodal(fit: Mixture, losses: Tensor, groups: Tensor) -> Tensor:
@@ -132,7 +156,7 @@ def _is_bimodal(fit: Mixture, losses: Tensor, groups: Tensor) -> Tensor:
     return (gain > 0) & (distance > MIN_ASHMAN_D)  # NaN (no losses, or all equal) compares False
 
 
-def _threshold(posterior: Tensor, groups: Tensor, count: int, budget: float) -> Tensor:
+def budget_threshold(posterior: Tensor, groups: Tensor, count: int, budget: float) -> Tensor:
     """Returns each group's lowest threshold >= 0.5 with mean(1 - posterior) above it within the budget, [count].
 
     A group keeps the best tenth of its posteriors >= 0.5 even above the budget, so that every class has an anchor.
