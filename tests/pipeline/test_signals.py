@@ -32,7 +32,7 @@ def test_a_file_that_knows_the_classes_improves_trust(tiny_config, tmp_path, sig
     noise = torch.randn(1400, 10, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "features.npy", (7 * onehot + noise).numpy())
     np.save(tmp_path / "probs.npy", (2 * (7 * onehot + noise)).softmax(1).numpy())
-    options = {"trust__mode": "on", "data__noise": "symmetric:0.6", "trust__proxies": 2}
+    options = {"trust__mode": "on", "data__noise": "symmetric:0.3", "trust__proxies": 2}
     options["trust__graph"] = signal == "features"  # without neighbours, probabilities alone decide
     signals = {f"trust__{signal}": str(tmp_path / f"{signal}.npy")}
     missed, state = {}, None
