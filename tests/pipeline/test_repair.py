@@ -49,14 +49,9 @@ def changed(state: TrustState) -> TrustState:
     return replace(state, verdict=verdict, working=working, suggested=working.clone())
 
 
-def tree(root: Path) -> dict[bytes, bytes]:
+def tree(root: Path) -> dict[str, bytes]:
     """The content of every file below a folder, by its path."""
-    base = os.fsencode(root)
-    return {
-        os.path.relpath(os.path.join(folder, name), base): open(os.path.join(folder, name), "rb").read()
-        for folder, _, names in os.walk(base)
-        for name in names
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def audit_config(path: Path, **options: object) -> Config:

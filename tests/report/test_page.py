@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from tadperf.artifact import DistilledSet
 from tadperf.config import NetConfig
 from tadperf.data.normalise import Normaliser
 from tadperf.nets.training import Recipe
+from tadperf.report import page as page_module
 from tadperf.report.page import ShownPairs, save_audit_page, save_run_page
 from tadperf.report.page_images import ByteBudget, data_uri, distilled_rows, suspect_groups
 from tadperf.report.page_values import percent, shown_name, shown_path
@@ -288,6 +290,27 @@ def test_images_left_out_are_counted():
     (group,) = suspect_groups(verdicts, None)
     assert (group.given, group.suggested, group.total, len(group.samples)) == (0, 1, 1000, 24)
     assert [suspect.sample for suspect in group.samples[:2]] == [1999, 1998]
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of "#rrggbb" (WCAG 2.2)."""
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_has_enough_contrast_in_both_schemes():
+    """At least 4.5 to 1, level AA of WCAG 2.2."""
+    style = (Path(page_module.__file__).parent / "page.css").read_text()
+    schemes = [
+        dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root {(.*?)}", style, re.S)
+    ]
+    assert len(schemes) == 2
+    for colours in schemes:
+        for text in ("ink", "faint"):
+            for ground in ("ground", "sheet", "code"):
+                low, high = sorted(luminance(colours[name]) for name in (text, ground))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
 def test_text_helpers():
