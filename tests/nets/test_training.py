@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tadperf import seeds
 from tadperf.config import NetConfig
 from tadperf.data import augment
+from tadperf.kernels.dispatch import call_counts
 from tadperf.nets import training
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
@@ -275,3 +276,31 @@ def test_accuracy_counts_nan_as_wrong():
     labels = torch.tensor([0, 1, 0, 0, 1, 2])
     for batch in (1, 4, 1024):
         assert accuracy(Logits(), images, labels, batch) == pytest.approx(2 / 6)
+
+
+def wide_net(classes: int) -> torch.nn.Sequential:
+    module = build(NET, (1, 8, 8), classes, 0)
+    assert isinstance(module, torch.nn.Sequential)
+    return module
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_wide_head_is_tested_without_logits(labelled: bool):
+    module = wide_net(training.WIDE_HEAD)
+    images = data(50)[0]
+    logits = module.eval()(images).double()
+    labels = logits.argmax(1) if labelled else torch.arange(50)
+    labels[::3] = 0
+    before = call_counts()["per_sample_linear", "native"]
+    assert accuracy(module, images, labels, 16) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert call_counts()["per_sample_linear", "native"] - before == 4  # batches
+
+
+def test_a_head_is_split_only_if_nobody_sees_it():
+    assert training.split_wide_head(wide_net(10))[1] is None
+    module = wide_net(training.WIDE_HEAD)
+    body, head = training.split_wide_head(module)
+    assert head is module[-1]
+    assert len(list(body.children())) == len(module) - 1
+    module[-1].register_forward_hook(lambda *_: None)
+    assert training.split_wide_head(module)[1] is None
