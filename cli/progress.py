@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines while a stage runs; not tuned
 STAGES = {  # stage -> words for the user
+    "data:normalise": "images normalised",
+    "trust:nearest": "samples compared with all others",
+    "matching:start": "images clustered",
     "experts:training": "images trained for experts",
     "matching:check": "images trained to check the set",
     "evaluate:training": "images trained for evaluation",
@@ -38,7 +41,16 @@ STAGES = {  # stage -> words for the user
     "trust:labels": "probabilities of all labels",
 }
 # Stages within a stage, in images. Plain lines show them only after 10 s without a line, so a short job has none.
-INNER_STAGES = {"trust:proxies", "experts:training", "matching:check", "evaluate:training", "detector:training"}
+INNER_STAGES = {
+    "data:normalise",
+    "trust:proxies",
+    "trust:nearest",
+    "experts:training",
+    "matching:start",
+    "matching:check",
+    "evaluate:training",
+    "detector:training",
+}
 FIGURES = {"trusted": "share trusted", "moved": "share changed"}
 
 

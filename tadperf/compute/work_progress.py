@@ -40,6 +40,11 @@ def add_tested(images: int) -> None:
         _count(TESTED * images)
 
 
+def add_processed(images: int) -> None:
+    """Counts images, or samples, of a step that trains no network. One counts as much as a trained image."""
+    add_trained(images)
+
+
 def work(trained: int, tested: int = 0) -> int:
     """Returns the units of work of training on some images and testing some."""
     return TRAINED * trained + TESTED * tested
@@ -79,7 +84,7 @@ class SharedCount:
 
 @contextlib.contextmanager
 def reporting(progress: Progress, stage: str, total: int, elsewhere: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Inside the block, a thread reports the trained images as a stage, about once per second.
+    """Inside the block, a thread reports the trained or processed images as a stage, about once per second.
 
     total: the units of work (`work`) of the block, and of other processes that it waits for. elsewhere: returns the
     units that those have done. Of several ranks, each one reports its own work.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tadperf.compute.transfer import upload_all
+from tadperf.compute.work_progress import add_processed
 from tadperf.data.normalise import CHUNK, Normaliser
 
 
@@ -76,6 +77,7 @@ def normalise_images(normaliser: Normaliser, images: Tensor, device: torch.devic
     normalised = torch.empty(images.shape, dtype=torch.float32, device=device)
     for start in range(0, len(images), CHUNK):
         normalised[start : start + CHUNK] = lazy.normaliser(images[start : start + CHUNK].to(device))
+        add_processed(len(images[start : start + CHUNK]))
     return normalised
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tadperf import seeds
+from tadperf.compute.work_progress import add_processed
 from tadperf.data.images import Images
 
 MAX_CLUSTERED_VALUES = 2**28  # float32 values clustered at a time, 1 GiB; not tuned
@@ -49,6 +50,7 @@ def pick_central(images: Images, labels: Tensor, ipc: int, seed: int) -> Tensor:
             centres = clusters.fit(points).cluster_centers_
             distance = torch.cdist(torch.from_numpy(centres), torch.from_numpy(points))
             picked.append(rows[assign_distinct(distance)])
+            add_processed(int((labels == label).sum()))
     return torch.cat(picked)
 
 

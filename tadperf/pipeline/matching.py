@@ -8,7 +8,7 @@ from torch import Tensor
 from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.compute.torch_settings import torch_settings
-from tadperf.compute.work_progress import reporting
+from tadperf.compute.work_progress import reporting, work
 from tadperf.compute.workers import available_cores, threads_for
 from tadperf.data.pick import pick_central, pick_real
 from tadperf.experts.store import Experts
@@ -55,7 +55,8 @@ def match(
         context.progress(stage, done, total, **values)
 
     with torch_settings(threads=threads):
-        state = ranks.once(lambda: starting_state(task, context.samples, net, experts, refined_images))
+        with reporting(context.progress, "matching:start", work(len(context.samples.labels))):
+            state = ranks.once(lambda: starting_state(task, context.samples, net, experts, refined_images))
         initial = package_set(task, context.data.normaliser, state, config.evaluate.real_lr)
         initial.save(context.run.path / INITIAL)
         if scoring:

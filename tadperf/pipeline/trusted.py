@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
+from tadperf.compute.work_progress import reporting
+from tadperf.data.normalise import normalise_work
 from tadperf.nets.problem import Problem
 from tadperf.progress import Progress
 from tadperf.refine.start import starting_trust
@@ -24,7 +27,10 @@ def load_data(task: Task, run: Run, progress: Progress) -> NormalisedData:
     """The stage "data": normalises the images."""
     with run.stage("data"):
         progress("data", 0, 1)
-        data = normalise_data(task)
+        train, test, kind = task.train, task.test, task.config.data.normalise
+        total = normalise_work(kind, len(train), len(test), math.prod(train.shape))
+        with reporting(progress, "data:normalise", total):
+            data = normalise_data(task)
         progress("data", 1, 1)
     return data
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from tadperf.compute.device import resolve_device
 from tadperf.compute.torch_settings import torch_settings
+from tadperf.compute.work_progress import reporting
 from tadperf.config import Config
 from tadperf.config.merge import merge
 from tadperf.data.dataset import Dataset
 from tadperf.data.images import device_pixels, normalise_images
-from tadperf.data.normalise import fit_normaliser
+from tadperf.data.normalise import fit_normaliser, normalise_work
 from tadperf.nets.problem import Problem
 from tadperf.progress import Progress, silent
 from tadperf.trust.evidence import audit_labels, loop_signals, open_evidence
@@ -35,8 +38,9 @@ def audit(
         if not networks:
             return audit_labels(dataset.labels, *evidence, dataset.class_names, progress)
         probabilities, features = loop_signals(evidence, dataset.labels, dataset.num_classes, progress)
-        pixels = device_pixels(dataset.images, device)
-        images = normalise_images(fit_normaliser(pixels, config.data.normalise, device), pixels, device)
+        pixels, kind = device_pixels(dataset.images, device), config.data.normalise
+        with reporting(progress, "data:normalise", normalise_work(kind, len(dataset), 0, math.prod(dataset.shape))):
+            images = normalise_images(fit_normaliser(pixels, kind, device), pixels, device)
         names, augment = dataset.class_names, config.data.augment
         problem = Problem(images, dataset.labels, names, config.net, augment, config.seed, device)
         trust = config.trust.model_copy(update={"mode": "on"})

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf import seeds
+from tadperf.compute.work_progress import add_processed, reporting, work
 from tadperf.progress import Progress, silent
 
 # None of these constants was tuned.
@@ -75,7 +76,9 @@ def estimate_from_neighbours(
     rows = torch.randperm(len(labels), generator=seeds.generator(seed, "rows"), device="cpu")
     rows = rows[: max(SELECTION_SIZE // num_classes, 1)].to(labels.device)
     best, best_score = None, -torch.inf
-    for reach, votes in neighbour_labels(affinity(features), labels, num_classes, seed, report):
+    with reporting(progress, "trust:nearest", work(len(labels))):
+        graph = affinity(features)
+    for reach, votes in neighbour_labels(graph, labels, num_classes, seed, report):
         votes = votes / votes.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
         g = votes / votes.sum(1, keepdim=True)
         selected, row_labels = g[rows], labels[rows]
@@ -150,6 +153,7 @@ def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         top = similarity.topk(k, 1)
         values.append(top.values)
         index.append(top.indices)
+        add_processed(len(top.indices))
     return torch.cat(values), torch.cat(index)
 
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from tadperf.compute.work_progress import counting
 from tadperf.data import images as images_module
 from tadperf.data import normalise
 from tadperf.data.images import normalise_images
-from tadperf.data.normalise import Normaliser, fit_normaliser
+from tadperf.data.normalise import Normaliser, fit_normaliser, normalise_work
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
@@ -150,3 +151,17 @@ def test_bad_kinds():
         fit_normaliser(images(4), "minmax")
     with pytest.raises(UserError, match="too large; use meanstd or a smaller --image-size"):
         fit_normaliser(torch.zeros(1, 3, 65, 65, dtype=torch.uint8), "zca")
+
+
+@pytest.mark.parametrize("kind", ["meanstd", "zca"])
+def test_the_progress_of_normalising_ends_at_its_work(kind, monkeypatch):
+    monkeypatch.setattr(normalise, "CHUNK", 64)
+    monkeypatch.setattr(images_module, "CHUNK", 64)
+    train, test = images(150), images(70)
+    units: list[int] = []
+    with counting(units.append):
+        normaliser = fit_normaliser(train, kind)
+        normalise_images(normaliser, train)
+        normalise_images(normaliser, test)
+    assert sum(units) == normalise_work(kind, 150, 70, train[0].numel())
+    assert len(units) == 5 + 4 * (kind == "zca")  # chunks of both splits; of the covariance, and the decomposition

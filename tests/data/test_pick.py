@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
+from tadperf.compute.work_progress import counting, work
 from tadperf.data.pick import hold_out, pick_central, pick_real
 
 
@@ -66,3 +67,10 @@ def test_central_samples_are_distinct_when_all_images_are_equal():
     with pytest.warns(match="distinct clusters"):
         index = pick_central(images, labels, 5, seed=0)
     assert len(index.unique()) == 10
+
+
+def test_the_progress_of_clustering_counts_the_samples_of_each_class():
+    labels, units = torch.tensor([0, 0, 1, -1, 1, 1]), []
+    with counting(units.append):
+        pick_central(torch.randn(6, 1, 2, 2), labels, 1, 0)
+    assert units == [work(2), work(3)]

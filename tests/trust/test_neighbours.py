@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tadperf.compute.work_progress import counting, work
 from tadperf.trust import neighbours
 from tadperf.trust.neighbours import (
     affinity,
@@ -148,3 +149,11 @@ def test_progress_counts_every_step_on_large_sets(monkeypatch, fold_size, total)
     monkeypatch.setattr(neighbours, "REPORTED_SIZE", 60 * 3)
     estimate_from_neighbours(z, clean, 3, 0, progress=record)
     assert calls == [(done, total) for done in range(total + 1)]
+
+
+def test_the_progress_of_the_comparison_counts_every_sample(monkeypatch):
+    monkeypatch.setattr(neighbours, "CPU_BLOCK", 20 * 8)
+    z, units = torch.randn(20, 4), []
+    with counting(units.append):
+        nearest_neighbours(z, 3)
+    assert units == [work(8), work(8), work(4)]
