@@ -6,7 +6,7 @@ rule for the threshold are ours:
 
 - Losses of a network in training have a peak at 0, and the lower Gaussian shrinks onto it. Then the variances need a
   floor (FLOOR), as in DivideMix. We use it for a class where it matters: the lower Gaussian is narrower than the floor,
-  and its weight is larger with the floor.
+  its weight is larger with the floor, and the class has two modes then.
 - A class is split only if BIC prefers two Gaussians to one, Ashman's D is above 2, and the upper mean loss is above
   log 2. Below log 2 the label is still more likely than all other classes together: the class is only hard to learn.
 - A class that is not split, or has few samples, uses the split of all classes together. If there is no such split
@@ -130,7 +130,7 @@ def _fit(losses: Tensor, groups: Tensor, count: int) -> Mixture:
     if not narrow.any():
         return fit
     wide = mixture(losses, groups, count, floor=FLOOR, monotone=True)
-    shrunken = narrow & (wide.weight[:, 0] - fit.weight[:, 0] > MIN_WEIGHT_GAIN)
+    shrunken = narrow & (wide.weight[:, 0] - fit.weight[:, 0] > MIN_WEIGHT_GAIN) & _is_bimodal(wide, losses, groups)
     chosen = shrunken[groups.clamp(min=0)]
     return Mixture(
         torch.where(chosen, wide.posterior, fit.posterior),
