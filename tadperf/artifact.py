@@ -190,7 +190,7 @@ class DistilledSet:
         Raises UserError if there is no test split, or if its shape or the order of its classes does not fit the set.
         """
         source = self.data.get("source", {})
-        own_data = path is None
+        own_data = path is None or str(Path(path).expanduser().absolute()) == source.get("path")
         format = source.get("format") if own_data else None
         path = source.get("path", self.data.get("name")) if path is None else path
         if path is None or (own_data and format == FORMAT):

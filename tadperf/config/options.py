@@ -16,7 +16,9 @@ class Option(NamedTuple):
     kind: type = str  # str, Path, bool or list. Numbers are text: the config checks them
 
 
-DATA_HELP = "'digits', or images: a parquet file, image folder, table (.csv), CIFAR pickles, npz, safetensors, idx.gz"
+DATA_HELP = (
+    "'digits', or images: parquet, folder, table (.csv), .tar shards, CIFAR, npz, safetensors, idx, hf://user/name"
+)
 CONFIG_OPTIONS = (
     Option("DATA", "DATA", DATA_HELP, "data.path"),
     Option("--format", "NAME", "Format of DATA; by default it is detected.", "data.format"),

@@ -39,7 +39,7 @@ def split_off_test(whole: Dataset, share: float, labels: str | None = None) -> t
     train, test = (_part(whole, mask, share) for mask in (~drawn, drawn))
     if labels is not None:
         train = replace_labels(train, labels)
-    test = replace(test, source={**test.source, "split": "test"})
+    test = replace(test, source={**test.source, "split": "test"}, broken=())  # train lists the broken images of the set
     return train, test if test.clean_labels is None else test.with_labels(test.clean_labels, None)
 
 

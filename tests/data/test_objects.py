@@ -98,3 +98,19 @@ def test_distill_and_audit_from_python(tmp_path):
     state = tadperf.audit(Items(60), config)
     assert (len(state), state.class_names) == (60, ("dark", "bright"))
     assert len(tadperf.audit("digits", config)) == 1400
+
+
+@pytest.mark.filterwarnings("ignore::tadperf.errors.DataWarning")
+def test_a_test_split_that_was_made_is_found_by_the_path_of_the_data(tmp_path):
+    """The lines that a run prints measure a network on the path of the data."""
+    items = Items(60)
+    np.savez(tmp_path / "set.npz", images=items.images, labels=np.arange(60) % 2)
+    distilled = tadperf.distill(merge("quick", options=TINY), tmp_path / "run", data=tmp_path / "set.npz")
+    assert distilled.data["source"]["test_share"] == 0.2
+    test = distilled.test_split()
+    assert len(test) == 12
+    assert distilled.test_split(tmp_path / "set.npz").fingerprint == test.fingerprint
+    assert 0 <= distilled.accuracy(distilled.train(), tmp_path / "set.npz") <= 1
+    np.savez(tmp_path / "other.npz", images=items.images, labels=np.arange(60) % 2)
+    with pytest.raises(UserError, match="has no test split"):
+        distilled.test_split(tmp_path / "other.npz")

@@ -121,6 +121,7 @@ def test_broken_images_and_labels_of_the_whole_set(folder, tmp_path):
     assert test.file_names is not None
     assert set(plain.test.file_names or ()) - {"a/07.png"} == set(test.file_names)
     assert len(train) + len(test) == 13
+    assert ([image.name for image in train.broken], test.broken) == (["a/03.png"], ())
     for split in (train, test):
         assert [split.class_names[c] for c in split.labels] == [given[name] for name in split.file_names or ()]
 
