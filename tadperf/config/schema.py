@@ -30,8 +30,8 @@ class DataConfig(Section):
 
     path: str = Field(
         default="digits",
-        description="'digits', or a file or folder: parquet, image folder, table (.csv), CIFAR pickles, npz, "
-        "safetensors, idx.gz",
+        description="'digits', a file or folder (parquet, image folder, table, .tar shards, CIFAR, npz, safetensors, "
+        "idx), or a data set of the Hugging Face hub (hf://user/name)",
     )
     format: str | None = Field(default=None, description="format of the path; by default it is detected")
     image_size: int | None = Field(

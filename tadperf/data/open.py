@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -253,9 +254,10 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
         raise UserError("data", path, f"holds several data sets: {listed}; name one of these folders")
     if sets:
         return sets[0]
-    for kind in ("parquet", "arrow"):
-        if next(path.rglob(f"*.{kind}"), None):
-            return kind, path
+    if next(path.rglob("*.parquet"), None):
+        return "parquet", path
+    if next(itertools.chain(path.glob("*.arrow"), path.glob("*/*.arrow")), None):
+        return "arrow", path
     return "webdataset" if holds_shards(path) else "folder", path
 
 
