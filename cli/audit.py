@@ -150,9 +150,12 @@ def _has_evidence(config: Config) -> bool:
 
 def _audit(config: Config, has_images: bool, dual_loop: bool, quiet: bool) -> tuple[Dataset | LabelSet, TrustState]:
     from tadperf.cli.progress import display
+    from tadperf.errors import UserError
     from tadperf.pipeline.audit import audit_data, audit_files
 
     with display(quiet) as progress:
         if not has_images:
+            if dual_loop:
+                raise UserError("--dual-loop", "no images", "trains networks on images; name DATA")
             return audit_files(config, progress)
         return audit_data(config, progress, networks=dual_loop or not _has_evidence(config))

@@ -55,8 +55,15 @@ def audit_files(config: Config, progress: Progress = silent) -> tuple[Dataset | 
         raise UserError("--encoder", trust.encoder, "computes features of images; name DATA, a set of images")
     if config.data.labels is None:
         raise UserError(field, path, "needs the labels of its rows; give --labels FILE, or DATA, a set of images")
-    if config.data.noise != "none":
-        raise UserError("--noise", config.data.noise, "needs a set of images; name DATA")
+    data = config.data
+    for option, value in (
+        ("--noise", None if data.noise == "none" else data.noise),
+        ("--image-size", data.image_size),
+        ("--format", data.format),
+        ("--skip-broken", data.skip_broken or None),
+    ):
+        if value is not None:
+            raise UserError(option, value, "needs a set of images; name DATA")
     p = open_probabilities(trust.probs, "--probs") if trust.probs else None
     z = open_features(trust.features, "--features") if trust.features else None
     count = len(p) if p is not None else len(z) if z is not None else None

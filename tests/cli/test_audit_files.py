@@ -112,6 +112,8 @@ def test_an_encoder_computes_features_of_the_images(tadperf, tmp_path, monkeypat
         ("--features F.npy", "--features: {}/F.npy: needs the labels of its rows; give --labels FILE, or DATA"),
         ("--encoder e --labels L.csv", "--encoder: {}/e: computes features of images; name DATA"),
         ("--features F.npy --labels L.csv --noise symmetric:0.1", "--noise: symmetric:0.1: needs a set of images"),
+        ("--features F.npy --labels L.csv --image-size 8", "--image-size: 8: needs a set of images; name DATA"),
+        ("--features F.npy --labels L.csv --dual-loop", "--dual-loop: no images: trains networks on images; name DATA"),
         ("digits --features F.npy", "--features: {}/F.npy: has 600 rows; digits has 1400 samples"),
         ("digits --encoder e", "--encoder: {}/e: no such folder; name a local folder with config.json"),
     ],
