@@ -33,11 +33,11 @@ from tadperf.data.pick import pick_real
 from tadperf.nets.problem import Problem
 from tadperf.progress import silent
 from tadperf.trust.label_issues import find_label_issues
-from tadperf.trust.loop import assign_verdicts
 from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.proxies import ProxyOutputs, train_proxies
 from tadperf.trust.quality import METHODS
 from tadperf.trust.state import TrustState, as_given
+from tadperf.trust.verdicts import assign_verdicts
 
 RANKINGS = METHODS[1:]  # cleanlab's scores
 SIZES = ((50_000, 10), (50_000, 100), (20_000, 1000))

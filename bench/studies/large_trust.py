@@ -53,12 +53,13 @@ def measure(count: int, classes: int, width: int, dtype: torch.dtype) -> dict[st
     split = partition(losses, labels, classes)
     timed("partition", begun)
     begun = time.perf_counter()
-    inner = recalibrate(features, labels, split.trusted, split.posterior, classes)
+    candidate = torch.where(split.trusted, labels, (labels + classes - 1) % classes)
+    inner = recalibrate(features, labels, split.trusted * split.posterior, candidate, candidate, split.trusted, classes)
     timed("recalibrate", begun)
     begun = time.perf_counter()
     fit_anchors(features, labels, split.trusted * split.posterior, classes)
     timed("of which anchors and covariance", begun)
-    view = torch.where(split.trusted, labels, inner.candidate)
+    view = torch.where(split.trusted | inner.clear, candidate, -1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         **seconds,

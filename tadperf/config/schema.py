@@ -86,6 +86,18 @@ class TrustConfig(Section):
     )
     batch: int = Field(default=64, ge=1, description="batch size of the proxies")
     lr: float = Field(default=0.1, gt=0, description="learning rate of the proxies' SGD")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of the proxies' SGD")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of the proxies' SGD")
+    schedule: Literal["constant", "one-cycle"] = Field(
+        default="constant", description="learning rate of the proxies; one-cycle: up to lr, then down to 0"
+    )
+    width: int | None = Field(default=None, ge=1, description="channels of the proxies; by default net.width")
+    augment: str | None = Field(
+        default=None, description="augmentation of the proxies' images; by default data.augment"
+    )
+    soft_targets: bool = Field(
+        default=False, description="after the first round, proxies learn the pooled probabilities of all samples"
+    )
     mixup: bool = Field(default=True, description="train proxies on mixed pairs of images")
     consistency: float = Field(default=0.0, ge=0, description="weight of the KL divergence between two augmented views")
     class_wise: bool = Field(default=True, description="one mixture of losses per class; false: one for all classes")

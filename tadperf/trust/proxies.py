@@ -44,6 +44,7 @@ from tadperf.trust.state import TrustedView
 
 AVERAGED_EPOCHS = 4  # losses and probabilities are means over the last epochs; not tuned
 MAX_FEATURES = 512  # of all proxies together; wider features are projected; not tuned
+WARM_UP = 0.2  # share of the epochs in which the rate of "one-cycle" grows; not tuned
 EVAL_BATCH = 1024  # images in a forward pass without gradients; not tuned
 
 
@@ -55,14 +56,55 @@ class ProxyOutputs(NamedTuple):
     features: Tensor
 
 
+def proxy_problem(problem: Problem, config: TrustConfig) -> Problem:
+    """Returns the problem with the width and the augmentation of the proxies, if the configuration names them."""
+    net = problem.net if config.width is None else problem.net.model_copy(update={"width": config.width})
+    return replace(problem, net=net, augment=problem.augment if config.augment is None else config.augment)
+
+
+class Rate:
+    """The learning rate of the proxies, which changes from epoch to epoch.
+
+    value: a number on a CPU; on CUDA a float32 scalar, which recorded graphs read.
+    """
+
+    def __init__(self, config: TrustConfig, device: torch.device) -> None:
+        self.rates = learning_rates(config)
+        self.value: float | Tensor = self.rates[0]
+        if device.type == "cuda" and len(set(self.rates)) > 1:
+            self.value = torch.full((), self.rates[0], device=device)
+
+    def set(self, epoch: int) -> None:
+        """Takes the rate of an epoch; past the last epoch, keeps the rate."""
+        if epoch >= len(self.rates):
+            return
+        if isinstance(self.value, Tensor):
+            self.value.fill_(self.rates[epoch])
+        else:
+            self.value = self.rates[epoch]
+
+
+def learning_rates(config: TrustConfig) -> list[float]:
+    """Returns the learning rate of each epoch.
+
+    With the schedule "one-cycle" it grows linearly to `config.lr` in the first fifth of the training, and then falls
+    linearly to 0 (Smith and Topin, 2018). An epoch has the rate of its middle.
+    """
+    if config.schedule == "constant":
+        return [config.lr] * config.epochs
+    middles = [(epoch + 0.5) / config.epochs for epoch in range(config.epochs)]
+    return [config.lr * min(u / WARM_UP, (1 - u) / (1 - WARM_UP)) for u in middles]
+
+
 def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, progress: Progress) -> ProxyOutputs:
     """Trains the proxies on the view and runs them on all samples. The outputs are on the problem's device.
 
     On a CPU, several train in parallel on one core each; on CUDA, small ones train side by side. problem: its labels
-    are the given labels. Losses and probabilities are means over the last epochs and over the proxies. With
-    `config.held_out`, proxy m trains without fold m of the samples, and the outputs of those samples come from proxy m
-    alone. The result depends on (seed, view) only.
+    are the given labels. The labels of the view may be soft, float [M, C]. Losses and probabilities are means over the
+    last epochs and over the proxies. With `config.held_out`, proxy m trains without fold m of the samples, and the
+    outputs of those samples come from proxy m alone. The result depends on (seed, view) only.
     """
+    problem = proxy_problem(problem, config)
     count, proxies, seed, device = len(problem.images), config.proxies, problem.seed, problem.device
     fold = torch.randperm(count, generator=seeds.generator(seed, "proxy folds")) % proxies
     held_out, on_cpu = config.held_out and proxies > 1, device.type == "cpu"
@@ -73,8 +115,8 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
         counted = (fold == m).nonzero().squeeze(1) if held_out else torch.arange(count)
         # A CPU tests all samples, because the last bits of an output may depend on the other images of its batch.
         tested = torch.arange(count) if on_cpu else counted
-        proxy_problem = replace(problem, seed=seeds.derive(seed, "proxy", m))
-        outputs = yield from proxy_parts(proxy_problem, part, tested, config)
+        own_problem = replace(problem, seed=seeds.derive(seed, "proxy", m))
+        outputs = yield from proxy_parts(own_problem, part, tested, config)
         if not on_cpu:
             return outputs
         # NumPy arrays: PyTorch would send tensors through shared files, which stay behind if a worker is killed.
@@ -125,12 +167,13 @@ def proxy_parts(
     velocity, zeros = tuple(map(torch.zeros_like, parameters)), {}
     labels, weights, given = upload_all([view.labels, view.weights, problem.labels[tested]], device)
     index, tested_images = upload_all([view.index, tested], index_device(images))
-    target = F.one_hot(labels, classes) * weights.unsqueeze(1)
+    target = (labels if labels.is_floating_point() else F.one_hot(labels, classes)) * weights.unsqueeze(1)
+    rate = Rate(config, device)
 
     def step(*fields: Any) -> None:
         loss = proxy_loss(predict, ProxyBatch(*fields), config.consistency)
         gradients = gradients_or_zeros(loss, parameters, zeros)
-        sgd_step(parameters, velocity, gradients, config.lr, 0.0, 0.0)
+        sgd_step(parameters, velocity, gradients, rate.value, config.momentum, config.weight_decay)
 
     averaged = min(AVERAGED_EPOCHS, config.epochs)
     means, features = OutputMeans(given, classes, averaged), torch.empty(0)
@@ -143,6 +186,7 @@ def proxy_parts(
         elif epoch >= config.epochs - averaged:
             means.add(predict, images, tested_images)
         module.train()
+        rate.set(epoch + 1)
         yield
     return means.losses, means.probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
 

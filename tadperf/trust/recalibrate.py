@@ -1,10 +1,19 @@
-"""The inner recalibration: class anchors in feature space decide about the samples that the partition does not trust.
+"""The inner recalibration: class anchors in feature space check the classes that the pooled sources find.
 
 Anchors are the means of the trusted features, weighted by the posterior. They share one covariance, which is shrunk
-(Ledoit and Wolf, 2004). A sample gets a candidate class if the nearest anchor by Mahalanobis distance and the nearest
-by cosine agree, both with a large enough margin; the trusted samples set the smallest margin. The sample is recalled if
-the candidate is its given label, and relabelled otherwise. TAD (arXiv 2502.05027) names the two measures; the margins
-and the reliability are ours.
+(Ledoit and Wolf, 2004). Two measures vote for the class of a sample: its nearest anchor by Mahalanobis distance, and
+the nearest by cosine. TAD (arXiv 2502.05027) names the two measures; the rest is ours:
+
+The probability of a class is multiplied by the strength of its votes (0, 1 or 2), which is estimated from the given
+labels. Among confident samples, take those whose class has v votes. Their share of given labels that equal the class,
+above chance, is s_v. Where the class is wrong, the label equals it by chance only. So s_v / s_2 estimates how often the
+class is right with v votes, relative to two votes. On 25 000 CIFAR-10 images (CIFAR-10N, worse) the estimates are 0.85
+and 0.92 for no and one vote, the true shares 0.84 and 0.92; on digits with symmetric:0.8 they are 0 and 0.43 (0.17 and
+0.39): there the anchors know more than the other sources.
+
+A sample is relabelled only if both measures name its class, each with a margin to the second class that is calibrated
+on the anchors' samples (PRECISION). Without this rule, digits with asymmetric:0.4 end with 99.3 % right labels in the
+view at 99.9 % coverage, with it 99.9 % at 97.3 % (2 seeds); a PRECISION of 0.98 gives 99.9 % at 96.8 %.
 """
 
 from __future__ import annotations
@@ -18,7 +27,10 @@ from torch import Tensor
 from tadperf.kernels import reliability as nearest_anchors
 
 BLOCK = 2**22  # numbers processed at a time: 16 MB in float32; not tuned
-PRECISION = 0.98  # share of trusted samples above a margin that must be nearest to their own anchor; not tuned
+PRECISION = 0.95  # share of anchors' samples above a margin that are nearest to their own anchor
+PRIOR_SAMPLES = (
+    10.0  # in the estimate of a strength; they have the strengths 0, 0.5 and 1 for 0, 1 and 2 votes; not tuned
+)
 
 
 class Anchors(NamedTuple):
@@ -30,45 +42,60 @@ class Anchors(NamedTuple):
 
 
 class Recalibration(NamedTuple):
-    """candidate int64 [N] (-1: none); strength [N] in [0, 1]; reliability [N] in [0, 1] of the given label."""
+    """strength [N] in [0, 1] of the votes for the classes; clear bool [N]: both measures name the class, by far."""
 
-    candidate: Tensor
     strength: Tensor
-    reliability: Tensor
+    clear: Tensor
 
 
 def recalibrate(
-    features: Tensor, labels: Tensor, trusted: Tensor, posterior: Tensor, num_classes: int
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    classes: Tensor,
+    blind: Tensor,
+    confident: Tensor,
+    num_classes: int,
 ) -> Recalibration:
-    """Returns candidate classes for all samples, and the reliability of trusted ones (TAD's inner loop).
+    """Checks the class of each sample by the anchors (TAD's inner loop; see the top of this module).
 
-    features: finite floats [N, D] of any precision; never copied as a whole. labels: int64 [N]. trusted: bool [N].
-    posterior: float [N], the probability that the label is right.
-    strength: the share of correct labels among trusted samples with margins at least as large. reliability: the
-    posterior if both measures find the given class; otherwise it falls with the distance rank within the class, down
-    to 0 for the most distant sample if neither measure finds its class.
+    features: finite floats [N, D] of any precision; never copied as a whole. labels: int64 [N], as given. weight: float
+    [N] of the samples that make the anchors, and that calibrate the margins. classes: int64 [N], the class to check.
+    blind: int64 [N], the class that sources find which have not seen the sample's label. confident: bool [N], the
+    samples to estimate the strengths on.
     """
-    anchors = fit_anchors(features, labels, trusted * posterior, num_classes)
+    anchors = fit_anchors(features, labels, weight, num_classes)
     match = nearest_anchors(features, anchors.means, anchors.cholesky)
     nearest, most_similar = anchors.classes[match.nearest], anchors.classes[match.most_similar]
-    if len(anchors.classes) == 1:
-        distance_margin = similarity_margin = torch.ones_like(match.distance)
-        second_distance = torch.full_like(match.distance, torch.inf)
-    else:
-        distance_margin = match.second_distance.square() - match.distance.square()
-        similarity_margin = match.similarity - match.second_similarity
-        second_distance = match.second_distance
-    distance_strength, distance_floor = calibrate_margin(distance_margin, nearest == labels, trusted)
-    similarity_strength, similarity_floor = calibrate_margin(similarity_margin, most_similar == labels, trusted)
-    agree = (nearest == most_similar) & (distance_margin >= distance_floor) & (similarity_margin >= similarity_floor)
-    votes = ((nearest == labels).float() + (most_similar == labels).float()) / 2
-    second_distance = second_distance.where(anchors.classes[match.second.clamp(min=0)] == labels, torch.inf)
-    rank = rank_within(torch.where(nearest == labels, match.distance, second_distance), labels)
-    return Recalibration(
-        candidate=torch.where(agree, nearest, -1),
-        strength=torch.minimum(distance_strength, similarity_strength),
-        reliability=torch.where(trusted, posterior * (1 - rank * (1 - votes)), 0.0),
+    strength = vote_strength(
+        (nearest == blind).long() + (most_similar == blind), labels == blind, confident, num_classes
     )
+    votes = (nearest == classes).long() + (most_similar == classes)
+    if len(anchors.classes) == 1:
+        return Recalibration(strength[votes], votes == 2)
+    distance_margin = match.second_distance.square() - match.distance.square()
+    similarity_margin = match.similarity - match.second_similarity
+    used = weight > 0
+    far = distance_margin >= lowest_margin(distance_margin, nearest == labels, used)
+    far &= similarity_margin >= lowest_margin(similarity_margin, most_similar == labels, used)
+    return Recalibration(strength[votes], (votes == 2) & far)
+
+
+def vote_strength(votes: Tensor, equal: Tensor, confident: Tensor, num_classes: int) -> Tensor:
+    """Returns the strength [3] of 0, 1 and 2 votes (see the top of this module). It grows with the votes.
+
+    votes: int64 [N]. equal: bool [N], whether the given label is the class. confident: bool [N].
+    """
+    counted = confident.float()
+    total = torch.zeros(3, device=votes.device).index_add_(0, votes, counted)
+    hits = torch.zeros(3, device=votes.device).index_add_(0, votes, counted * equal)
+    excess = hits - total / num_classes
+    best = excess[2] / total[2].clamp(min=1.0)
+    prior = torch.linspace(0, 1, 3, device=votes.device)
+    strength = (excess + PRIOR_SAMPLES * best * prior) / ((total + PRIOR_SAMPLES) * best).clamp(min=1e-6)
+    strength = torch.where(best > 0, strength, prior).clamp(0, 1)
+    strength[2] = 1.0
+    return strength.cummax(0).values
 
 
 def fit_anchors(features: Tensor, labels: Tensor, weight: Tensor, num_classes: int) -> Anchors:
@@ -125,34 +152,13 @@ def shrunk_cholesky(residuals: Callable[[slice], Tensor], count: int, size: int,
     return torch.linalg.cholesky(shrunk).float()
 
 
-def calibrate_margin(margin: Tensor, right: Tensor, trusted: Tensor) -> tuple[Tensor, float]:
-    """Returns the strength [N] of each margin, and the lowest margin with PRECISION of the trusted samples right.
+def lowest_margin(margin: Tensor, right: Tensor, used: Tensor) -> Tensor:
+    """Returns the lowest margin above which PRECISION of the used samples are right, a scalar; infinity if none is.
 
-    The strength is the share of right samples among the trusted samples with at least that margin. Its running maximum
-    makes it monotone: a larger margin never has less strength. Without trusted samples: strength 0, margin infinity.
+    margin: float [N]. right, used: bool [N].
     """
-    index = trusted.nonzero().squeeze(1)
-    values, correct = margin[index], right[index].double()
-    if not len(values):
-        return torch.zeros_like(margin), float("inf")
-    order = values.argsort(descending=True, stable=True)
-    share = correct[order].cumsum(0) / torch.arange(1, len(values) + 1, device=margin.device)
-    share = share.flip(0).cummax(0).values.flip(0)
-    enough = (share >= PRECISION).nonzero()
-    floor = float(values[order[enough[-1]]]) if len(enough) else float("inf")
-    ascending = values[order].flip(0).contiguous()
-    position = torch.searchsorted(ascending, margin.contiguous()).clamp(max=len(values) - 1)
-    return share.flip(0)[position].float(), floor
-
-
-def rank_within(values: Tensor, groups: Tensor) -> Tensor:
-    """Returns the rank of each value within its group, from 0 (lowest) to 1 (highest), float [N]."""
-    order = values.argsort(stable=True)
-    order = order[groups[order].argsort(stable=True)]
-    size = groups.bincount()
-    start = size.cumsum(0) - size
-    sorted_groups = groups[order]
-    place = torch.arange(len(order), device=values.device) - start[sorted_groups]
-    rank = torch.empty_like(values)
-    rank[order] = place.to(values) / (size[sorted_groups] - 1).clamp(min=1)
-    return rank
+    order = margin.argsort(descending=True, stable=True)
+    order = order[used[order]]
+    values = margin[order]
+    share = right[order].double().cumsum(0) / torch.arange(1, len(values) + 1, device=margin.device)
+    return torch.where(share >= PRECISION, values, torch.inf).amin() if len(values) else margin.new_tensor(torch.inf)

@@ -23,9 +23,10 @@ from tadperf.data.open import open_data
 from tadperf.nets.problem import Problem
 from tadperf.progress import silent
 from tadperf.trust import neighbours
-from tadperf.trust.loop import assign_verdicts, dual_loop
+from tadperf.trust.loop import dual_loop
 from tadperf.trust.proxies import train_proxies
 from tadperf.trust.state import DTYPES, TrustState, as_given
+from tadperf.trust.verdicts import assign_verdicts
 
 DIGITS = open_data("digits").train
 PART = DIGITS.subset((DIGITS.labels < 5).nonzero().squeeze(1)[:180])

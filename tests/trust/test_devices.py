@@ -14,12 +14,12 @@ from torch import Tensor
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.config import TrustConfig
 from tadperf.kernels import Reliability, reliability
-from tadperf.trust.loop import assign_verdicts
 from tadperf.trust.neighbours import NeighbourEstimate, estimate_from_neighbours
 from tadperf.trust.partition import partition
 from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.recalibrate import recalibrate
 from tadperf.trust.state import DTYPES, RELABELLED, TRUSTED, as_given
+from tadperf.trust.verdicts import assign_verdicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,9 +59,11 @@ def reliability_on_cpu(monkeypatch):
 def test_recalibrate(clouds):
     features, labels, losses = clouds
     split = partition(losses, labels)
-    expected = recalibrate(features, labels, split.trusted, split.posterior, 3)
+    clean = torch.arange(3).repeat(40)
+    arguments = (features, labels, split.trusted * split.posterior, clean, clean, split.trusted, 3)
+    expected = recalibrate(*arguments)
     with torch.device("meta"):
-        result = recalibrate(features, labels, split.trusted, split.posterior, 3)
+        result = recalibrate(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
@@ -97,7 +99,7 @@ def test_verdicts_do_not_depend_on_the_settings_of_tf32(clouds, monkeypatch):
         seen.append(torch.backends.cuda.matmul.allow_tf32)
         return estimate_from_neighbours(features, labels, classes, 0)
 
-    monkeypatch.setattr("tadperf.trust.loop.estimate_from_neighbours", estimate)
+    monkeypatch.setattr("tadperf.trust.verdicts.estimate_from_neighbours", estimate)
     features, labels, losses = clouds
     outputs = ProxyOutputs(losses, torch.full((120, 3), 1 / 3), features)
     with torch_settings(tf32=True):

@@ -19,7 +19,7 @@ from tadperf.nets.device_batches import DeviceDraws, batch_sizes
 from tadperf.nets.problem import Problem
 from tadperf.progress import silent
 from tadperf.trust import proxies, proxy_batches
-from tadperf.trust.proxies import proxy_loss, train_proxies, train_proxy
+from tadperf.trust.proxies import Rate, learning_rates, proxy_loss, proxy_problem, train_proxies, train_proxy
 from tadperf.trust.proxy_batches import EpochDraws, batch_on_device, draw_epoch, epoch_batches, with_image_shares
 from tadperf.trust.state import TrustedView
 
@@ -167,3 +167,46 @@ def test_the_work_of_the_proxies_is_what_they_count(monkeypatch, held_out, mixup
     view = TrustedView(torch.arange(7), p.labels[:7], torch.ones(7))
     train_proxies(p, view, trust_config(held_out=held_out, mixup=mixup), silent)
     assert [sum(counted)] == expected
+
+
+def test_soft_labels_of_one_class_train_as_hard_labels_do():
+    p, weights = problem(), torch.linspace(0.1, 1, 9)
+    hard = TrustedView(torch.arange(9), p.labels, weights)
+    soft = hard._replace(labels=torch.nn.functional.one_hot(p.labels, 3).float())
+    first, second = (train_proxies(p, view, trust_config(), silent) for view in (hard, soft))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    mixed = soft._replace(labels=torch.full((9, 3), 1 / 3))
+    assert not torch.equal(train_proxies(p, mixed, trust_config(), silent).losses, first.losses)
+
+
+def test_the_rate_of_one_cycle_grows_and_falls():
+    assert learning_rates(trust_config(epochs=3, lr=0.2)) == [0.2, 0.2, 0.2]
+    rates = learning_rates(trust_config(epochs=10, lr=0.2, schedule="one-cycle"))
+    assert rates[:3] == pytest.approx([0.05, 0.15, 0.1875])
+    assert rates[-1] == pytest.approx(0.0125)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    rate = Rate(trust_config(epochs=10, lr=0.2, schedule="one-cycle"), torch.device("cpu"))
+    for epoch in range(10):
+        rate.set(epoch)
+        assert rate.value == rates[epoch]
+    rate.set(10)
+    assert rate.value == rates[9]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"momentum": 0.5}, {"weight_decay": 0.1}, {"schedule": "one-cycle"}, {"width": 5}, {"augment": "flip"}],
+    ids=str,
+)
+def test_the_settings_of_the_proxies_change_their_outputs(values):
+    p = problem()
+    view = TrustedView(torch.arange(9), p.labels, torch.ones(9))
+    plain, changed = (train_proxies(p, view, trust_config(**v), silent) for v in ({}, values))
+    assert not torch.equal(plain.losses, changed.losses)
+
+
+def test_the_proxies_have_a_width_and_an_augmentation_of_their_own():
+    p = problem()
+    assert proxy_problem(p, trust_config()) == p
+    own = proxy_problem(p, trust_config(width=7, augment="flip"))
+    assert (own.net.width, own.net.depth, own.augment) == (7, 1, "flip")

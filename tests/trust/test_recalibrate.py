@@ -10,11 +10,13 @@ from torch import Tensor
 
 from tadperf.trust.recalibrate import (
     PRECISION,
-    calibrate_margin,
+    PRIOR_SAMPLES,
+    Recalibration,
     fit_anchors,
-    rank_within,
+    lowest_margin,
     recalibrate,
     shrunk_cholesky,
+    vote_strength,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,62 +61,81 @@ def test_anchors_are_weighted_means_and_empty_classes_have_no_anchor():
     torch.testing.assert_close(anchors.means[2], z[clean == 2].mean(0))
 
 
-def test_wrong_labels_get_the_class_of_their_cloud():
+def check(z: Tensor, labels: Tensor, classes: Tensor, used: Tensor, num_classes: int = 3) -> Recalibration:
+    """Checks `classes` by anchors of the used samples. The other sources agree with the classes, and are confident."""
+    confident = torch.ones(len(z), dtype=torch.bool)
+    return recalibrate(z, labels, used.float(), classes, classes, confident, num_classes)
+
+
+def test_both_measures_name_the_class_of_the_cloud():
     z, clean = clouds()
     labels = clean.clone()
     labels[:12] = (clean[:12] + 1) % 3
-    trusted = torch.ones(len(z), dtype=torch.bool)
-    trusted[:24] = False
-    result = recalibrate(z, labels, trusted, torch.ones(len(z)), 3)
-    assert torch.equal(result.candidate[:24], clean[:24])
-    assert (result.strength[:24] >= PRECISION).all()
-    assert (result.reliability[:24] == 0).all()
-    assert (result.reliability[24:] == 1).all()
+    used = torch.arange(len(z)) >= 24
+    right = check(z, labels, clean, used)
+    assert right.clear.all()
+    assert (right.strength == 1).all()
+    wrong = check(z, labels, (clean + 1) % 3, used)
+    assert not wrong.clear.any()
 
 
-def test_a_sample_between_the_anchors_has_no_candidate():
+def test_a_sample_between_the_anchors_is_not_clear():
     z, clean = clouds(spread=1.5)
     middle = torch.stack([z[clean == c].mean(0) for c in (0, 1)]).mean(0)
-    z = torch.cat([z, middle[None]])
-    labels = torch.cat([clean, torch.tensor([0])])
-    labels[::10] = (labels[::10] + 1) % 3  # so that some trusted samples are wrong
-    trusted = torch.ones(len(z), dtype=torch.bool)
-    trusted[-1] = False
-    assert recalibrate(z, labels, trusted, torch.ones(len(z)), 3).candidate[-1] == -1
+    z, classes = torch.cat([z, middle[None]]), torch.cat([clean, torch.tensor([0])])
+    labels = classes.clone()
+    labels[::10] = (labels[::10] + 1) % 3  # so that some anchors' samples are wrong
+    used = torch.ones(len(z), dtype=torch.bool)
+    used[-1] = False
+    result = check(z, labels, classes, used)
+    assert not result.clear[-1]
+    assert result.clear.any()
 
 
-def test_a_trusted_sample_far_from_its_class_has_low_reliability():
-    z, clean = clouds()
-    labels = clean.clone()
-    labels[0] = (clean[0] + 1) % 3  # trusted by mistake
-    posterior = torch.full((len(z),), 0.9)
-    result = recalibrate(z, labels, torch.ones(len(z), dtype=torch.bool), posterior, 3)
-    assert result.reliability[0] < 0.1
-    torch.testing.assert_close(result.reliability[1:], posterior[1:])
+def test_the_strength_of_votes_is_the_share_of_right_classes():
+    """Symmetric noise of 80 %: the class is right for 90 % of the samples with two votes, and for 45 % with one."""
+    generator = torch.Generator().manual_seed(0)
+    count, classes = 400_000, 10
+    votes = torch.where(torch.rand(count, generator=generator) < 0.5, 2, 1)
+    right = torch.rand(count, generator=generator) < torch.where(votes == 2, 0.9, 0.45)
+    kept = torch.rand(count, generator=generator) < 0.2
+    # A wrong class equals a kept label never, and one that was drawn from the other nine classes by chance.
+    by_chance = torch.rand(count, generator=generator) < 1 / 9
+    equal = torch.where(right, kept, ~kept & by_chance)
+    strength = vote_strength(votes, equal, torch.ones(count, dtype=torch.bool), classes)
+    torch.testing.assert_close(strength[1], torch.tensor(0.45), atol=0.03, rtol=0)
+    assert strength[2] == 1
+    assert strength[0] < 0.1  # no samples: only the prior
+    few = vote_strength(votes[:4], equal[:4], torch.ones(4, dtype=torch.bool), classes)
+    assert (few.diff() >= 0).all()
 
 
-def test_calibrated_margins_by_hand():
-    margin = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    right = torch.tensor([True, True, True, True, False, True])
-    trusted = torch.tensor([True, True, True, True, True, False])
-    strength, floor = calibrate_margin(margin, right, trusted)
-    assert floor == 2.0
-    torch.testing.assert_close(strength, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.8, 0.8]))
-    strength, floor = calibrate_margin(margin, right, torch.zeros(6, dtype=torch.bool))
-    assert (strength == 0).all()
-    assert floor == float("inf")
+def test_votes_of_few_samples_count_by_the_prior():
+    votes = torch.tensor([2] * 1000 + [1])
+    equal = torch.ones(1001, dtype=torch.bool)
+    strength = vote_strength(votes, equal, equal, 10)
+    expected = (0.9 + PRIOR_SAMPLES * 0.9 * 0.5) / ((1 + PRIOR_SAMPLES) * 0.9)
+    torch.testing.assert_close(strength, torch.tensor([0.0, expected, 1.0]))
+    nobody = vote_strength(votes, equal, torch.zeros(1001, dtype=torch.bool), 10)
+    torch.testing.assert_close(nobody, torch.tensor([0.0, 0.5, 1.0]))
 
 
-def test_ranks_run_from_zero_to_one_in_each_group():
-    values = torch.tensor([3.0, 1.0, 2.0, 9.0, 7.0, 4.0])
-    groups = torch.tensor([0, 0, 0, 2, 2, 5])
-    assert rank_within(values, groups).tolist() == [1.0, 0.0, 0.5, 1.0, 0.0, 0.0]
+def test_lowest_margin_by_hand():
+    margin = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 9.0])
+    right = torch.tensor([True, True, True, False, True, False])
+    used = torch.tensor([True, True, True, True, True, False])
+    assert PRECISION > 0.8
+    assert lowest_margin(margin, right, used) == 3.0  # below it 3 of 4, then 4 of 5 are right
+    assert lowest_margin(margin, right, torch.zeros(6, dtype=torch.bool)) == torch.inf
+    assert lowest_margin(margin, torch.zeros(6, dtype=torch.bool), used) == torch.inf
 
 
 def test_one_class():
     z, _ = clouds(1)
-    result = recalibrate(z, torch.zeros(60, dtype=torch.int64), torch.ones(60, dtype=torch.bool), torch.ones(60), 2)
-    assert (result.candidate == 0).all()
+    zeros = torch.zeros(60, dtype=torch.int64)
+    result = check(z, zeros, zeros, torch.ones(60, dtype=torch.bool), 2)
+    assert result.clear.all()
+    assert (result.strength == 1).all()
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
@@ -132,9 +153,8 @@ def test_half_precision_features(dtype):
     z, clean = clouds(spread=0.3)
     labels = clean.clone()
     labels[:12] = (clean[:12] + 1) % 3
-    trusted = torch.ones(len(z), dtype=torch.bool)
-    trusted[:12] = False
-    half = recalibrate(z.to(dtype), labels, trusted, torch.ones(len(z)), 3)
-    exact = recalibrate(z.to(dtype).float(), labels, trusted, torch.ones(len(z)), 3)
-    assert torch.equal(half.candidate, exact.candidate)
-    torch.testing.assert_close(half.reliability, exact.reliability, rtol=0, atol=0.05)
+    used = torch.arange(len(z)) >= 12
+    half, exact = check(z.to(dtype), labels, clean, used), check(z.to(dtype).float(), labels, clean, used)
+    assert torch.equal(half.strength, exact.strength)
+    assert (half.clear == exact.clear).float().mean() > 0.98
+    assert half.clear[:12].all()

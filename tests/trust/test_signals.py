@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tadperf.config import NetConfig, TrustConfig
 from tadperf.nets.problem import Problem
-from tadperf.trust.loop import assign_verdicts, dual_loop
+from tadperf.trust.loop import dual_loop
 from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.proxies import ProxyOutputs, compact_features
-from tadperf.trust.signals import join_signals
+from tadperf.trust.signals import join_features
 from tadperf.trust.state import as_given
+from tadperf.trust.verdicts import assign_verdicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("a", "b", "c", "d")
@@ -47,7 +48,7 @@ def test_a_good_source_finds_the_errors_that_the_proxies_cannot_see(source):
         "evidence": {"evidence": (good_evidence(clean),)},
         "features": {"features": good_features(clean)},
     }
-    before, config = as_given(labels, NAMES), TrustConfig(graph=source == "features")
+    before, config = as_given(labels, NAMES), TrustConfig()
     alone = assign_verdicts(outputs, before, 1, config, 0)
     state = assign_verdicts(outputs, before, 1, config, 0, **given[source])
     figures = compare_with_clean(state, clean)
@@ -56,28 +57,17 @@ def test_a_good_source_finds_the_errors_that_the_proxies_cannot_see(source):
     assert compare_with_clean(alone, clean)["view_accuracy"] < 0.8
 
 
-def test_a_source_without_information_gets_no_weight():
-    _, labels, clean = blind_proxies()
-    generator = torch.Generator().manual_seed(2)
-    p = good_evidence(clean)
-    outputs = ProxyOutputs(torch.zeros(len(clean)), p, torch.randn(len(clean), 8, generator=generator))
-    useless = torch.rand(len(clean), 4, generator=generator).pow(4)
-    joined = join_signals(outputs, labels, (useless / useless.sum(1, keepdim=True),), None, 0)
-    assert float((joined.probabilities - p).abs().mean()) < 0.02
-    torch.testing.assert_close(joined.losses, -joined.probabilities.gather(1, labels[:, None]).squeeze(1).log())
-
-
 def test_features_count_as_much_as_those_of_all_proxies():
-    outputs, labels, clean = blind_proxies()
+    outputs, _, clean = blind_proxies()
     two = outputs._replace(features=torch.cat([outputs.features] * 2, 1))
-    joined = join_signals(two, labels, (), good_features(clean).half(), 0).features
+    joined = join_features(two, good_features(clean).half(), 0).features
     torch.testing.assert_close(joined[:, :32], two.features)
     torch.testing.assert_close(joined[:, 32:].norm(dim=1), two.features.norm(dim=1))
 
 
 def test_without_sources_the_outputs_stay_as_they_are():
-    outputs, labels, _ = blind_proxies()
-    assert join_signals(outputs, labels, (), None, 0) is outputs
+    outputs, _, _ = blind_proxies()
+    assert join_features(outputs, None, 0) is outputs
 
 
 @pytest.mark.parametrize(
