@@ -2,6 +2,15 @@
 
 Every figure is a count, which the config implies, times the result of a short probe (`tadperf.pipeline.probes`) on this
 machine. The probes run in as many processes as the job would use, one thread each.
+
+Checked on 2 cores in CPU seconds on the longest path (estimate / run; one run each):
+
+    job                                           trust        experts      matching     evaluate
+    digits, the default job                       11.0 / 11.9  7.2 / 7.4    14.3 / 19.8  2.5 / 2.9
+    3000 CIFAR-10 images, a short `quick` job     22.1 / 26.3  9.7 / 5.6    18.3 / 20.5  0.9 / 1.2
+
+Trust kept 58 % of the CIFAR-10 labels. The estimate cannot know that, so experts took less time. Memory: 469 / 517 MB
+and 487 / 572 MB. Disk: 12.6 / 12.8 MB and 3.8 / 4.2 MB. Nothing was checked on CUDA.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tadperf.compute.torch_settings import torch_settings
-from tadperf.compute.work_progress import TRAINED, counting
+from tadperf.compute.work_progress import TRAINED, counting, work
 from tadperf.compute.workers import run_parallel, threads_for
 from tadperf.config import NetConfig
+from tadperf.data.normalise import DECOMPOSITION, normalise_work
 from tadperf.experts.store import ResidentExperts
 from tadperf.matching.loop import MatchProblem, choose_gradient, launch_iteration
 from tadperf.matching.state import initial_state
@@ -189,8 +190,9 @@ def neighbour_seconds(task: Task, count: int, width: int) -> float:
 def normalise_seconds(task: Task, sample: Tensor, normalise: Callable[[Tensor], object]) -> float:
     """Returns the seconds of the stage "data" (tadperf).
 
-    The time of a sample of the images, times N / sample. ZCA on D inputs adds the decomposition, t = c D^3, with c from
-    a matrix of at most 512 x 512, and three products of the decomposition.
+    The time of a sample of the images, times N / sample. ZCA on D inputs adds its decomposition, t = c D^3, with c from
+    a matrix of at most 512 x 512, and the products of all images with D x D matrices. `normalise_work` says how many
+    images cost as much as the decomposition.
     """
     begin = time.perf_counter()
     normalise(sample)
@@ -204,7 +206,9 @@ def normalise_seconds(task: Task, sample: Tensor, normalise: Callable[[Tensor], 
         begin = time.perf_counter()
         torch.linalg.eigh(matrix @ matrix.T)
         synchronise(task.device)
-        seconds += (time.perf_counter() - begin) * (inputs / size) ** 3
+        decomposition = (time.perf_counter() - begin) * (inputs / size) ** 3
+        units = normalise_work("zca", len(task.train), len(task.test), inputs)
+        seconds += decomposition * units / work(DECOMPOSITION * inputs)
     return seconds
 
 

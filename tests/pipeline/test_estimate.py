@@ -136,6 +136,16 @@ def test_an_estimate_with_real_probes(tmp_path, monkeypatch, tiny_config):
     assert probes.counting.__module__ == "tadperf.compute.work_progress"
 
 
+def test_whitening_adds_its_decomposition_and_its_products(monkeypatch, tiny_config):
+    clock = iter([0.0, 1.0, 10.0, 12.0])  # the sample takes 1 s, the decomposition 2 s
+    task = prepare(tiny_config(data__normalise="zca"))
+    images, inputs = len(task.train) + len(task.test), 64
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: next(clock))
+    seconds = probes.normalise_seconds(task, task.train.images[:100], lambda part: part)
+    decomposed = probes.DECOMPOSITION * inputs
+    assert seconds == pytest.approx(images / 100 + 2 * (decomposed + len(task.train) + images) / decomposed)
+
+
 def test_a_probe_counts_the_images_after_its_warm_up(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(probes.time, "perf_counter", lambda: float(next(clock)))
