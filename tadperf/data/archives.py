@@ -36,7 +36,7 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
             _require_stored(path, member)  # tarfile would skip 2**40 missing bytes one block after the other
             if member.isreg() and not member.issparse():
                 yield member, archive
-            archive.members = []  # a stream needs no list of what it has read
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # a stream needs no list of what it has read
 
 
 def read_member(path: Path, member: tarfile.TarInfo, archive: tarfile.TarFile, most: int | None = None) -> bytes:

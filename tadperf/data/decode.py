@@ -61,7 +61,7 @@ class BrokenImagesError(UserError):
         remedy = f"cannot be decoded: {names}{more}; repair or remove them, or leave them out with --skip-broken"
         super().__init__("data", f"{len(broken)} images", remedy)
 
-    def __reduce__(self) -> tuple[type[BrokenImagesError], tuple[Sequence[BrokenImage], bool]]:
+    def __reduce__(self) -> tuple[Any, Any]:
         return type(self), (self.broken, self.large)
 
 

@@ -94,7 +94,9 @@ def test_distill_and_audit_from_python(tmp_path):
     assert torch.equal(again.images, distilled.images)
     with pytest.raises(UserError, match="does not name a path of its data; give a test set"):
         distilled.test_split()
-    assert 0 <= distilled.accuracy(distilled.train(), open_data((Items(4), Items(20))).test) <= 1
+    test = open_data((Items(4), Items(20))).test
+    assert test is not None
+    assert 0 <= distilled.accuracy(distilled.train(), test) <= 1
     state = tadperf.audit(Items(60), config)
     assert (len(state), state.class_names) == (60, ("dark", "bright"))
     assert len(tadperf.audit("digits", config)) == 1400

@@ -77,7 +77,7 @@ def test_labels_of_the_whole_set(folder, tmp_path):
     for split, before in ((train, plain.train), (test, plain.test)):
         assert before.file_names is not None
         assert split.file_names == tuple(name for name in before.file_names if given[name])
-        assert [split.class_names[c] for c in split.labels] == [given[name] for name in split.file_names]
+        assert [split.class_names[c] for c in split.labels] == [given[name] for name in split.file_names or ()]
 
 
 @pytest.mark.filterwarnings("ignore::tadperf.errors.DataWarning")

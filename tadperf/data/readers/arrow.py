@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def read_arrow(path: Path, options: ReadOptions) -> Layout:
     return shards_layout({split: [_Arrow(file) for file in shards] for split, shards in files.items()}, path, options)
 
 
-def _saved_split(folder: Path) -> list[Shard]:
+def _saved_split(folder: Path) -> Sequence[Shard]:
     """Returns the shards that a state.json lists."""
     file = folder / STATE
     if not file.is_file():

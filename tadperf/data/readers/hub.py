@@ -41,7 +41,7 @@ def read_hub(path: Path, options: ReadOptions) -> Layout:
     """
     name, _, config = str(path).partition(":")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         remedy = f"no such file or folder; to load a data set of this name from the Hugging Face hub: {EXTRA}"
         raise UserError("data", path, remedy) from None
@@ -73,7 +73,9 @@ def datasets_layout(loaded: Any, place: Path, options: ReadOptions, roots: Seque
         if not hasattr(split, "select_columns") or not hasattr(split, "__len__") or split.features is None:
             kind = type(split).__name__
             raise UserError("data", place, f"holds a {kind}; load it without streaming, as a datasets.Dataset")
-    shards: dict[str, list[Shard]] = {name: [_Rows(split, f"{place} {name}", roots)] for name, split in splits.items()}
+    shards: dict[str, Sequence[Shard]] = {
+        name: [_Rows(split, f"{place} {name}", roots)] for name, split in splits.items()
+    }
     known = {"train": next(iter(shards.values()))} if len(shards) == 1 else known_splits(shards, place)
     return shards_layout(known, place, options)
 

@@ -36,11 +36,14 @@ class Shard(Protocol):
     that may hold the images if the table stores their paths.
     """
 
-    name: str
-    files: Sequence[Path]
-    key: str
-    roots: Sequence[Path]
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def files(self) -> Sequence[Path]: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def roots(self) -> Sequence[Path]: ...
     @property
     def schema(self) -> pa.Schema: ...
 
@@ -80,9 +83,9 @@ def shards_layout(splits: Mapping[str, Sequence[Shard]], place: Path, options: R
     return Layout(names, {split: lambda split=split: read(split) for split in chosen})
 
 
-def known_splits(shards: Mapping[str, list[Shard]], place: Path) -> dict[str, list[Shard]]:
+def known_splits(shards: Mapping[str, Sequence[Shard]], place: Path) -> dict[str, Sequence[Shard]]:
     """Returns the shards by the names that `choose_splits` knows. One split of another name is the train split."""
-    known: dict[str, list[Shard]] = {}
+    known: dict[str, Sequence[Shard]] = {}
     unknown = []
     for name, parts in shards.items():
         split = split_of_folder(name)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from tadperf.data.open import open_data
 from tadperf.errors import UserError
 
 
-class Items:
+class Items(Dataset):
     """Six items of two classes: item k has the pixel value k."""
 
     classes = ("ant", "bee")
+    root = ""
+    samples: Sequence[tuple[str, int]] = ()
 
     def __init__(self, make=lambda k: Image.fromarray(np.full((4, 4), k, np.uint8)), label=lambda k: k % 2, count=6):
         self.make, self.label, self.count = make, label, count

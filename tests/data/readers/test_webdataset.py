@@ -70,6 +70,7 @@ def test_a_folder_of_shards(shards):
 
 def test_patterns(shards, monkeypatch):
     whole = open_data(shards)
+    assert whole.test is not None
     for pattern in ("{train,val}-*.tar", "{train-0000,train-0001,val-0000}.tar"):
         train, test = open_data(f"{shards}/{pattern}")
         assert test is not None
