@@ -210,7 +210,8 @@ class MatchConfig(Section):
         description="torch.compile for the inner step and its second derivatives; auto: if it saves time",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="type of the convolutions in matching; sums and weights are float32"
+        default="float32",
+        description="type of the convolutions in matching, and on CUDA of all maps; sums and weights are float32",
     )
     check_every: int = Field(default=500, ge=1, description="outer steps between checks on held-out training samples")
 
