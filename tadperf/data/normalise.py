@@ -17,8 +17,8 @@ EPS = 0.1  # added to the eigenvalues of the covariance, as in MTT (kornia's ZCA
 # Largest number of inputs for ZCA (64 x 64 x 3): the matrix takes 1.2 GB in float64, the decomposition minutes.
 MAX_ZCA_INPUTS = 12288
 CHUNK = 4096  # images normalised at a time; not tuned
-# The decomposition of ZCA on D inputs takes as long as whitening so many times D images: 12.7 at D = 1536 on one core.
-# For the progress only.
+# The decomposition of ZCA on D inputs takes as long as whitening 13 D images (12.7 D at D = 1536 on one
+# core). Only the progress and the estimate use this.
 DECOMPOSITION = 13
 
 
