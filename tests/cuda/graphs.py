@@ -17,12 +17,13 @@ from trees import tensors_of
 
 
 class Node(NamedTuple):
-    """One recorded call, and the tensors that it made."""
+    """One recorded call, the tensors that it made, and their places among those of its result."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     made: list[Tensor]
+    places: list[int]
 
 
 class Graph:
@@ -60,9 +61,11 @@ class Graph:
 
     def add(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Adds a call that was just carried out."""
-        made = _made(args, kwargs, result)
+        inputs, results = ({_address(tensor) for tensor in _dense((args, kwargs))}, _dense(result))
+        places = [place for place, tensor in enumerate(results) if _address(tensor) not in inputs]
+        made = [results[place] for place in places]
         self.own |= {_address(tensor) for tensor in made}
-        self.nodes.append(Node(function, args, kwargs, made))
+        self.nodes.append(Node(function, args, kwargs, made, places))
 
     def replay(self) -> None:
         assert self.finished, "a graph is replayed before it is recorded"
@@ -72,8 +75,10 @@ class Graph:
         with _disable_current_modes(), torch.no_grad():
             for node in self.nodes:
                 result = node.function(*node.args, **node.kwargs)
-                for old, new in zip(node.made, _made(node.args, node.kwargs, result), strict=True):
-                    old.copy_(new)
+                if node.made:
+                    results = _dense(result)
+                    for old, place in zip(node.made, node.places, strict=True):
+                        old.copy_(results[place])
 
     def pool(self) -> Memory:
         return self.memory
@@ -118,8 +123,5 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _made(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[Tensor]:
-    """Returns the tensors of a result that do not share memory with an argument."""
-    inputs = {_address(tensor) for tensor in tensors_of((args, kwargs)) if tensor.layout is torch.strided}
-    results = [tensor for tensor in tensors_of(result) if tensor.layout is torch.strided]
-    return [tensor for tensor in results if _address(tensor) not in inputs]
+def _dense(tree: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(tree) if tensor.layout is torch.strided]

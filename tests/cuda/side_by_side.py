@@ -51,14 +51,14 @@ def events_of_two_streams() -> dict[str, Any]:
 
 def proxy_outputs() -> list[Tensor]:
     p = problem("plain", "cuda")
-    config = TrustConfig.model_validate({"proxies": 3, "epochs": 4, "batch": 36})
+    config = TrustConfig.model_validate({"proxies": 3, "epochs": 3, "batch": 36})
     return list(train_proxies(p, as_given(p.labels, p.class_names).view(), config, silent))
 
 
 def student_weights() -> list[Tensor]:
-    """Returns the weights of five students by their number, three of which are trained at a time."""
+    """Returns the weights of four students by their number, three of which are trained at a time."""
     weights: dict[float, Tensor] = {}
-    images, few = case("plain", "cuda")["images"], RECIPE._replace(epochs=8, decay=True)
+    images, few = case("plain", "cuda")["images"], RECIPE._replace(epochs=10, decay=True)
 
     def keep(module: torch.nn.Module, *_: Any) -> Tensor:
         number = len(order) and order.pop(0)
@@ -68,12 +68,12 @@ def student_weights() -> list[Tensor]:
     order: list[int] = []
     original, students.count_correct = students.count_correct, keep
     try:
-        rows = [Student("row", repeat, NET, few, lambda: Examples(images, LABELS)) for repeat in range(5)]
-        scorer, order = StudentScorer(images, LABELS, 3, 0, DEVICE), list(range(5))
+        rows = [Student("row", repeat, NET, few, lambda: Examples(images, LABELS)) for repeat in range(4)]
+        scorer, order = StudentScorer(images, LABELS, 3, 0, DEVICE), list(range(4))
         students.score_students(scorer, rows, lambda *_: None)
     finally:
         students.count_correct = original
-    return [weights[number] for number in range(5)]
+    return [weights[number] for number in range(4)]
 
 
 def same_with_one_stream(run: Callable[[], list[Tensor]]) -> dict[str, Any]:

@@ -21,7 +21,20 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    """Returns the tensors in nested tuples, lists and dictionaries. The twin spends most of its time here."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    found: list[Tensor] = []
+    for part in tree:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list, dict)) and part:
+            found += tensors_of(part)
+    return found
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

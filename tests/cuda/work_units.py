@@ -103,12 +103,12 @@ def _differences(longer: dict[str, int], shorter: dict[str, int], units: int) ->
 
 def all_units(folder: Path) -> dict[str, Any]:
     logits = torch.eye(CLASSES)[LABELS]
-    # Epochs of 2 and 6 graphs. The first graph warms up, the second is recorded, and all but the first are replayed.
-    short, long = (graphs * STEPS_PER_GRAPH // STEPS_PER_EPOCH for graphs in (2, 6))
+    # Epochs of 2 and 3 graphs. The first graph warms up, the second is recorded, and all but the first are replayed.
+    short, long = (graphs * STEPS_PER_GRAPH // STEPS_PER_EPOCH for graphs in (2, 3))
     units = {
-        "expert step": measure(fit(LABELS), short, long, 4 * STEPS_PER_GRAPH),
-        "flat expert step": measure(fit(LABELS, rho=0.1), short, long, 4 * STEPS_PER_GRAPH),
-        "student step": measure(fit(logits), short, long, 4 * STEPS_PER_GRAPH),
+        "expert step": measure(fit(LABELS), short, long, STEPS_PER_GRAPH),
+        "flat expert step": measure(fit(LABELS, rho=0.1), short, long, STEPS_PER_GRAPH),
+        "student step": measure(fit(logits), short, long, STEPS_PER_GRAPH),
         "proxy step": measure(proxies, 4, 8, 4 * STEPS_PER_EPOCH),  # the outputs of the last 4 epochs are averaged
         "matching iteration": measure(matching(folder, steps=3), 4, 8, 4),
     }
