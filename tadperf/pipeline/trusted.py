@@ -60,7 +60,7 @@ def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress)
 
     With refine.start it returns the trust state of that run instead.
     """
-    config, train = task.config, task.train
+    config, train, stopped = task.config, task.train, None
     with run.stage("trust"):
         if config.refine.start and config.synthesis != "matching":
             rounds = [starting_trust(Path(config.refine.start), train)]
@@ -69,13 +69,16 @@ def find_trusted(task: Task, data: NormalisedData, run: Run, progress: Progress)
             problem = Problem(data.train, train.labels, names, config.net, augment, config.seed, task.device)
             evidence = open_evidence(config.trust, train, task.device, progress)
             signals = loop_signals(evidence, train.labels, train.num_classes, progress)
-            rounds = dual_loop(
+            _, rounds, stopped = dual_loop(
                 problem, config.trust, run.path / "trust", progress, evidence=signals[0], features=signals[1]
-            ).rounds
+            )
         rounds[-1].save(run.path / "trust.safetensors")
         rounds[-1].export(run.path / "labels.csv", train.file_names)
         save_safely(save_trust_growth, run.path / "trust.png", rounds)
         run.rewind("trust", 0)
-        for record in round_metrics(rounds, train.clean_labels):
+        records = round_metrics(rounds, train.clean_labels)
+        if stopped is not None:
+            records[-1]["stopped"] = stopped
+        for record in records:
             run.log("trust", record.pop("round"), **record)
     return rounds

@@ -215,7 +215,7 @@ def estimate_transition(classes: Tensor, labels: Tensor, prior: float) -> Tensor
     row: the classes can be identified only if the given label is the most likely one.
     """
     num = classes.shape[1]
-    counts = torch.zeros(num, num, device=classes.device).index_add_(0, labels, classes).T
+    counts = torch.zeros(num, num, dtype=classes.dtype, device=classes.device).index_add_(0, labels, classes).T
     right = (counts.trace() / counts.sum().clamp(min=MIN_MASS)).clamp(1 / num, 1).double()  # not read on the CPU
     wrong = ((1 - right) / (num - 1)).to(counts.dtype)
     base = torch.where(torch.eye(num, dtype=torch.bool, device=counts.device), right.to(counts.dtype), wrong)

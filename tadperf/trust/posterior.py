@@ -23,9 +23,9 @@ from tadperf import seeds
 from tadperf.trust.neighbours import PRIOR, SYMMETRIC_PRIOR, NeighbourEstimate, estimate_transition
 
 # None of these constants was tuned.
-SELECTION_SIZE = 2**20  # samples x classes used to fit the weights, or two samples per class if that is more
-FIT_STEPS = 60  # most steps of the fit; it ends earlier if a step gains less than MIN_GAIN
-MIN_GAIN = 1e-6  # nats per sample
+SELECTION_SIZE = 2**19  # samples x classes used to fit the weights, or two samples per class if that is more
+FIT_STEPS = 100  # most steps of the fit; it ends earlier if a step gains less than MIN_GAIN
+MIN_GAIN = 1e-10  # nats per sample; so small that CUDA and CPU end at the same weights
 MAX_WEIGHT = 10.0
 PRIOR_WEIGHT, PRIOR_DEVIATION = 0.5, 0.25  # of a source's weight, normal
 RIDGE = 1e-2  # of the Newton step, as a share of the mean curvature
@@ -56,10 +56,11 @@ def pool_classes(
     size = max(SELECTION_SIZE // classes, 2 * classes)
     rows = torch.randperm(count, generator=seeds.generator(seed, "pool"), device="cpu")[:size]
     on_device = rows.to(labels.device)
-    # On the CPU, because each step needs the result of the last one, and a GPU would have to be waited for.
-    selected = torch.stack([source[on_device].float().cpu() for source in sources]).clamp(min=MIN_LOG)
+    # On the CPU, because each step needs the result of the last one, and a GPU would have to be waited for. In float64,
+    # so that the line search decides in the same way for the rounding of CPU and CUDA.
+    selected = torch.stack([source[on_device].float() for source in sources]).cpu().double().clamp(min=MIN_LOG)
     weights, t = fit_weights(selected, labels[on_device].cpu(), prior, fitted)
-    t = t.to(labels.device)
+    t = t.float().to(labels.device)
     scores = torch.zeros(count, classes, device=labels.device)
     for source, weight in zip(sources, weights.tolist(), strict=True):
         scores.add_(source.clamp(min=MIN_LOG), alpha=weight)
@@ -77,9 +78,9 @@ def fit_weights(sources: Tensor, labels: Tensor, prior: float, fitted: bool = Tr
     counts as part of the likelihood. A Newton step that would lower it is halved.
     """
     classes = sources.shape[2]
-    weights = torch.full((len(sources),), PRIOR_WEIGHT if fitted else 1.0, device="cpu")
+    weights = torch.full((len(sources),), PRIOR_WEIGHT if fitted else 1.0, dtype=sources.dtype, device="cpu")
     wrong = (1 - START_RIGHT) / max(classes - 1, 1)
-    t = torch.full((classes, classes), wrong, device="cpu").fill_diagonal_(START_RIGHT)
+    t = torch.full((classes, classes), wrong, dtype=sources.dtype, device="cpu").fill_diagonal_(START_RIGHT)
     blind, likelihood = _likelihood(sources, labels, weights, t)
     for _ in range(FIT_STEPS):
         before = likelihood
@@ -113,7 +114,9 @@ def _newton_step(sources: Tensor, weights: Tensor, blind: Tensor, posterior: Ten
     gradient = torch.einsum("snc,nc->s", sources, posterior - blind) - (weights - PRIOR_WEIGHT) / PRIOR_DEVIATION**2
     curvature = torch.einsum("snc,tnc,nc->st", centred, centred, blind)
     ridge = RIDGE * curvature.diagonal().mean() + PRIOR_DEVIATION**-2
-    return torch.linalg.solve(curvature + ridge * torch.eye(len(curvature), device="cpu"), gradient)
+    return torch.linalg.solve(
+        curvature + ridge * torch.eye(len(curvature), dtype=curvature.dtype, device="cpu"), gradient
+    )
 
 
 def _posterior(blind: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -166,8 +166,11 @@ def test_a_run_writes_all_its_files(whole):
         assert Path(path).exists()
     written = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file() and file.name != ".lock"}
     assert max(written.values()) == written[place / "DONE"]
-    stages = [json.loads(line)["stage"] for line in (place / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    stages = [record["stage"] for record in records]
     assert (stages.count("trust"), stages.count("matching"), stages.count("evaluate")) == (2, 6 + 2, 5)
+    stopped = [record.get("stopped") for record in records if record["stage"] == "trust"]
+    assert stopped == [None, "trust.rounds is 2"]
     synthetic = artifact.load(place / "distilled.safetensors")
     assert (synthetic.ipc, synthetic.num_classes, synthetic.shape) == (1, 10, (1, 8, 8))
     again = evaluate_file(place / "distilled.safetensors", device="cpu")
