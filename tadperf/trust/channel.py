@@ -13,7 +13,7 @@ labels choose b and h by likelihood; each sample's own label is not in its p_i.
 This holds for noise that depends on the class. Human errors depend on the sample: then p_i already predicts which
 label is given, and the likelihood would choose classes as vague as p_i. So we mix two channels: the likeliest one, and
 the most certain one (CERTAIN), in which the likeliest class of a sample is nearly always the true one. The likeliest
-has more weight if a channel with sharp classes (SHARP) explains the labels better than p_i with its best temperature.
+has more weight if a channel with sharp classes (SHARP) explains the labels better than replaced labels do (below).
 
 The most certain channel takes every doubt of the model for an error. A weak model and a few wrong labels need another
 one: the channel of `tadperf.trust.replacement`. The more of the doubt it explains (EXPLAINED), the more weight it gets,
@@ -38,7 +38,7 @@ from tadperf.trust.replacement import Replacement, fit_replacement, replacement_
 SHARP = (0.0, 24.0)  # b and h
 CANDIDATES = ((0.0, 12.0), SHARP, (0.0, 48.0), (2.0, 0.0), (2.0, 6.0))  # for the likeliest channel
 CERTAIN = (16.0, 48.0)
-GAINS = (0.02, 0.05)  # gain of SHARP, as a share of what p_i tells about the labels, for weight 0 and for weight 1
+GAINS = (0.0, 0.03)  # gain of SHARP, as a share of what p_i tells about the labels, for weight 0 and for weight 1
 EXPLAINED = (0.2, 0.28, 0.36)  # share of the doubt that replacements explain, for none, half and all of their weight
 SMOOTHING = 1e-3  # share of p_i that is uniform; not tuned
 PRIOR = 20.0  # pseudo-labels that pull each row of T towards a symmetric matrix; not tuned
@@ -95,7 +95,8 @@ def fit_channel(probabilities: Tensor, labels: Tensor) -> FittedChannel:
     share = given.bincount(minlength=classes) / len(given)
     information = max(replacement.alone + float(torch.special.entr(share).sum()), 1e-9)
     fits = {SHARP: _fit(p, given, *SHARP)}
-    by_class = _ramp((fits[SHARP][1] - replacement.alone) / information, *GAINS)
+    better = fits[SHARP][1] - max(replacement.alone, replacement.replaced)
+    by_class = _ramp(better / information, *GAINS)
     if by_class > 0:
         fits |= {sharpness: _fit(p, given, *sharpness) for sharpness in CANDIDATES if sharpness != SHARP}
     best = max(fits, key=lambda sharpness: fits[sharpness][1])

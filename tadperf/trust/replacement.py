@@ -27,11 +27,12 @@ MIN_DRAW = 1e-6
 
 
 class Replacement(NamedTuple):
-    """b (power), s [C] (draws), the best mean log-likelihood of the labels without replacements, and `explained`."""
+    """b (power), s [C] (draws), the mean log-likelihoods of the labels without and with replacements, `explained`."""
 
     power: float
     draws: Tensor
     alone: float
+    replaced: float
     explained: float
 
 
@@ -52,9 +53,11 @@ def fit_replacement(log_p: Tensor, labels: Tensor) -> Replacement:
         near = EXPONENTS[values[name].argmax()] + FINE
         best[name] = 2 ** _peak(near, score(own(near)))
     power = best["replaced"]
-    draws = _draws(_own(log_p, labels, power).unsqueeze(0), labels, classes, FINAL_STEPS)[0]
+    q = _own(log_p, labels, power).unsqueeze(0)
+    draws = _draws(q, labels, classes, FINAL_STEPS)
+    likelihood = float(_likelihood(q, draws, labels).log().mean())
     explained = 1 - _doubt(log_p, power) / max(_doubt(log_p, best["alone"]), 1e-12)
-    return Replacement(power, draws, float(values["alone"].max()), explained)
+    return Replacement(power, draws[0], float(values["alone"].max()), likelihood, explained)
 
 
 def replacement_odds(fitted: Replacement, log_p: Tensor, labels: Tensor) -> Tensor:
