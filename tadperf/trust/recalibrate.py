@@ -94,7 +94,7 @@ def vote_strength(votes: Tensor, equal: Tensor, confident: Tensor, num_classes: 
     prior = torch.linspace(0, 1, 3, device=votes.device)
     strength = (excess + PRIOR_SAMPLES * best * prior) / ((total + PRIOR_SAMPLES) * best).clamp(min=1e-6)
     strength = torch.where(best > 0, strength, prior).clamp(0, 1)
-    strength[2] = 1.0
+    strength[2:].fill_(1.0)  # an assignment would copy the number to the device, and wait
     return strength.cummax(0).values
 
 
@@ -158,7 +158,6 @@ def lowest_margin(margin: Tensor, right: Tensor, used: Tensor) -> Tensor:
     margin: float [N]. right, used: bool [N].
     """
     order = margin.argsort(descending=True, stable=True)
-    order = order[used[order]]
-    values = margin[order]
-    share = right[order].double().cumsum(0) / torch.arange(1, len(values) + 1, device=margin.device)
-    return torch.where(share >= PRECISION, values, torch.inf).amin() if len(values) else margin.new_tensor(torch.inf)
+    counted = used[order]
+    share = (right[order] & counted).double().cumsum(0) / counted.cumsum(0).clamp(min=1)
+    return torch.where(counted & (share >= PRECISION), margin[order], torch.inf).amin()
