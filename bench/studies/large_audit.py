@@ -9,6 +9,7 @@ samples is compared with the one that holds all probabilities and the exact neig
 from __future__ import annotations
 
 import argparse
+import logging
 import resource
 import tempfile
 import time
@@ -21,7 +22,6 @@ from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor
 
 from tadperf import seeds
-from tadperf.cli.progress import PlainProgress, log_lines
 from tadperf.trust import evidence, large_audit
 from tadperf.trust.evidence import audit_labels
 from tadperf.trust.state import TrustState
@@ -59,8 +59,7 @@ def figures(state: TrustState, true: Tensor) -> str:
 def run(file: Path, given: Tensor, true: Tensor, classes: int) -> None:
     features = torch.from_numpy(np.load(file, mmap_mode="c"))[: len(given)]
     start, cpu = time.perf_counter(), time.process_time()
-    with log_lines(print):
-        state = audit_labels(given, None, features, [str(k) for k in range(classes)], PlainProgress())
+    state = audit_labels(given, None, features, [str(k) for k in range(classes)])
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
@@ -77,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--exact", type=int, default=0, help="also audit this number of samples exactly")
     parser.add_argument("--folder", type=Path, help="a place for the features; by default a temporary folder")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the recall of the neighbours
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         file = Path(folder) / "features.npy"
         true, given = make_features(file, options.samples, options.classes, options.width)
