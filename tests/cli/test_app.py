@@ -24,6 +24,7 @@ COMMON = [
     "--set",
 ]
 OUTPUT = ["--json", "--quiet", "--debug"]
+EVIDENCE = ["--features", "--probs", "--encoder"]
 FROZEN = {  # a change here is a change for every user: add names, do not rename them
     "distill": [
         *COMMON,
@@ -37,6 +38,8 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         "--experts",
         "--out",
         "--resume",
+        "--estimate",
+        *EVIDENCE,
         *OUTPUT,
     ],
     "refine": [
@@ -58,6 +61,9 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         "--out",
         "--apply",
         "--near-duplicates",
+        "--dual-loop",
+        "--estimate",
+        *EVIDENCE,
         *OUTPUT,
     ],
     "apply": ["RUN|DATA", "OUT", "--labels", "--skip-broken", *OUTPUT],
@@ -83,6 +89,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 
 
 FLAGS = {"--compare", "--evaluate", "--resume", "--skip-broken", *OUTPUT, "--schema", "--list", "--tune"}
+FLAGS |= {"--near-duplicates", "--dual-loop", "--estimate"}
 DEFAULTS = {  # the defaults of options that are not flags and have one
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
 }
@@ -215,6 +222,9 @@ WRONG = {  # a wrong value for every option that sets a field of the config
     "--image-size": "0",
     "--labels": "none.csv",
     "--noise": "loud:1",
+    "--features": "none.npy",
+    "--probs": "none.npy",
+    "--encoder": "none",
     "--ipc": "0",
     "--method": "dm",
     "--compile": "maybe",
