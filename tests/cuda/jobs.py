@@ -53,7 +53,7 @@ REFINEMENT = (
 
 
 def config_of(device: str, *fields: str) -> Config:
-    return merge("digits", None, [*SMALL, *fields], {"device": device, "data.noise": "asymmetric:0.4"})
+    return merge("digits", None, [*SMALL, *fields], {"device": device, "data.noise": "asymmetric:0.2"})
 
 
 def distill(folder: Path, config: Config) -> None:
