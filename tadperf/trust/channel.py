@@ -143,7 +143,9 @@ def _ramp(value: float, low: float, high: float) -> float:
 def channel_odds(fitted: FittedChannel, probabilities: Tensor, labels: Tensor) -> Tensor:
     """Returns the log odds [N] that each label is wrong. The samples may be others than those of the fit."""
     p = _of_present_classes(probabilities, fitted.present)
-    parts = [(math.log(weight), _log_odds(p, labels, *channel)) for weight, *channel in fitted.parts]
+    parts = [
+        (math.log(weight), _log_odds(p, labels, t, power, affinity)) for weight, t, power, affinity in fitted.parts
+    ]
     wrong = torch.stack([w + logsigmoid(o) for w, o in parts]).logsumexp(0)
     right = torch.stack([w + logsigmoid(-o) for w, o in parts]).logsumexp(0)
     odds = wrong - right
