@@ -65,7 +65,7 @@ JOBS = {
     ],
 }
 # Files and keys of a result that hold times, paths or an order of events. These may differ.
-MEASURED_FILES = ("env.json", "stages.json", "metrics.jsonl", "result.json", "evaluate.json", ".lock")
+MEASURED_FILES = ("env.json", "stages.json", "metrics.jsonl", "result.json", "report.html", "evaluate.json", ".lock")
 MEASURED = ("stages", "seconds", "paths")
 STAGES = {  # stage -> the file that shows that a run has reached it; the latest stage first
     "done": "DONE",

@@ -52,8 +52,8 @@ def distill_task(
     """
     with torch_settings(tf32=task.config.tf32, benchmark=task.device.type == "cuda"):
         (run.path / "checkpoints").mkdir(exist_ok=True)
-        context = open_context(task, run, progress, data)
         save_broken(run.path / "broken.csv", task.train, task.test)
+        context = open_context(task, run, progress, data)
         with BackgroundTasks() as pool:
             scoring = BackgroundScoring(context, pool, ScoreStore(run, known))
             distilled = _distilled_set(context, scoring)
