@@ -43,11 +43,10 @@ def find_label_issues(
     returns the indices of the issues, the most suspicious first. rank_by_kwargs: may hold adjust_pred_probs.
     filter_by: the default estimates the rates of label noise with `noise_channel` and returns the labels that maximise
     the expected F1 (`most_suspicious`). The others are the filters of confident learning.
-    confident_joint: counts [C, C] (given, true) for the filters that prune; its rows are scaled to the number of labels
-    of their class. num_to_remove_per_class: errors in each class, exactly where the filter allows it. With one of these
-    two, the default prunes by confident learning, too. frac_noise: share of the issues to return, for the filters that
-    prune. min_examples_per_class: this number of samples of a class are no issues, with every filter.
-    verbose: logs the number of issues. n_jobs changes nothing.
+    confident_joint: counts [C, C] (given, true) for the filters that prune; each row is scaled to its number of labels.
+    num_to_remove_per_class: errors in each class. With one of these two, the default prunes by confident learning, too.
+    frac_noise: share of the issues to return, for the filters that prune. min_examples_per_class: this number of
+    samples of a class are no issues, with every filter. verbose: logs the number of issues. n_jobs changes nothing.
     Raises ValueError for wrong shapes, types, labels or probabilities, and for values or combinations of the arguments
     that are not supported.
     """
