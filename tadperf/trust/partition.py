@@ -171,7 +171,7 @@ def budget_threshold(posterior: Tensor, groups: Tensor, count: int, budget: floa
     # The posteriors descend within a group, so the expected share of wrong labels grows.
     inside = high & (((wrong - before[group]) / rank <= budget) | (rank <= kept[group]))
     threshold = torch.ones(count, dtype=torch.float64, device=group.device)
-    threshold.scatter_reduce_(0, group[inside], p[inside], "amin")
+    threshold.scatter_reduce_(0, group, torch.where(inside, p, 1.0), "amin")
     return threshold.clamp(min=MIN_THRESHOLD).float()
 
 

@@ -54,18 +54,20 @@ def pool_classes(
     count, classes = sources[0].shape
     prior = PRIOR if transition else SYMMETRIC_PRIOR
     size = max(SELECTION_SIZE // classes, 2 * classes)
-    rows = torch.randperm(count, generator=seeds.generator(seed, "pool"), device="cpu")[:size]
-    on_device = rows.to(labels.device)
+    selected, given = list(sources), labels
+    if size < count:
+        rows = torch.randperm(count, generator=seeds.generator(seed, "pool"), device="cpu")[:size].to(labels.device)
+        selected, given = [source[rows] for source in sources], labels[rows]
     # On the CPU, because each step needs the result of the last one, and a GPU would have to be waited for. In float64,
     # so that the line search decides in the same way for the rounding of CPU and CUDA.
-    selected = torch.stack([source[on_device].float() for source in sources]).cpu().double().clamp(min=MIN_LOG)
-    weights, t = fit_weights(selected, labels[on_device].cpu(), prior, fitted)
+    logs = torch.stack(selected).cpu().double().clamp(min=MIN_LOG)
+    weights, t = fit_weights(logs, given.cpu(), prior, fitted)
     t = t.float().to(labels.device)
     scores = torch.zeros(count, classes, device=labels.device)
     for source, weight in zip(sources, weights.tolist(), strict=True):
         scores.add_(source.clamp(min=MIN_LOG), alpha=weight)
     blind = scores.softmax(1)
-    if len(rows) < count:
+    if size < count:
         for _ in range(PASSES):
             t = estimate_transition(_posterior(blind, t, labels), labels, prior)
     return ClassPool(_posterior(blind, t, labels), blind, tuple(weights.tolist()), t)

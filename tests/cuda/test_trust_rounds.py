@@ -51,12 +51,16 @@ def test_the_steps_of_a_proxy_on_pixels_on_the_cpu_wait_for_nothing(measured: di
 
 @pytest.mark.parametrize("name", CASES)
 def test_verdicts_are_found_on_the_device(measured: dict[str, Any], name: str):
-    """The fused operators run there. The state comes to the CPU once, in one copy for each of its six new fields."""
+    """The fused operators run there. The state comes to the CPU once, in one copy for each of its six new fields.
+
+    The soft targets are one copy more. The weights of the sources are fitted on the CPU: samples and labels go there, T
+    comes back.
+    """
     kernels, verdicts = measured[name]["kernels"], measured[name]["verdicts"]
     for kernel in ("per_sample_kernel", "mixture_kernel", "whiten_kernel", "rank_kernel", "forward_kernel"):
         assert kernels.get(kernel), kernels
     assert verdicts["async copy"] == 1  # the state before
     reaches = 0 if name == "one proxy, no graph" else 2  # one read for each reach
-    assert verdicts["blocking copy to host"] <= 6 + 2 + reaches
-    assert verdicts.get("blocking copy to device", 0) <= 2  # two random orders
+    assert verdicts["blocking copy to host"] <= 6 + 1 + 2 + 2 + reaches
+    assert verdicts.get("blocking copy to device", 0) <= 3  # two random orders, and T
     assert verdicts["wait"] <= 30
