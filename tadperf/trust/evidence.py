@@ -18,13 +18,13 @@ from tadperf.data.label_file import LabelSet
 from tadperf.data.matrix import check_features, check_probabilities, open_features, open_probabilities
 from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
-from tadperf.trust.channel import most_suspicious
-from tadperf.trust.label_issues import find_label_issues, leave_enough
+from tadperf.trust.channel import most_suspicious, noise_channel
+from tadperf.trust.label_issues import leave_enough
 from tadperf.trust.large_audit import LARGE, suspicion_of_labels
 from tadperf.trust.probe import pool_features
-from tadperf.trust.quality import label_quality_scores
 from tadperf.trust.state import UNTRUSTED, TrustState
 
+MAX_ODDS = 9.0  # float32 has 2070 numbers between its probability and 1
 MIN_KAPPA = 0.05  # between the likeliest classes and the given labels; less looks like another order; not tuned
 
 
@@ -40,17 +40,15 @@ def audit_labels(
     labels: integers [N] in 0..C-1. pred_probs: [N, C], out of fold: from models that have not seen the label of the
     sample. features: floats [N, D], also memory-mapped. One of the two is enough; from features, `pool_features` makes
     probabilities out of fold. class_names: C names; by default "0".."C-1".
-    The state's score is 1 - `label_quality_scores`, its reliability the quality. It suggests the likeliest other class
-    for an untrusted label. From LARGE numbers N x C on, works in blocks of samples, which several ranks share
-    (`large_audit`); before that rank 0 works alone.
+    The state's reliability is `label_quality_scores`, its score 1 - reliability (`rankable`). It suggests the likeliest
+    other class for an untrusted label. From LARGE numbers N x C on, works in blocks of samples, which several ranks
+    share (`large_audit`); before that rank 0 works alone.
     Raises ValueError for wrong shapes, types, labels or probabilities.
     """
     given, p, z, names = _check(labels, pred_probs, features, class_names)
     if len(given) * len(names) >= LARGE:
         found = suspicion_of_labels(z, given, len(names), p, progress)
-        order = leave_enough(most_suspicious(found.odds), given, 1)
-        issues = torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True)
-        return _state(given, issues, (-found.odds).sigmoid(), found.other, names)
+        return _state(given, found.odds, found.other, names)
     return ranks.once(lambda: _audit(given, p, z, names, progress))
 
 
@@ -60,24 +58,39 @@ def _audit(given: Tensor, p: Tensor | None, z: Tensor | None, names: tuple[str, 
         p = pool_features(z, given, len(names), p, progress)
     assert p is not None
     p = p.float()
-    issues = torch.from_numpy(find_label_issues(given, p))
-    quality = torch.from_numpy(label_quality_scores(given, p))
-    return _state(given, issues, quality, p.scatter(1, given.unsqueeze(1), -1.0).argmax(1), names)
+    return _state(given, noise_channel(p, given).odds, p.scatter(1, given.unsqueeze(1), -1.0).argmax(1), names)
 
 
-def _state(given: Tensor, issues: Tensor, quality: Tensor, other: Tensor, names: tuple[str, ...]) -> TrustState:
-    """Returns the state of an audit. quality: float [N]. other: int64 [N], the likeliest class that is not given."""
-    quality = quality.clamp(0, 1).float()
+def _state(given: Tensor, odds: Tensor, other: Tensor, names: tuple[str, ...]) -> TrustState:
+    """Returns the state of an audit.
+
+    odds: log odds [N] that the label is wrong. other: int64 [N], the likeliest class that is not given.
+    The verdicts are those of `find_label_issues`.
+    """
+    order = leave_enough(most_suspicious(odds), given, 1)
+    issues = torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True)
     return TrustState(
         given=given,
         working=given,
         verdict=(issues * UNTRUSTED).to(torch.uint8),
-        reliability=quality,
+        reliability=(-odds.double()).sigmoid().float(),
         decided=torch.ones(len(given), dtype=torch.int16),
-        score=1 - quality,
+        score=rankable(odds),
         suggested=torch.where(issues, other, given),
         class_names=names,
     )
+
+
+def rankable(odds: Tensor) -> Tensor:
+    """Returns the probabilities [N] of log odds, float32, in an order that float32 can hold.
+
+    Next to 1, float32 rounds all odds above 17 to the same number, so a list could not rank the labels that are wrong
+    for certain. So odds above MAX_ODDS are spread evenly over the numbers between the probability of MAX_ODDS and 1.
+    """
+    odds = odds.double()
+    highest = torch.tensor(MAX_ODDS, dtype=torch.float64).sigmoid()
+    place = (odds - MAX_ODDS) / (odds.max() - MAX_ODDS + 1)  # in [0, 1) above MAX_ODDS
+    return torch.where(odds > MAX_ODDS, 1 - (1 - highest) * (1 - place), odds.sigmoid()).float()
 
 
 class Evidence(NamedTuple):
