@@ -42,10 +42,10 @@ class Rows(Protocol):
 
 
 class Neighbours(NamedTuple):
-    """similarity (cosine) and index of each sample's nearest other samples, both [N, k], and the measured recall."""
+    """similarity (cosine) and indices of each sample's nearest other samples, both [N, k], and the measured recall."""
 
     similarity: Tensor
-    index: Tensor
+    indices: Tensor
     recall: float
 
 

@@ -138,7 +138,7 @@ def _graph(z: Standardised, progress: Progress) -> Tensor:
     k = min(NEIGHBOURS, len(z) - 1)
     if len(z) >= APPROXIMATE and is_available():
         found = approximate_neighbours(z, k, progress)
-        return affinity_of(found.similarity, found.index.long())
+        return affinity_of(found.similarity, found.indices.long())
     return affinity_of(*nearest_neighbours(z.compact(True), k))
 
 

@@ -67,7 +67,7 @@ def replace_tensor_functions() -> None:
     """torch.tensor(..., device="cuda") would make memory on a real device; here it copies a CPU tensor."""
     for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
         setattr(owner, name, _made_on_cpu(getattr(owner, name), owner is Tensor))
-    Tensor.record_stream = record_stream
+    Tensor.record_stream = record_stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _made_on_cpu(make: Callable[..., Tensor], method: bool) -> Callable[..., Tensor]:

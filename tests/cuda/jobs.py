@@ -17,6 +17,7 @@ import torch
 from tadperf.config import Config
 from tadperf.config.merge import merge
 from tadperf.files import write_json
+from tadperf.kernels.dispatch import call_counts
 from tadperf.nets import device_batches
 from tadperf.pipeline.audit import audit_data
 from tadperf.pipeline.distill import distill_task
@@ -104,10 +105,15 @@ JOBS: dict[str, Callable[[Path, str], None]] = {
 
 
 def run(job: str, folder: Path, device: str) -> dict[str, Any]:
-    """Runs a job. Returns the counts, the recorded graphs, what CUDA would refuse, and whether a compiler is loaded."""
+    """Runs a job.
+
+    Returns the counts, the recorded graphs, what CUDA would refuse, whether a compiler is loaded, and the calls of
+    operators that launch Triton kernels.
+    """
     from counters import counters
 
     counters.reset()
+    before = call_counts()
     device_batches.STEPS_PER_GRAPH = 1  # so that a training of three steps replays a graph
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "CUDA graph failed")  # the run would go on without a graph
@@ -117,6 +123,7 @@ def run(job: str, folder: Path, device: str) -> dict[str, Any]:
         "graphs": list(counters.graphs),
         "problems": list(counters.problems),
         "compiler": "torch._dynamo" in sys.modules,
+        "kernels": {operator: n for (operator, form), n in (call_counts() - before).items() if form == "triton"},
     }
 
 

@@ -101,7 +101,7 @@ def unordered_graphs(same_pool: bool, same_stream: bool) -> list[str]:
     graphs, recorder, pool = [torch.cuda.CUDAGraph() for _ in range(2)], torch.cuda.Stream(), None
     for graph in graphs:
         with torch.cuda.graph(graph, pool=pool, stream=recorder if same_stream else torch.cuda.Stream()):
-            torch.ones(2, device="cuda") + total
+            torch.add(torch.ones(2, device="cuda"), total)
         pool = graph.pool() if same_pool else None
     for graph in graphs:
         with torch.cuda.stream(torch.cuda.Stream()):

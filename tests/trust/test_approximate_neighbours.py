@@ -30,13 +30,13 @@ def test_neighbours_have_the_stated_recall(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         found = approximate_neighbours(z, 10)
     similarity, index = nearest_neighbours(z.matrix(True), 10)
-    assert not (found.index == torch.arange(3000).unsqueeze(1)).any()
-    recall = (found.index.unsqueeze(2) == index.unsqueeze(1)).any(2).float().mean()
+    assert not (found.indices == torch.arange(3000).unsqueeze(1)).any()
+    recall = (found.indices.unsqueeze(2) == index.unsqueeze(1)).any(2).float().mean()
     assert found.recall >= module.RECALL
     assert abs(float(recall) - found.recall) < 0.03
     assert f"recall {found.recall:.3f}" in caplog.text
     true = (
-        F.normalize(z.matrix(True), dim=1)[found.index.long()] * F.normalize(z.matrix(True), dim=1).unsqueeze(1)
+        F.normalize(z.matrix(True), dim=1)[found.indices.long()] * F.normalize(z.matrix(True), dim=1).unsqueeze(1)
     ).sum(2)
     torch.testing.assert_close(found.similarity, true, atol=2e-3, rtol=0)  # float16
     assert float(found.similarity.min()) > float(similarity.min()) - 0.2
@@ -47,7 +47,7 @@ def test_many_equal_samples_do_no_harm():
     features = clusters(1500)
     features[:700] = features[0]
     found = approximate_neighbours(Standardised(features), 10)
-    assert not (found.index == torch.arange(1500).unsqueeze(1)).any()
+    assert not (found.indices == torch.arange(1500).unsqueeze(1)).any()
     assert (found.similarity[:700] > 0.999).all()
 
 
@@ -55,7 +55,7 @@ def test_many_equal_samples_do_no_harm():
 def test_two_searches_are_equal():
     z = Standardised(clusters(1200))
     first, second = (approximate_neighbours(z, 5) for _ in range(2))
-    assert torch.equal(first.index, second.index)
+    assert torch.equal(first.indices, second.indices)
 
 
 @needs_faiss

@@ -108,7 +108,8 @@ def test_a_batch_that_the_device_makes_equals_that_of_a_cpu(values):
         for batch in expected:
             ours = batch_on_device(p.images, index, target, source.next_rows(len(batch.x)))
             for field, value in zip(ours, batch, strict=True):
-                assert field is value is None or torch.equal(field, value)
+                assert (field is None) == (value is None)
+                assert field is None or value is None or torch.equal(field, value)
 
 
 def test_the_draws_of_an_epoch_move_to_a_device():
