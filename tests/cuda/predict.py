@@ -1,12 +1,13 @@
 """Predicts the milliseconds of units of work on an H100: python tests/cuda/run_twin.py tests/cuda/predict.py
 
 The sizes are those of CIFAR-10 with the ConvNet of the presets (depth 3, width 128). Counts are exact; times follow
-from the assumptions in costs.py, and no GPU has confirmed them. Prints JSON. Takes about a minute.
+from the assumptions in costs.py, and no GPU has confirmed them. Prints JSON. Takes some minutes.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,13 @@ def use(unit: str) -> int:
     return count // BATCHES[unit]
 
 
-def measure(run: Callable[[int], None], short: int, long: int, units: int) -> dict[str, float]:
-    """Returns the costs of `run(long)` minus those of `run(short)`, for each of `units` units."""
-    run(short)  # fills the caches of the process
+def measure(run: Callable[[int], None], short: int, long: int, units: int, fill: bool = True) -> dict[str, float]:
+    """Returns the costs of `run(long)` minus those of `run(short)`, for each of `units` units.
+
+    fill: first fills the caches of the process.
+    """
+    if fill:
+        run(short)
     unit, blocking = costs.Costs(), 0.0
     for length, sign in ((short, -1), (long, 1)):
         counters.reset()
@@ -62,21 +67,28 @@ def all_units(folder: Path) -> dict[str, Any]:
     for unit, labels in (("expert", False), ("student", True)):
         steps = use(unit)
         targets = torch.eye(10)[work_units.LABELS] if labels else work_units.LABELS
-        # Epochs of 2 and 4 graphs. The first one warms up, the second one is recorded.
-        short, long = (graphs * STEPS_PER_GRAPH // steps for graphs in (2, 4))
-        units[f"{unit} step"] = measure(work_units.fit(targets), short, long, 2 * STEPS_PER_GRAPH)
+        # Epochs of 2 and 3 graphs. The first one warms up, the second one is recorded.
+        short, long = (graphs * STEPS_PER_GRAPH // steps for graphs in (2, 3))
+        for precision in (torch.float32, torch.bfloat16)[: 1 if labels else 2]:
+            run = work_units.fit(targets, precision=precision)
+            units[f"{unit} step, {str(precision)[6:]}"] = measure(run, short, long, STEPS_PER_GRAPH, False)
+            print(list(units.items())[-1], file=sys.stderr, flush=True)
     steps = use("proxy")
-    units["proxy step"] = measure(work_units.proxies, 6, 8, 2 * steps)
+    units["proxy step, float32"] = measure(work_units.proxies, 6, 8, 2 * steps, False)
     use("matching")
-    found = {number: measure(work_units.matching(folder / str(number), number), 3, 4, 1) for number in (2, 3)}
-    units["matching iteration, T = 30"] = scaled(found, STEPS)
+    for precision in ("float32", "bfloat16"):
+        name, found = f"matching iteration, T = 30, {precision}", {}
+        for number in (2, 3):
+            place = folder / f"{precision}-{number}"
+            place.mkdir()
+            found[number] = measure(work_units.matching(place, number, precision), 4, 5, 1, False)
+        units[name] = scaled(found, STEPS)
+        print(name, units[name], file=sys.stderr, flush=True)
     return units
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     costs.counting = True
     with tempfile.TemporaryDirectory() as folder:
-        for number in (2, 3):
-            (Path(folder) / str(number)).mkdir()
         print(json.dumps(all_units(Path(folder)), indent=1))

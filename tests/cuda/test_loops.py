@@ -72,6 +72,13 @@ def test_bfloat16_maps_give_nearly_the_weights_of_float32(training: dict[str, An
     assert 1e-6 < training[name]["error"] < 0.1  # after 16 steps
 
 
+def test_a_wide_head_is_tested_by_one_operator(training: dict[str, Any]):
+    on_device, on_cpu = training["wide head"]["scores"]
+    assert on_device == on_cpu
+    assert on_cpu > 0.5
+    assert "per_sample_linear" in training["wide head"]["kernels"]
+
+
 @pytest.mark.parametrize(("name", "trajectories"), [("one trajectory", 1), ("three trajectories", 3)])
 def test_a_matching_iteration_does_not_wait(matching: dict[str, Any], name: str, trajectories: int):
     counts = matching[name]["counts"]

@@ -13,6 +13,11 @@ GRAPHED = {
     "generative": ("refine/detector.py", "nets/students.py"),
     "audit": (),
 }
+# Operators that launch Triton kernels.
+USED = {
+    "generative": ("per_sample", "per_sample_gradient", "norm_relu_pool", "differentiable_augment", "diverse_pick"),
+    "audit": ("per_sample", "mixture", "reliability", "norm_relu_pool", "differentiable_augment"),
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -29,3 +34,8 @@ def test_a_job_gives_the_results_of_the_cpu(on_twin: JobReports, tmp_path: Path,
 @pytest.mark.parametrize("job", GRAPHED)
 def test_a_job_records_all_of_its_graphs(on_twin: JobReports, job: str):
     on_twin.assert_recorded(job, GRAPHED[job])
+
+
+@pytest.mark.parametrize("job", USED)
+def test_a_job_uses_the_fused_operators(on_twin: JobReports, job: str):
+    assert set(USED[job]) <= set(on_twin.reports[job]["kernels"])

@@ -15,6 +15,7 @@ from tadperf.data import images as images_module
 from tadperf.data.images import ImageSubset, normalise_images
 from tadperf.data.normalise import fit_normaliser
 from tadperf.experts.train import train_expert
+from tadperf.kernels.dispatch import call_counts
 from tadperf.nets import device_batches, training
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
@@ -106,7 +107,18 @@ CASES = (
 )
 
 
+def wide_head() -> dict[str, Any]:
+    """Returns the accuracy of a network of many classes on the device and on the CPU, and its Triton operators."""
+    images = fit_normaliser(PIXELS)(PIXELS)
+    on_cpu, on_device = (build(NET, (3, 8, 8), training.WIDE_HEAD, 0).to(device) for device in ("cpu", "cuda"))
+    labels = on_cpu(images).argmax(1)
+    labels[::3] = 0
+    before = call_counts()
+    scores = [training.accuracy(on_device, images.to("cuda"), labels), training.accuracy(on_cpu, images, labels)]
+    return {"scores": scores, "kernels": [name for name, form in call_counts() - before if form == "triton"]}
+
+
 def measure() -> dict[str, Any]:
     """Returns the counts and the error of every case, of the images on the device and on the CPU."""
     device_batches.STEPS_PER_GRAPH = 4  # of two epochs
-    return {name: steps(name) for name in CASES} | {"decay": decay(), "expert": expert()}
+    return {name: steps(name) for name in CASES} | {"decay": decay(), "expert": expert(), "wide head": wide_head()}

@@ -40,11 +40,11 @@ LABELS = torch.arange(COUNT) % CLASSES
 STEPS_PER_EPOCH = COUNT // BATCH
 
 
-def fit(labels: torch.Tensor, rho: float = 0.0) -> Callable[[int], None]:
+def fit(labels: torch.Tensor, rho: float = 0.0, precision: torch.dtype = torch.float32) -> Callable[[int], None]:
     def run(epochs: int) -> None:
         module = build(NET, SHAPE, CLASSES, 0).to(DEVICE)
         recipe = Recipe(epochs, BATCH, 0.01, 0.9, 5e-4, AUGMENT, decay=False, rho=rho, alpha=0.3)
-        training.fit(module, IMAGES.to(DEVICE), labels, recipe, 0)
+        training.fit(module, IMAGES.to(DEVICE), labels, recipe, 0, precision=precision)
 
     return run
 
@@ -56,14 +56,14 @@ def proxies(epochs: int) -> None:
     train_proxies(problem, as_given(LABELS, names).view(), config, silent)
 
 
-def matching(folder: Path, steps: int) -> Callable[[int], None]:
+def matching(folder: Path, steps: int, precision: str = "float32") -> Callable[[int], None]:
     net = FlatNet(build(NET, SHAPE, CLASSES, 0).to(DEVICE))
     snapshots = torch.stack([build_flat(seed) for seed in range(4)])
     store.save_expert(folder, 0, snapshots)
 
     def run(iterations: int) -> None:
         fields = {"iterations": iterations, "check_every": 10**6, "steps": steps, "batch": BATCH, "max_start": 1}
-        config = MatchConfig.model_validate({"expert_epochs": 1, **fields})
+        config = MatchConfig.model_validate({"expert_epochs": 1, "precision": precision, **fields})
         state = initial_state(IMAGES.to(DEVICE), torch.eye(CLASSES)[LABELS].to(DEVICE), config)
         problem = MatchProblem(net, Experts.open(folder, 1), config, AUGMENT, 0)
         place = Path(tempfile.mkdtemp(dir=folder)) / "run"
