@@ -45,6 +45,10 @@ def main() -> None:
             runpy.run_path(arguments[0], run_name="__main__")
     finally:
         print(counters.report(int(os.environ.get("TWIN_TOP", "12"))), file=sys.stderr)
+    # Not through the end of Python: PyTorch sometimes aborts there, because a thread of the fake device still runs.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
