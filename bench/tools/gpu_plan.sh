@@ -79,7 +79,7 @@ SMALL="net.width=16 net.depth=2 experts.count=2 experts.epochs=3 match.iteration
  evaluate.full_repeats=1 trust.rounds=1 trust.proxies=2 trust.epochs=2"
 
 tiny_job() { # tiny_job NAME FIELD=VALUE...: a whole small job on digits; prints PASS or FAIL and the warnings
-  local name=$1 settings=() setting
+  local name=$1 settings=() setting code
   shift
   for setting in $SMALL "$@"; do settings+=(--set "$setting"); done
   rm -rf "$STATE/tiny-$name"
@@ -87,7 +87,9 @@ tiny_job() { # tiny_job NAME FIELD=VALUE...: a whole small job on digits; prints
     --out "$STATE/tiny-$name" "${settings[@]}" >"$STATE/tiny-$name.out" 2>"$STATE/tiny-$name.err"; then
     echo "PASS tiny job $name $(cut -c1-300 "$STATE/tiny-$name.out")"
   else
-    echo "FAIL tiny job $name: $(grep -v Warning "$STATE/tiny-$name.err" | tail -12)"
+    code=$?
+    [ $code -eq 124 ] && echo "FAIL tiny job $name: not done in time" && return
+    echo "FAIL tiny job $name: exit code $code: $(grep -v Warning "$STATE/tiny-$name.err" | tail -12)"
   fi
   grep -E "Warning|failed" "$STATE/tiny-$name.err" | sort | uniq -c | head -5 # a graph or a compiler that fell back
 }
