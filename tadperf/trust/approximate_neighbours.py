@@ -1,7 +1,7 @@
 """Nearest neighbours in large sets, by faiss (extra `large`): approximate, with a measured recall.
 
-Faiss compares each sample with the samples of the nearest of about 4 sqrt(N) clusters by 4-bit codes, and the best of
-those by float16 features (Johnson et al., arXiv 1702.08734; Andre et al., arXiv 1812.09162).
+Faiss compares each sample with the samples of the nearest of 4 sqrt(N) clusters, at most 2048, by 4-bit codes, and the
+best of those by float16 features (Johnson et al., arXiv 1702.08734; Andre et al., arXiv 1812.09162).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 RECALL = 0.95  # the search tries harder until it reaches this share of the true neighbours
 PROBES = 500  # samples whose true neighbours are found, too; the recall's standard error is then below 0.01
 # (clusters searched, candidates compared by float16 features for each neighbour), from fast to thorough. With 400 000
-# samples of 512 features in 1000 classes: recall 0.72, 0.905, 0.996, 0.999; 172, 203, 276, 454 CPU us a sample.
+# samples of 512 features in 1000 classes: recall 0.72, 0.905, 0.996, 0.999; 172, 209, 283, 454 CPU us a sample.
 EFFORTS = ((4, 8), (4, 16), (8, 32), (16, 64), (32, 128), (64, 256), (256, 512))
 Effort = tuple[int, int]
 CODE_WIDTH = 8  # features in one 4-bit code; not tuned
@@ -57,7 +57,7 @@ def is_available() -> bool:
 def approximate_neighbours(features: Rows, k: int, progress: Progress = silent) -> Neighbours:
     """Returns the k nearest other samples of every sample by cosine, approximately (top of this module).
 
-    Memory: 2 N D bytes for float16 features, 12 N k for the result. One seed gives one result. Logs the recall that
+    Memory: 2 N D bytes for float16 features, 8 N k for the result. One seed gives one result. Logs the recall that
     PROBES samples show. progress: called as stage "trust:graph". Raises UserError without faiss.
     """
     if not is_available():

@@ -33,14 +33,10 @@ FITTED = 2**25  # samples x classes on which the channel is fitted: 128 MB; not 
 
 
 class Suspicion(NamedTuple):
-    """Log odds [N] that each label is wrong; the likeliest other class int64 [N]; TOP likeliest classes and their
-    probabilities, int16 or int32 and float16 [N, TOP].
-    """
+    """Log odds [N] that each label is wrong, and the likeliest other class int64 [N]."""
 
     odds: Tensor
     other: Tensor
-    classes: Tensor
-    probabilities: Tensor
 
 
 class Votes(NamedTuple):
@@ -87,15 +83,12 @@ def _apply(
     for number, part in ranks.divide_work(work, len(blocks)):
         parts[number] = part
         progress("trust:labels", len(parts), len(blocks))
-    return Suspicion(*(torch.cat([parts[n][field] for n in range(len(blocks))]) for field in range(4)))
+    return Suspicion(*(torch.cat([parts[n][field] for n in range(len(blocks))]) for field in range(2)))
 
 
 def _judge(p: Tensor, labels: Tensor, channel: FittedChannel) -> Suspicion:
     odds = channel_odds(channel, p, labels)
-    top = p.topk(min(TOP, p.shape[1]), 1)
-    first, second = top.indices[:, 0], top.indices[:, 1]
-    small = torch.int16 if p.shape[1] < 2**15 else torch.int32
-    return Suspicion(odds, torch.where(first == labels, second, first), top.indices.to(small), top.values.half())
+    return Suspicion(odds, p.scatter(1, labels.unsqueeze(1), -1.0).argmax(1))
 
 
 class _Sources:

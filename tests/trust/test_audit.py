@@ -12,25 +12,15 @@ from tadperf.config.merge import merge
 from tadperf.data.open import open_data
 from tadperf.trust import audit, find_label_issues, label_quality_scores
 
+from .simulated import simulated_labels
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def model(count: int = 600, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns labels with 20 % errors, a simulated model's probabilities and features, and which labels are wrong."""
-    rng = np.random.default_rng(seed)
-    clean = np.arange(count) % classes
-    centres = rng.normal(size=(classes, 8)) * 2
-    z = centres[clean] + rng.normal(size=(count, 8))
-    logits = -((z[:, None] - centres[None]) ** 2).sum(2) / 2
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    wrong = rng.random(count) < 0.2
-    labels = np.where(wrong, (clean + rng.integers(1, classes, count)) % classes, clean)
-    return labels, p / p.sum(1, keepdims=True), z, wrong
 
 
 @pytest.mark.parametrize("inputs", ["probabilities", "features", "both"])
 def test_wrong_labels_are_found_as_mask_and_as_indices(inputs):
-    labels, p, z, wrong = model()
+    labels, p, z, clean = simulated_labels()
+    wrong = labels != clean
     p, features = (None if inputs == "features" else p), (None if inputs == "probabilities" else z)
     mask = find_label_issues(labels, p, features)
     assert mask.dtype == bool
@@ -44,7 +34,7 @@ def test_wrong_labels_are_found_as_mask_and_as_indices(inputs):
 
 
 def test_frac_noise_and_min_examples_per_class():
-    labels, p, _, _ = model()
+    labels, p, _, _ = simulated_labels()
     order = find_label_issues(labels, p, return_indices_ranked_by="noise_channel")
     half = find_label_issues(labels, p, return_indices_ranked_by="noise_channel", frac_noise=0.5)
     assert half.tolist() == order[: len(half)].tolist()
@@ -163,7 +153,7 @@ def test_features_alone_work_for_more_features_than_samples():
 
 
 def test_numbers_to_remove_from_each_class():
-    labels, p, _, _ = model()
+    labels, p, _, _ = simulated_labels()
     remove = [5, 0, 1, 2]
     for filter_by in ("prune_by_class", "prune_by_noise_rate"):
         mask = find_label_issues(labels, p, filter_by=filter_by, num_to_remove_per_class=remove)
@@ -176,7 +166,8 @@ def test_numbers_to_remove_from_each_class():
 
 
 def test_filters_of_confident_learning():
-    labels, p, _, wrong = model()
+    labels, p, _, clean = simulated_labels()
+    wrong = labels != clean
     masks = {
         name: find_label_issues(labels, p, filter_by=name)
         for name in (
@@ -201,7 +192,7 @@ def test_filters_of_confident_learning():
 
 @pytest.mark.parametrize("method", ["noise_channel", "self_confidence", "normalized_margin"])
 def test_order_of_indices_is_that_of_the_quality_scores(method):
-    labels, p, _, _ = model()
+    labels, p, _, _ = simulated_labels()
     order = find_label_issues(labels, p, return_indices_ranked_by=method)
     scores = label_quality_scores(labels, p, method=method)
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -222,7 +213,7 @@ def test_quality_scores_have_the_values_of_their_formulas():
 
 @pytest.mark.parametrize("features", [False, True])
 def test_arrays_of_every_kind_give_the_same_result(features):
-    labels, p, z, _ = model(200)
+    labels, p, z, _ = simulated_labels(200)
     p, z = p.astype("float32"), z.astype("float32")
     expected = find_label_issues(labels, p, z if features else None)
     reverse = find_label_issues(labels[::-1], p[::-1], z[::-1] if features else None)

@@ -15,26 +15,15 @@ from tadperf.trust import audit, audit_labels, find_label_issues, label_quality_
 from tadperf.trust.channel import noise_channel
 from tadperf.trust.evidence import Evidence, check_evidence, loop_signals, open_evidence, rankable
 
+from .simulated import simulated_labels
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
-def model(count: int = 600, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns labels with 20 % errors, a model's probabilities, features, and the true labels."""
-    rng = np.random.default_rng(seed)
-    clean = np.arange(count) % classes
-    centres = rng.normal(size=(classes, 8)) * 2
-    z = centres[clean] + rng.normal(size=(count, 8))
-    logits = -((z[:, None] - centres[None]) ** 2).sum(2) / 2
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    wrong = rng.random(count) < 0.2
-    labels = np.where(wrong, (clean + rng.integers(1, classes, count)) % classes, clean)
-    return labels, p / p.sum(1, keepdims=True), z, clean
-
-
 @pytest.mark.parametrize("inputs", ["probabilities", "features", "both"])
 def test_wrong_labels_are_untrusted_and_get_a_suggestion(inputs):
-    labels, p, z, clean = model()
+    labels, p, z, clean = simulated_labels()
     p, features = (None if inputs == "features" else p), (None if inputs == "probabilities" else z)
     state = audit_labels(labels, p, features, ["a", "b", "c", "d"])
     issues, wrong = state.issues.numpy(), labels != clean
@@ -106,7 +95,7 @@ def test_files_are_checked_before_a_run_only_if_trust_is_on(tmp_path):
 
 
 def test_signals_of_the_dual_loop_are_probabilities_and_features():
-    labels, p, z, clean = (torch.from_numpy(part) for part in model())
+    labels, p, z, clean = (torch.from_numpy(part) for part in simulated_labels())
     probabilities, features = loop_signals(Evidence(p, z), labels, 4)
     assert [tuple(part.shape) for part in probabilities] == [(600, 4), (600, 4)]
     assert features is not None

@@ -59,8 +59,6 @@ def test_the_suspicion_is_that_of_the_whole_matrix(with_model: bool, small_block
     assert ours > theirs - 0.02
     assert (found.other != given).all()
     assert (found.other[wrong] == true[wrong]).float().mean() > 0.5
-    assert found.classes.shape == found.probabilities.shape == (COUNT, CLASSES)
-    torch.testing.assert_close(found.probabilities.sum(1, dtype=torch.float32), torch.ones(COUNT), atol=5e-3, rtol=0)
 
 
 def test_probabilities_alone_are_enough(small_blocks: None):

@@ -45,6 +45,11 @@ def hub_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def image_column(schema: pa.Schema, features: dict[str, Any], path: Path, chosen: str | None) -> str:
+    """Returns the name of the column of images: `chosen`, or the one that its type or its name tells.
+
+    features: as the metadata of Hugging Face describe the columns; {} if there are none. Raises UserError if no column
+    fits, or several do.
+    """
     if chosen is not None:
         return _chosen_column(schema, path, "data.image_column", chosen, _holds_images, "encoded images (bytes)")
     typed = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
@@ -56,6 +61,7 @@ def image_column(schema: pa.Schema, features: dict[str, Any], path: Path, chosen
 
 
 def label_column(schema: pa.Schema, features: dict[str, Any], path: Path, chosen: str | None) -> str:
+    """Returns the name of the column of labels, chosen as by `image_column`. Columns of ids are none."""
     if chosen is not None:
         return _chosen_column(schema, path, "data.label_column", chosen, _holds_labels, "integers or class names")
     typed = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
