@@ -18,6 +18,7 @@ GRADIENTS = {
     "trajectory_distance": "ratio",
     "differentiable_augment": "y",
 }
+WAITS = {"diverse_pick"}  # operators that read sizes from the device, so no CUDA graph can hold them
 SMALL: dict[str, Size] = {
     "per_sample": (507, 7),
     "per_sample_linear": (65, 24, 129),

@@ -193,10 +193,10 @@ def measure_matching(folder: Path, device: torch.device) -> None:
     for name, make in forms.items():
         record(facts, name, lambda make=make: measure_iteration(case, make, truth, device))
         save(folder, "matching.json", facts)
-    p = matching.make_problem(case._replace(steps=2), device)
-    for name, backend in (("formulas", step_backends.eager(p.net)), ("compiled", step_backends.compiled(p.net))):
-        call = partial(gradient.adjoint, *p, backend=backend)
-        record(facts, f"kernels of two steps, {name}", partial(profile, call, device))
+    steps = step_backends.eager
+    for name, make in (("float32", steps), ("bfloat16", lambda net: steps(net, bfloat16))):
+        call = sweep(make)(matching.make_problem(case, device))
+        record(facts, f"kernels of one iteration, formulas, {name}", partial(profile, call, device))
         save(folder, "matching.json", facts)
 
 
@@ -292,6 +292,8 @@ def measure_step(case: experts.Case, x: Tensor, y: Tensor, device: torch.device)
         graphed = GraphedStep(step)
         ms = milliseconds(lambda: graphed(x, y), device)
         row |= {"graph_ms": round(ms, 4), "images_s": round(len(x) / ms * 1e3), "graph_failed": graphed.failed}
+        if len(x) == case.recipe.batch:
+            row["kernels"] = profile(lambda: graphed(x, y), device)
     return row
 
 

@@ -246,7 +246,9 @@ def _gradient(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_gradient(grad_y, x, weight, bias, moments, pool)
-    return _backward(grad_y, x, weight, bias, moments, pool)
+    grad_x, grad_weight, grad_bias = _backward(grad_y, x, weight, bias, moments, pool)
+    # On CUDA both are rows of one tensor, and PyTorch refuses operators with results that share memory.
+    return grad_x, grad_weight, grad_bias.clone()
 
 
 @_gradient.register_fake

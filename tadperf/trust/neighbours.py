@@ -169,12 +169,13 @@ def affinity_of(similarity: Tensor, index: Tensor) -> Tensor:
     row = torch.arange(count, device=index.device).repeat_interleave(index.shape[1])
     edges = torch.stack([torch.cat([row, index.flatten()]), torch.cat([index.flatten(), row])])
     shape, options = (count, count), {"check_invariants": False, "device": weight.device}
-    graph = torch.sparse_coo_tensor(edges, weight.repeat(2), shape, **options).coalesce()
-    (row, column), weight = graph.indices(), graph.values()
-    degree = torch.zeros(count, device=weight.device).index_add_(0, row, weight).clamp(min=MIN_MASS)
-    weight = weight / (degree[row] * degree[column]).sqrt()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that its CSR format is in beta
+        # PyTorch warns that its CSR format is in beta, and PyTorch 2.11 that coalesce checks nothing.
+        warnings.simplefilter("ignore", UserWarning)
+        graph = torch.sparse_coo_tensor(edges, weight.repeat(2), shape, **options).coalesce()
+        (row, column), weight = graph.indices(), graph.values()
+        degree = torch.zeros(count, device=weight.device).index_add_(0, row, weight).clamp(min=MIN_MASS)
+        weight = weight / (degree[row] * degree[column]).sqrt()
         return torch.sparse_coo_tensor(graph.indices(), weight, shape, **options).to_sparse_csr()
 
 
