@@ -1,8 +1,10 @@
 """`per_sample` in Triton: each program handles ROWS rows, in chunks of STEPS x LANES classes. Reads the logits once.
 
-A tile of logits is [STEPS, ROWS, LANES], because Triton gives the last dimensions to threads. So the logits of one step
-are adjacent, a thread reduces its own steps without a shuffle, and only the few threads of a row exchange values. Rows
-of up to 16 classes take one thread each. The chunks of a long row are merged by the online softmax.
+A row has LANES threads, and a program has exactly ROWS x LANES threads. So a thread holds one class of each step, keeps
+its own state over the steps, and the threads of a row exchange values once a chunk. Any Triton version lays out such
+tiles in the same way. (Tiles [STEPS, ROWS, LANES] took 15.3 ms for 1 280 000 x 1000 logits with Triton 3.6 on an H100,
+because the threads of several warps shared a row; see bench/results/gpu.md.) The chunks of a long row are merged by the
+online softmax.
 """
 
 # Pyright reads a launch, kernel[grid](...), as a call of the function itself, which has no num_warps.
@@ -25,26 +27,34 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def add_logits(top, second, argmax, total, weighted, x, column):
-    """Returns the state of each row after more logits x [STEPS, ROWS, LANES] of the classes `column`.
+def add_logits(top, second, argmax, total, weighted, logits, columns, STEPS: tl.constexpr):
+    """Returns the state of each row after a chunk: tuples of STEPS tiles [ROWS, LANES], of logits and of their classes.
 
     With e = exp(x - top), total is the sum of e and weighted that of e * (x - top). A row of -inf has total 0.
     """
-    here = tl.max(tl.max(x, 0), 1)
-    columns = tl.where(x == here[None, :, None], column, 2147483647)
-    here_argmax = tl.min(tl.min(columns, 0), 1)  # the first of equal logits
-    others = tl.where(column == here_argmax[None, :, None], -INF, x)
-    second = tl.maximum(tl.maximum(second, tl.max(tl.max(others, 0), 1)), tl.minimum(top, here))
+    best, next_best, where = logits[0], tl.full(logits[0].shape, -INF, tl.float32), columns[0]
+    for step in tl.static_range(1, STEPS):
+        x = logits[step]
+        next_best = tl.maximum(next_best, tl.minimum(best, x))
+        where = tl.where(x > best, columns[step], where)
+        best = tl.maximum(best, x)
+    here = tl.max(best, 1)
+    here_argmax = tl.min(tl.where(best == here[:, None], where, 2147483647), 1)  # the first of equal logits
+    here_second = tl.max(tl.where(where == here_argmax[:, None], next_best, best), 1)
+    second = tl.maximum(tl.maximum(second, here_second), tl.minimum(top, here))
     argmax = tl.where(here > top, here_argmax, argmax)
     new_top = tl.maximum(top, here)
     base = tl.where(new_top == -INF, 0.0, new_top)
-    d = x - base[None, :, None]
-    e = tl.exp(d)
     drop = tl.where(top == -INF, 0.0, top - base)
     scale = tl.exp(drop)
     weighted = tl.where(scale == 0, 0.0, (weighted + total * drop) * scale)  # `drop` may be -inf
-    weighted += tl.sum(tl.sum(e * tl.maximum(d, -1e30), 0), 1)  # a class of probability 0 adds 0
-    return new_top, second, argmax, total * scale + tl.sum(tl.sum(e, 0), 1), weighted
+    part, weighted_part = tl.zeros(logits[0].shape, tl.float32), tl.zeros(logits[0].shape, tl.float32)
+    for step in tl.static_range(STEPS):
+        d = logits[step] - base[:, None]
+        e = tl.exp(d)
+        part += e
+        weighted_part += e * tl.maximum(d, -1e30)  # a class of probability 0 adds 0
+    return new_top, second, argmax, total * scale + tl.sum(part, 1), weighted + tl.sum(weighted_part, 1)
 
 
 @triton.jit
@@ -80,29 +90,31 @@ def write_results(
 @triton.jit
 def per_sample_kernel(
     logits_ptr, labels_ptr, loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr,
-    n_rows, class_vectors, row_vectors, class_stride, label_stride,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    n_rows, n_classes, row_stride, class_stride, label_stride,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, ONE_CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Writes all five results of ROWS rows per program, in one read of their logits.
-
-    class_vectors and row_vectors are the number of classes and the stride of a row, divided by VECTOR.
-    """
-    n_classes = class_vectors * VECTOR
+    """Writes all five results of ROWS rows per program, in one read of their logits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < n_rows
-    row_ptrs = logits_ptr + row * row_vectors * VECTOR
+    row_ptrs = logits_ptr + row * row_stride
     label = tl.load(labels_ptr + row * label_stride, mask, other=-1).to(tl.int64)
     valid = mask & (label >= 0) & (label < n_classes)
     label_logit = tl.load(row_ptrs + label * class_stride, valid, other=0).to(tl.float32)
-    lane = tl.arange(0, STEPS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    lane = tl.arange(0, LANES)[None, :]
     top, second = tl.full([ROWS], -INF, tl.float32), tl.full([ROWS], -INF, tl.float32)
     total, weighted = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     argmax = tl.zeros([ROWS], tl.int32)
     for begin in range(0, STEPS * LANES if ONE_CHUNK else n_classes, STEPS * LANES):
-        column = begin + lane
-        x_ptrs = row_ptrs[None, :, None] + column.to(tl.int64) * class_stride
-        x = tl.load(x_ptrs, mask[None, :, None] & (column < n_classes), other=-INF).to(tl.float32)
-        top, second, argmax, total, weighted = add_logits(top, second, argmax, total, weighted, x, column)
+        logits, columns = (), ()
+        for step in tl.static_range(STEPS):
+            column = begin + step * LANES + lane
+            x_ptrs = row_ptrs[:, None] + column.to(tl.int64) * class_stride
+            x = tl.load(x_ptrs, mask[:, None] & (column < n_classes), other=-INF)
+            logits += (x.to(tl.float32),)
+            columns += (column,)
+        top, second, argmax, total, weighted = add_logits(
+            top, second, argmax, total, weighted, logits, columns, STEPS
+        )
     write_results(
         top, second, argmax, total, weighted, label_logit, label, n_classes,
         loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr, row, mask,
@@ -149,15 +161,14 @@ def per_sample(logits: Tensor, labels: Tensor) -> PerSample:
     if rows == 0:
         return out
     config = launch_config("per_sample", logits.device, classes)
-    vector, padded = vector_size(logits), triton.next_power_of_2(classes)
-    threads = min(32, max(1, padded // config["values"]))  # of a row, in one warp
-    steps = max(1, min(padded // threads, config["values"]) // vector)
-    per_program = 32 * config["num_warps"] // threads
+    lanes = min(32, triton.next_power_of_2(triton.cdiv(classes, config["values"])))  # of a row, in one warp
+    steps = min(triton.cdiv(classes, lanes), config["values"])
+    per_program = 32 * config["num_warps"] // lanes
     with on_device(logits):
         per_sample_kernel[(triton.cdiv(rows, per_program),)](
-            logits, labels, *out, rows, classes // vector, logits.stride(0) // vector, logits.stride(1),
-            labels.stride(0), ROWS=per_program, STEPS=steps, LANES=threads * vector, VECTOR=vector,
-            ONE_CHUNK=classes <= steps * threads * vector, num_warps=config["num_warps"],
+            logits, labels, *out, rows, classes, *logits.stride(), labels.stride(0),
+            ROWS=per_program, STEPS=steps, LANES=lanes, ONE_CHUNK=classes <= steps * lanes,
+            num_warps=config["num_warps"],
         )  # fmt: skip
     return out
 

@@ -40,17 +40,13 @@ def rows(operator: str, sm: int = 90) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def test_per_sample_loads_vectors_into_few_registers():
+def test_per_sample_keeps_its_rows_in_registers():
+    """With any Triton version the threads of a row are in one warp: no value goes through shared memory."""
     table = {row["case"]: row for row in rows("per_sample")}
-    for case, loads, registers in (
-        ("C 10 float32", "of 64", 64),
-        ("C 100 float32", "4 of 128", 64),
-        ("C 1000 float32", "8 of 128", 128),
-        ("C 1000 bfloat16", "4 of 128", 128),
-    ):
-        assert loads in table[case]["loads"]
-        assert int(table[case]["registers"]) <= registers
+    for case in ("C 10 float32", "C 100 float32", "C 1000 float32", "C 1000 bfloat16"):
+        assert int(table[case]["registers"]) <= 64
         assert table[case]["spills"] == "0"
+        assert table[case]["shared"] == "0"
     assert table["C 100 float32 gradient"]["stores"] == "2 of 128"
 
 

@@ -154,9 +154,9 @@ def test_per_sample_compiles_without_spills(aot, name, how, chunks):
     from tadperf.kernels.gpu.per_sample import per_sample_kernel
 
     signature = {"logits_ptr": f"*{name}", "labels_ptr": "*i64", **KERNEL_RESULTS}
-    sizes = ["n_rows", "class_vectors", "row_vectors", "class_stride", "label_stride"]
+    sizes = ["n_rows", "n_classes", "row_stride", "class_stride", "label_stride"]
     signature |= dict.fromkeys(sizes, "i32")
-    constants = {"ROWS": how["num_warps"], "STEPS": how["values"], "LANES": 32, "VECTOR": 1}
+    constants = {"ROWS": how["num_warps"], "STEPS": how["values"], "LANES": 32}
     no_spills(aot(per_sample_kernel, signature, constants | {"ONE_CHUNK": chunks == "one"}, num_warps=how["num_warps"]))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tadperf.compute.torch_settings import torch_settings
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.kernels import trajectory_distance
@@ -133,6 +134,7 @@ def test_several_trajectories_of_a_rank_are_joined_on_cuda_only():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("soft", [False, True])
+@torch_settings(tf32=False)
 def test_the_graph_on_a_gpu_equals_the_adjoint(soft):
     net, *_ = problem("color_crop_cutout_flip_scale_rotate", soft, 0)
     net = FlatNet(net.module.cuda())
