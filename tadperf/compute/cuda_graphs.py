@@ -21,7 +21,7 @@ class GraphedStep:
     recording needs. The second call records the graph on this stream, which no other graphs use (`own_stream`). All
     graphs of one step share their memory, so two of them never run at the same time. If recording fails, there is one
     warning and all calls run the step without a graph. A replay runs on the current stream of `device`, which is that
-    of the first tensor by default. CUDA only.
+    of the first tensor by default. Tensors on other devices are copied to it at each call. CUDA only.
     """
 
     def __init__(self, step: StepFunction, device: torch.device | None = None) -> None:
@@ -68,10 +68,16 @@ class GraphedStep:
         caller.wait_stream(stream)
 
     def _record(self, values: tuple[Tensor | Hashable, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-        copies = [value.clone() if isinstance(value, Tensor) else value for value in values]
+        # On the device: a graph would copy a value that lies elsewhere as it was at the recording.
+        device = torch.device("cuda", torch.cuda.current_device())
+        copies = [_copy(value, device) if isinstance(value, Tensor) else value for value in values]
         graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # The outer block restores the stream if recording fails: torch.cuda.graph then leaves its own stream current.
         with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream()):
             self.step(*copies)
         self._pool = graph.pool()
         return graph, [copy for copy in copies if isinstance(copy, Tensor)]
+
+
+def _copy(value: Tensor, device: torch.device) -> Tensor:
+    return value.clone() if value.device == device else value.to(device)

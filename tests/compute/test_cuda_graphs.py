@@ -132,6 +132,18 @@ def test_inputs_are_copied_into_the_graph(cuda):
     assert recorded[1].tolist() == [3.0, 3.0]
 
 
+def test_inputs_of_another_device_are_copied_to_the_device_of_the_graph(cuda, monkeypatch):
+    """Seen on an H100: a graph kept the values of a CPU tensor from its recording, without a word."""
+    recorded: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "to", lambda self, device: tensor(float(self[0]), len(self)))
+    step = GraphedStep(lambda x, y: recorded.append(y))
+    for value in (1.0, 2.0, 3.0):
+        step(tensor(value), torch.full((2,), value))
+    assert recorded[0].device.type == "cpu"  # the warm-up runs on what it is given
+    assert recorded[1].device == torch.device("cuda", 1)
+    assert recorded[1].tolist() == [3.0, 3.0]
+
+
 def test_a_failed_recording_warns_once_and_restores_the_stream(cuda):
     cuda.fails = True
     streams: list[str] = []

@@ -11,11 +11,13 @@ from tadperf.compute.torch_settings import torch_settings
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.kernels import trajectory_distance
-from tadperf.matching import gradient, loop, step_backends
+from tadperf.matching import gradient, step_backends, trajectories
+from tadperf.matching.base import MatchProblem
 from tadperf.matching.cuda_graph_sweep import GraphedSweep
 from tadperf.matching.gradient import Gradient, Step, StepDraws, adjoint
-from tadperf.matching.loop import MatchProblem, mean_gradient
+from tadperf.matching.loop import mean_gradient
 from tadperf.matching.state import MatchState, initial_state
+from tadperf.matching.trajectories import TrajectoryMatching
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 
@@ -95,6 +97,12 @@ def three_trajectories() -> tuple[FlatNet, MatchState, MatchProblem]:
     return net, initial_state(images, labels, config), MatchProblem(net, experts, config, "flip", 0)
 
 
+def mean_of(compute: Any, state: MatchState, match: MatchProblem) -> Gradient:
+    base = TrajectoryMatching(state, match)
+    base.compute = compute
+    return mean_gradient(state, base, match.config.trajectories)
+
+
 def test_trajectories_do_not_overwrite_each_other():
     net, state, match = three_trajectories()
 
@@ -102,14 +110,14 @@ def test_trajectories_do_not_overwrite_each_other():
         start, target, x, y, lr, drawn = values
         return adjoint(net, start, target, x, y, lr, drawn.split())
 
-    sweep, exact = (mean_gradient(state, compute, match) for compute in (sweep_without_graph(net), by_step))
+    sweep, exact = (mean_of(compute, state, match) for compute in (sweep_without_graph(net), by_step))
     for name in ("loss", "images", "labels", "lr", "layers"):
         assert torch.equal(getattr(sweep, name), getattr(exact, name))
 
 
 def test_joined_trajectories_take_one_call_of_the_distance(monkeypatch):
     net, state, match = three_trajectories()
-    expected = mean_gradient(state, sweep_without_graph(net), match)
+    expected = mean_of(sweep_without_graph(net), state, match)
     rows: list[int] = []
 
     def counted(student: torch.Tensor, *others: Any) -> Any:
@@ -117,8 +125,8 @@ def test_joined_trajectories_take_one_call_of_the_distance(monkeypatch):
         return trajectory_distance(student, *others)
 
     monkeypatch.setattr(gradient, "trajectory_distance", counted)
-    monkeypatch.setattr(loop, "joins_trajectories", lambda *_: True)
-    found = mean_gradient(state, sweep_without_graph(net, scaled=False), match)
+    monkeypatch.setattr(trajectories, "joins_trajectories", lambda *_: True)
+    found = mean_of(sweep_without_graph(net, scaled=False), state, match)
     assert rows == [3]
     for name in ("loss", "images", "labels", "lr", "layers", "end"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-8)
@@ -126,10 +134,10 @@ def test_joined_trajectories_take_one_call_of_the_distance(monkeypatch):
 
 def test_several_trajectories_of_a_rank_are_joined_on_cuda_only():
     config = MatchConfig(trajectories=2)
-    assert loop.joins_trajectories(config, torch.device("cuda"))
-    assert not loop.joins_trajectories(config, CPU)
-    assert not loop.joins_trajectories(MatchConfig(), torch.device("cuda"))
-    assert not loop.joins_trajectories(MatchConfig(trajectories=2, gradient="unroll"), torch.device("cuda"))
+    assert trajectories.joins_trajectories(config, torch.device("cuda"))
+    assert not trajectories.joins_trajectories(config, CPU)
+    assert not trajectories.joins_trajectories(MatchConfig(), torch.device("cuda"))
+    assert not trajectories.joins_trajectories(MatchConfig(trajectories=2, gradient="unroll"), torch.device("cuda"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -144,7 +152,8 @@ def test_the_graph_on_a_gpu_equals_the_adjoint(soft):
         start, target, x, y, lr = (value.cuda() for value in values)
         on_gpu = [step._replace(rows=step.rows.cuda()) for step in steps]
         expected = adjoint(net, start, target, x, y, lr, on_gpu, backend=step_backends.autograd(net))
-        actual = sweep(start, target, x, y, lr, StepDraws.join(on_gpu))
-        torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)
+        for draws in (StepDraws.join(on_gpu), StepDraws.join(on_gpu).to(x.device)):  # augmentations on the CPU, too
+            actual = sweep(start, target, x, y, lr, draws)
+            torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)
     assert not sweep.graphed_step.failed
     assert any(sweep.graphed_step.graphs.values())
