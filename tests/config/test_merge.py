@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tadperf.config import Config, DataConfig, MatchConfig
+from tadperf.config import Config, DataConfig, MatchConfig, TrustConfig
 from tadperf.config.merge import default_preset, merge, to_toml
 from tadperf.config.presets import METHODS, PRESETS
 from tadperf.errors import UserError
@@ -33,6 +33,19 @@ def test_a_resumed_run_keeps_settings_that_are_not_given():
 def test_presets_are_valid(name):
     config = merge(name)
     assert config.experts.epochs is None or config.match.max_start + config.match.expert_epochs <= config.experts.epochs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_hold_the_measured_training_of_proxies(name):
+    trust = merge(name).trust
+    if name.startswith("digits"):  # the bytes of the default job depend on every field
+        assert trust == TrustConfig()
+        return
+    recipe = (128, 0.1, 0.9, 5e-4, "one-cycle", False, True, "crop_flip")
+    values = trust.batch, trust.lr, trust.momentum, trust.weight_decay, trust.schedule, trust.mixup
+    assert (*values, trust.soft_targets, trust.augment) == recipe
+    size = (2, 12, 2, None) if name == "quick" else (3, 16, 3, 64)  # None: net.width
+    assert (trust.proxies, trust.epochs, trust.rounds, trust.width) == size
 
 
 @pytest.mark.parametrize(
