@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tadperf.report.words import BASELINES, KINDS, SHARES, USE, VERDICTS, duration
+from tadperf.report.words import BASELINES, KINDS, RUNGS, SHARES, USE, VERDICTS, duration, gain
 
 MAX_PAIRS = 15  # rows of the table of confusions
 
@@ -26,6 +26,7 @@ def print_result(result: Mapping[str, Any]) -> None:
     )
     _show(
         _accuracy_table(result),
+        *([_ladder_table(result)] if len(result.get("ladder", ())) > 1 else []),
         *([_rounds_table(result["trust"]["rounds"])] if result["trust"]["rounds"] else []),
         *([_refinement_table(result["refine"])] if "refine" in result else []),
         _stages_table(result),
@@ -177,6 +178,14 @@ def _accuracy_table(result: Mapping[str, Any]) -> Table:
     for name, label in BASELINES.items():
         if scores := result["baselines"].get(name):
             table.add_row(label.format(kind=kind, ipc=result["ipc"]), *_score(scores))
+    return table
+
+
+def _ladder_table(result: Mapping[str, Any]) -> Table:
+    """Returns what each part of the run adds to the accuracy, from random images to all images."""
+    table, kind = _table("what each part adds", "%", "gain"), KINDS[result["trust"]["mode"]]
+    for rung in result["ladder"]:
+        table.add_row(RUNGS[rung["rung"]].format(kind=kind), _score(rung)[0], gain(rung))
     return table
 
 

@@ -16,14 +16,15 @@ from tadperf.task.samples import NormalisedData, normalise_data
 from tadperf.task.task import Task
 
 MODES = ("on", "off", "oracle")
+UNCHANGED = ("full_data", "random_given")  # baselines that no mode changes
 
 
 def compare_trust_modes(config: Config, out: Path, progress: Progress = silent) -> dict[str, dict[str, Any]]:
     """Returns the results by trust mode: of the finished run in `out`, and of its siblings in out/compare/<mode>.
 
-    Runs missing siblings and resumes killed ones. They share the normalised data and the scores of the baseline
-    full_data, which no mode changes. Leaves out the oracle if the data have no clean labels. Raises ValueError if the
-    run in `out` is not finished.
+    Runs missing siblings and resumes killed ones. They share the normalised data and the scores of the baselines
+    full_data and random_given, which no mode changes. Leaves out the oracle if the data have no clean labels. Raises
+    ValueError if the run in `out` is not finished.
     """
     main = ranks.once(lambda: finished_result(out, config))
     if main is None:
@@ -57,6 +58,6 @@ def _run_sibling(
     def report(stage: str, done: int, total: int, **values: object) -> None:
         progress(f"{stage}, trust {mode}", done, total, **values)
 
-    known = {"full_data": main["baselines"]["full_data"]["runs"]} if "full_data" in main["baselines"] else {}
+    known = {row: main["baselines"][row]["runs"] for row in UNCHANGED if row in main["baselines"]}
     with Run.create(folder, task.config, ranks.once(folder.exists)) as run:
         return distill_task(task, run, report, data, known)

@@ -38,6 +38,7 @@ from tadperf.nets.training import Recipe
 from tadperf.pipeline import probes
 from tadperf.pipeline.matching import CHECK_STUDENTS
 from tadperf.pipeline.package import student_recipe
+from tadperf.pipeline.scoring import LADDER_REPEATS
 from tadperf.progress import Progress, silent
 from tadperf.refine.models.base import Target
 from tadperf.refine.models.train import PixelSamples, initial_training, train_step
@@ -229,6 +230,8 @@ class _Estimate:
         baselines = [small(name)] * (2 * config.repeats) + [full(images=len(self.task.train))] * config.full_repeats
         if self.config.trust.mode != "off":
             baselines += [full(images=len(self.task.train))] * config.full_repeats
+        ladder_rows = (self.config.trust.mode != "off") + self.config.match.soft_labels
+        baselines += [small(name)] * (ladder_rows * min(config.repeats, LADDER_REPEATS))
         batch = min(self.config.match.batch or self.synthetic, self.synthetic)
         widest = batch * self.config.net.width * self.task.train.shape[1] ** 2
         idle = available_cores() - threads_for(widest) if self.on_cpu and self.workers.ranks == 1 else 0

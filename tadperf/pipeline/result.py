@@ -9,6 +9,7 @@ from tadperf.artifact import DistilledSet
 from tadperf.compute.device import describe_device
 from tadperf.nets.students import summarise
 from tadperf.pipeline.context import RunContext
+from tadperf.pipeline.ladder import ladder
 from tadperf.pipeline.scoring import BASELINES
 from tadperf.run.folder import read_json
 from tadperf.trust.metrics import round_metrics
@@ -63,6 +64,7 @@ def build_result(context: RunContext, distilled: DistilledSet, scores: dict[str,
         **refinement,
         "accuracy": {row: summarise(runs) for row, runs in scores.items() if row not in BASELINES},
         "baselines": {row: summarise(scores[row]) for row in BASELINES if row in scores},
+        "ladder": ladder(scores, config.net.name),
         "lr": distilled.lr,
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages.values()),

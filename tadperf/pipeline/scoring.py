@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from tadperf.pipeline.context import RunContext
 from tadperf.pipeline.package import INITIAL, load_stored_set, student_recipe
 from tadperf.run.folder import Run, read_json
 
-BASELINES = ("initial", "random_real", "full_data", "full_trusted")
-REAL_IMAGES = ("random_real", "full_data", "full_trusted")  # rows that train at evaluate.real_lr
+BASELINES = ("initial", "initial_hard", "random_real", "random_given", "full_data", "full_trusted")
+REAL_IMAGES = ("random_real", "random_given", "full_data", "full_trusted")  # rows that train at evaluate.real_lr
+# Students of a row that only the ladder needs. With 3, the ladder adds 8 % to the CPU time of the default job.
+LADDER_REPEATS = 3
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +46,13 @@ def distilled_students(
 def baseline_students(context: RunContext, initial: DistilledSet) -> list[Student]:
     """Returns the students that the distilled set is compared with. None of them needs the distilled set.
 
-    initial: trained on `initial`, the set before the first iteration. random_real: on match.ipc random confirmed
-    samples of each class. full_data: on all images, labels as given. full_trusted: on the samples and labels that trust
-    selected.
+    initial: trained on `initial`, the set before the first iteration. initial_hard: on its images with hard labels, if
+    its labels are soft. random_real: on match.ipc random confirmed samples of each class. random_given: on match.ipc
+    random images of each class, labels as given, unless trust is off. full_data: on all images, labels as given.
+    full_trusted: on the samples and labels that trust selected.
     """
     config, evaluate = context.task.config, context.task.config.evaluate
-    data, selection, samples = context.data, context.selection, context.samples
+    data, selection, samples, repeats = context.data, context.selection, context.samples, range(evaluate.repeats)
     recipe = student_recipe(config, evaluate.real_lr)._replace(lr=evaluate.real_lr)
     full_recipe = recipe._replace(epochs=evaluate.full_epochs)
     labels = samples.confirmed_labels
@@ -57,20 +61,33 @@ def baseline_students(context: RunContext, initial: DistilledSet) -> list[Studen
         index = pick_real(labels, config.match.ipc, seeds.generator(config.seed, "random real", repeat))
         return Examples(samples.images[index], labels[index])
 
+    def random_given(repeat: int) -> Examples:
+        index = pick_real(data.labels, config.match.ipc, seeds.generator(config.seed, "random given", repeat))
+        return Examples(ImageSubset(data.train, index), data.labels[index])
+
     def full_data() -> Examples:
         return Examples(data.train, data.labels)
 
     def full_trusted() -> Examples:
         return Examples(ImageSubset(data.train, selection.index), selection.labels, selection.weights)
 
-    repeats, full_repeats = range(evaluate.repeats), range(evaluate.full_repeats)
-    students = distilled_students(initial, [config.net.name], evaluate.repeats, context.task.device)
-    students = [student._replace(row="initial") for student in students]
+    full_repeats, few = range(evaluate.full_repeats), repeats[:LADDER_REPEATS]
+    students = _initial_students(initial, "initial", config.net.name, evaluate.repeats, context.task.device)
     students += [Student("random_real", r, config.net, recipe, partial(random_real, r)) for r in repeats]
     students += [Student("full_data", r, config.net, full_recipe, full_data) for r in full_repeats]
     if config.trust.mode != "off":
         students += [Student("full_trusted", r, config.net, full_recipe, full_trusted) for r in full_repeats]
+        students += [Student("random_given", r, config.net, recipe, partial(random_given, r)) for r in few]
+    if initial.labels.is_floating_point():
+        hard = replace(initial, labels=initial.hard_labels)
+        students += _initial_students(hard, "initial_hard", config.net.name, len(few), context.task.device)
     return students
+
+
+def _initial_students(
+    initial: DistilledSet, row: str, network: str, repeats: int, device: torch.device
+) -> list[Student]:
+    return [student._replace(row=row) for student in distilled_students(initial, [network], repeats, device)]
 
 
 class ScoreStore:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tadperf.report.text import clean_text
-from tadperf.report.words import BASELINES, COLUMNS, KINDS, SHARES, USE, VERDICTS, duration
+from tadperf.report.words import BASELINES, COLUMNS, KINDS, RUNGS, SHARES, USE, VERDICTS, duration, gain
 
 MAX_NAME, MAX_PATH = 60, 160  # letters of a class name and of a path; a long path keeps its end
 MAX_CLASSES = 100  # rows of the table of trust by class
@@ -23,6 +23,7 @@ with open({labels!r}, newline="", encoding="utf-8") as file:
     rows = [row for row in csv.DictReader(file) if row["label"]]  # without untrusted samples"""
 SECTIONS = (
     "accuracy",
+    "ladder",
     "trust",
     "suspects",
     "duplicates",
@@ -45,6 +46,7 @@ def run_values(result: Mapping[str, Any], class_names: Sequence[str]) -> dict[st
         "oracle": trust["used_clean_labels"],
         "cards": _run_cards(result),
         "accuracy": _accuracy(result),
+        "ladder": _ladder(result),
         "trust": _trust(trust["rounds"], class_names) if trust["rounds"] else None,
         "refinement": _refinement(result["refine"]["rounds"]) if "refine" in result else None,
         "stages": _stages(result),
@@ -138,6 +140,19 @@ def _accuracy(result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         if name in result["baselines"]
     ]
     return [_accuracy_row(*row) for row in rows] or None
+
+
+def _ladder(result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Returns a row for each rung of the ladder, with its gain over the rung below; None if there is one rung at most.
+
+    Results of older versions have no ladder.
+    """
+    kind, rungs = KINDS[result["trust"]["mode"]], result.get("ladder", ())
+    rows = [
+        _accuracy_row(RUNGS[rung["rung"]].format(kind=kind), rung, rung["rung"] == "distilled") | {"gain": gain(rung)}
+        for rung in rungs
+    ]
+    return rows if len(rows) > 1 else None
 
 
 def _accuracy_row(label: str, scores: Mapping[str, Any], ours: bool) -> dict[str, Any]:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 USE = """import tadperf
 ds = tadperf.load({path!r})
 net = ds.train()  # or your own loop on ds.images, ds.labels
 print(ds.accuracy(net, {data!r}))"""
 BASELINES = {  # rows of the table of accuracies, by their name in the result
     "initial": "images it started from",
+    "initial_hard": "images it started from, hard labels",
     "random_real": "random {kind} images, {ipc} per class",
+    "random_given": "random images, given labels, {ipc} per class",
     "full_trusted": "all {kind} images, labels after trust",
     "full_data": "all images, given labels",
+}
+RUNGS = {  # rows of the ladder, by their name in the result
+    "given": "random images, labels as given",
+    "trusted": "random {kind} images",
+    "selected": "images it started from",
+    "labelled": "the same, soft labels",
+    "distilled": "distilled set",
+    "all": "all {kind} images",
 }
 KINDS = {"on": "trusted", "off": "real", "oracle": "correctly labelled"}  # images of a baseline, by trust mode
 VERDICTS = {  # rows of the table of trust, by their name in the result
@@ -40,6 +53,16 @@ COLUMNS = {  # of labels.csv, in the order of the file; tadperf.trust.state writ
     "suggested_number": "class number of suggested_label",
     "label_number": "class number of label, empty if untrusted; --labels reads the column label only",
 }
+
+
+def gain(rung: Mapping[str, Any]) -> str:
+    """Formats the gain of a rung of the ladder over the rung below: "+1.3", "+0.2 (no clear gain)", or "".
+
+    A gain is clear if it exceeds the deviation of the difference.
+    """
+    if "gain" not in rung:
+        return ""
+    return f"{100 * rung['gain']:+.1f}" + (" (no clear gain)" if rung["clear"] is False else "")
 
 
 def duration(seconds: float) -> str:

@@ -150,6 +150,7 @@ def test_a_run_writes_all_its_files(whole):
         "trust",
         "accuracy",
         "baselines",
+        "ladder",
         "lr",
         "stages",
         "seconds",
@@ -159,7 +160,14 @@ def test_a_run_writes_all_its_files(whole):
     assert json.loads((place / "result.json").read_text()) == result
     assert (result["data"]["train"], result["data"]["test"], result["data"]["shape"]) == (1400, 397, [1, 8, 8])
     assert set(result["accuracy"]) == {"convnet"}
-    assert set(result["baselines"]) == {"initial", "random_real", "full_data", "full_trusted"}
+    assert set(result["baselines"]) == {
+        "initial",
+        "initial_hard",
+        "random_real",
+        "random_given",
+        "full_data",
+        "full_trusted",
+    }
     assert set(result["stages"]) == {"data", "trust", "experts", "matching", "evaluate"}
     assert result["seconds"] == pytest.approx(sum(stage["seconds"] for stage in result["stages"].values()))
     for path in result["paths"].values():
@@ -168,7 +176,7 @@ def test_a_run_writes_all_its_files(whole):
     assert max(written.values()) == written[place / "DONE"]
     records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     stages = [record["stage"] for record in records]
-    assert (stages.count("trust"), stages.count("matching"), stages.count("evaluate")) == (2, 6 + 2, 5)
+    assert (stages.count("trust"), stages.count("matching"), stages.count("evaluate")) == (2, 6 + 2, 7)
     stopped = [record.get("stopped") for record in records if record["stage"] == "trust"]
     assert stopped == [None, "trust.rounds is 2"]
     synthetic = artifact.load(place / "distilled.safetensors")

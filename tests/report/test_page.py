@@ -143,6 +143,10 @@ def run_result(classes: int, name: str = "photos", **changes: Any) -> dict[str, 
         "trust": trust | {"rounds": [{"round": r, "sizes": sizes, "view_accuracy": None} for r in (1, 2)]},
         "accuracy": {"convnet": scores},
         "baselines": {"full_data": {"mean": 0.7, "std": 0.0, "runs": [0.7]}},
+        "ladder": [
+            scores | {"rung": "trusted", "row": "random_real"},
+            scores | {"rung": "distilled", "row": "convnet", "gain": 0.003, "deviation": 0.03, "clear": False},
+        ],
         "lr": 0.01,
         "stages": {"trust": {"seconds": 2.0, "peak_memory_mb": 300.0}, "matching": {"seconds": 9, "peak_memory_mb": 1}},
         "seconds": 11.0,
@@ -165,7 +169,8 @@ def test_a_run_has_every_section_and_names_each_file(tmp_path):
         tmp_path / "r.html", result, distilled(torch.arange(3), (3, 8, 8), names), images, files, state(labels, names)
     )
     page = check(tmp_path / "r.html")
-    assert page.sections == ["summary", "accuracy", "suspects", "trust", "distilled", "stages", "use"]
+    assert page.sections == ["summary", "accuracy", "ladder", "suspects", "trust", "distilled", "stages", "use"]
+    assert "+0.3 (no clear gain)" in page.text
     for text in ("90.0 ± 2.0 %", "70.0 %", "distilled set, convnet", "all images, given labels", "round 2", "11 s"):
         assert text in page.text
     verdicts = state(labels, names)
@@ -197,6 +202,7 @@ def test_the_images_are_those_of_the_samples(tmp_path):
     [
         ({"trust": {"mode": "off", "used_clean_labels": False, "coverage": 1.0, "rounds": []}}, "trust"),
         ({"accuracy": {}, "baselines": {}}, "accuracy"),
+        ({"ladder": []}, "ladder"),
         ({"stages": {}}, "stages"),
     ],
 )
