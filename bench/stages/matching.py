@@ -30,7 +30,7 @@ from tadperf.config import MatchConfig, NetConfig
 from tadperf.data import augment
 from tadperf.matching import cuda_graph_sweep, gradient, step_backends
 from tadperf.matching.gradient import Step
-from tadperf.matching.loop import draw_steps
+from tadperf.matching.trajectories import draw_steps
 from tadperf.nets.architectures import Shape, build
 from tadperf.nets.flat import FlatNet
 

@@ -52,13 +52,14 @@ class Attempt(NamedTuple):
             state, updated, Download(values if gradient.layers is None else torch.cat([values, gradient.layers]))
         )
 
-    def outcome(self, config: MatchConfig) -> Outcome:
+    def outcome(self, config: MatchConfig, exploded: float = EXPLODED) -> Outcome:
         """Waits for this iteration, but not for what was launched after it.
 
+        exploded: a loss of at least this has diverged.
         Raises UserError if the learned learning rate has become 0 or infinite, although its logarithm is finite.
         """
         loss, lr, log_lr, largest, *layers = self.values.read().tolist()
         if math.isfinite(log_lr) and not 0 < lr < math.inf:
             remedy = f"it drove the students' learning rate to {lr} at iteration {self.updated.iteration}"
             raise UserError("match.lr_lr", config.lr_lr, f"too large: {remedy}; use a smaller value, such as 0.05")
-        return Outcome(loss, lr, not (loss < EXPLODED and math.isfinite(largest)), layers)
+        return Outcome(loss, lr, not (loss < exploded and math.isfinite(largest)), layers)

@@ -12,7 +12,8 @@ from tadperf.compute.work_progress import reporting, work
 from tadperf.compute.workers import available_cores, threads_for
 from tadperf.data.pick import pick_central, pick_real
 from tadperf.experts.store import Experts
-from tadperf.matching.loop import MatchProblem, match_trajectories
+from tadperf.matching.base import MatchProblem
+from tadperf.matching.loop import match_trajectories
 from tadperf.matching.starts import correctly_classified, expert_soft_labels
 from tadperf.matching.state import MatchState, initial_state
 from tadperf.nets.architectures import build

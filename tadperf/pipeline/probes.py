@@ -22,7 +22,9 @@ from tadperf.compute.workers import run_parallel, threads_for
 from tadperf.config import NetConfig
 from tadperf.data.normalise import DECOMPOSITION, normalise_work
 from tadperf.experts.store import ResidentExperts
-from tadperf.matching.loop import MatchProblem, choose_gradient, launch_iteration
+from tadperf.matching.base import MatchProblem
+from tadperf.matching.bases import BASES
+from tadperf.matching.loop import launch_iteration
 from tadperf.matching.state import initial_state
 from tadperf.nets import training
 from tadperf.nets.architectures import build
@@ -153,12 +155,12 @@ def _iteration_seconds(task: Task, images: Tensor, batch: int, steps: int) -> fl
         labels = torch.nn.functional.one_hot(labels, classes).float()
     state = initial_state(images, labels, config)
     problem = MatchProblem(net, experts, config, task.config.data.augment, task.config.seed)
-    _, compute = choose_gradient(state, problem)
+    base = BASES[config.method](state, problem)
     times: list[float] = []
     while len(times) < 2 or (len(times) < 6 and sum(times) < STEP_BUDGET / 4):
         synchronise(task.device)
         begin = time.perf_counter()
-        launch_iteration(replace(state, iteration=len(times)), compute, problem).values.read()
+        launch_iteration(replace(state, iteration=len(times)), base, config).values.read()
         times.append(time.perf_counter() - begin)
         if len(times) == 1 and times[0] > STEP_BUDGET:  # no time for a second one
             break

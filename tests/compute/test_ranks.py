@@ -22,10 +22,10 @@ from tadperf.compute.workers import available_cores, run_parallel
 from tadperf.config import MatchConfig
 from tadperf.config.merge import merge
 from tadperf.errors import UserError
-from tadperf.matching import loop
+from tadperf.matching.base import Base
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.loop import MatchProblem, mean_gradient
-from tadperf.matching.state import initial_state
+from tadperf.matching.loop import mean_gradient
+from tadperf.matching.state import MatchState, initial_state
 from tadperf.run.folder import Run
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
@@ -130,24 +130,22 @@ def test_rank_0_decides_and_large_values_arrive_complete():
     assert run_ranks(3, work) == [(int(torch.arange(3_000_000).sum()), 0, None, {0: 1, 1: 2})] * 3
 
 
-def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks(monkeypatch):
+def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks():
     config = MatchConfig(trajectories=5)
 
-    def one(*arguments: Any) -> Gradient:
-        *_, k = arguments
-        generator = torch.Generator().manual_seed(k)
-        draw = [torch.randn(shape, generator=generator) for shape in ((), (4, 1, 3, 3), (4, 2), (), (7,))]
-        return Gradient(*draw)
+    class RandomBase(Base):
+        def gradient(self, state: MatchState, number: int) -> Gradient:
+            generator = torch.Generator().manual_seed(number)
+            draw = [torch.randn(shape, generator=generator) for shape in ((), (4, 1, 3, 3), (4, 2), (), (7,))]
+            return Gradient(*draw)
 
-    monkeypatch.setattr(loop, "matching_gradient", one)
     state = initial_state(torch.zeros(4, 1, 3, 3), torch.zeros(4, 2), config)
 
     def work() -> Any:
-        nothing: Any = None
-        gradient = mean_gradient(state, nothing, MatchProblem(nothing, nothing, config, "none", 0))
+        gradient = mean_gradient(state, RandomBase(), config.trajectories)
         return [part.double().numpy() for part in gradient[:4] if part is not None]
 
-    draws = [one(None, None, None, k) for k in range(5)]
+    draws = [RandomBase().gradient(state, number) for number in range(5)]
     parts = ([part for part in draw[:4] if part is not None] for draw in draws)
     exact = [torch.stack(column).double().mean(0) for column in zip(*parts, strict=True)]
     single_process = work()

@@ -17,7 +17,7 @@ from tadperf.config import MatchConfig, NetConfig
 from tadperf.data.augment import Draw
 from tadperf.matching import step_backends
 from tadperf.matching.gradient import Step, adjoint
-from tadperf.matching.loop import draw_steps
+from tadperf.matching.trajectories import draw_steps
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.matching.gradient import Step
-from tadperf.matching.loop import draw_steps
+from tadperf.matching.trajectories import draw_steps
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 

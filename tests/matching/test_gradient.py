@@ -25,7 +25,7 @@ from tadperf.matching.gradient import (
     tesla,
     unroll,
 )
-from tadperf.matching.loop import draw_steps
+from tadperf.matching.trajectories import draw_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +189,7 @@ MEMORY = """
 import sys, torch
 from tadperf.config import MatchConfig, NetConfig
 from tadperf.matching.gradient import GRADIENTS
-from tadperf.matching.loop import draw_steps
+from tadperf.matching.trajectories import draw_steps
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 from tadperf.run.stage_meter import process_peak

@@ -18,15 +18,9 @@ from tadperf.experts.store import Experts
 from tadperf.experts.train import train_expert
 from tadperf.matching import loop
 from tadperf.matching.attempt import Attempt
+from tadperf.matching.base import MatchProblem
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.loop import (
-    Check,
-    MatchProblem,
-    choose_gradient,
-    draw_steps,
-    launch_iteration,
-    match_trajectories,
-)
+from tadperf.matching.loop import Check, launch_iteration, match_trajectories
 from tadperf.matching.starts import expert_soft_labels
 from tadperf.matching.state import (
     EXPLODED,
@@ -37,6 +31,7 @@ from tadperf.matching.state import (
     save_checkpoint,
     step_back,
 )
+from tadperf.matching.trajectories import choose_gradient, draw_steps
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.problem import Problem

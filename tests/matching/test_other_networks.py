@@ -14,7 +14,7 @@ from tadperf.config import MatchConfig
 from tadperf.errors import UserError
 from tadperf.matching.convnet_second_order import convnet_form
 from tadperf.matching.gradient import adjoint, unroll
-from tadperf.matching.loop import draw_steps
+from tadperf.matching.trajectories import draw_steps
 from tadperf.nets.flat import FlatNet
 
 CLASSES, CHANNELS, SIZE, WIDTH = 3, 3, 8, 6
