@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.style import StyleType
 from rich.table import Table
+from rich.text import Text
 
+from tadperf.report.text import one_line
 from tadperf.report.words import BASELINES, KINDS, RUNGS, SHARES, USE, VERDICTS, duration, gain
 
 MAX_PAIRS = 15  # rows of the table of confusions
@@ -264,9 +267,19 @@ def _trust_words(trust: Mapping[str, Any]) -> str:
     return f", {100 * trust['coverage']:.0f} % of the labels kept"
 
 
+class _Table(Table):
+    """Shows every cell as one line of plain text: a class or file name may look like Rich's markup."""
+
+    def add_row(
+        self, *renderables: RenderableType | None, style: StyleType | None = None, end_section: bool = False
+    ) -> None:
+        cells = (Text(one_line(cell)) if cell else "" for cell in renderables)
+        super().add_row(*cells, style=style, end_section=end_section)
+
+
 def _table(*columns: str) -> Table:
     """Returns an empty table. The first column is left-aligned, the others are right-aligned."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = _Table(box=SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     return table

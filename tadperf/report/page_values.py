@@ -7,15 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tadperf.report.text import clean_text
+from tadperf.report.text import one_line
 from tadperf.report.words import BASELINES, COLUMNS, KINDS, RUNGS, SHARES, USE, VERDICTS, duration, gain
 
 MAX_NAME, MAX_PATH = 60, 160  # letters of a class name and of a path; a long path keeps its end
 MAX_CLASSES = 100  # rows of the table of trust by class
 MAX_ROUNDS = 12  # columns of the table of trust by round; the last rounds are shown
-REORDERING = dict.fromkeys(
-    map(ord, "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), "\ufffd"
-)
 AUDIT_USE = """import tadperf
 train, test = tadperf.open_data({data!r}, labels={labels!r})  # corrected labels, without untrusted samples"""
 TABLE_USE = """import csv
@@ -241,11 +238,11 @@ def _score(scores: Mapping[str, Any]) -> str:
 
 def shown_name(name: object, limit: int = MAX_NAME) -> str:
     """Returns a name in one line of limited length, without characters that reorder the text around them."""
-    line = clean_text(str(name)).translate(REORDERING) or "(empty name)"
+    line = one_line(name)
     return line if len(line) <= limit else line[:limit] + "…"
 
 
 def shown_path(path: object) -> str:
     """Returns a path in one line; a long one keeps its end, which names the file."""
-    line = clean_text(str(path)).translate(REORDERING) or "(empty name)"
+    line = one_line(path)
     return line if len(line) <= MAX_PATH else "…" + line[-MAX_PATH:]

@@ -1,4 +1,4 @@
-"""Text in pictures: finds a font for every name, and shortens long ones."""
+"""Names as one line of text. For pictures: finds a font for every name, and shortens long ones."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ FONT_FOLDERS = (
 PREFERRED_FONTS = ("dejavusans.", "notosans-regular", "notosanscjk", "unifont", "wqy", "sourcehansans", "arialuni")
 MAX_FONTS = 200  # largest number of font files to try; not tuned
 MISSING = "\U0010ffff"  # no font has a glyph for this character
+# Marks that change the direction of the text after them, also outside the name: in a table, the next columns.
+REORDERING = dict.fromkeys(
+    map(ord, "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), "\ufffd"
+)
 
 
 class Names(NamedTuple):
@@ -54,6 +58,11 @@ def clean_text(text: str) -> str:
     """Returns the text in one line: control characters become spaces, invalid ones question marks."""
     categories = {"Cc": " ", "Cs": "?", "Cn": "?", "Zl": " ", "Zp": " "}
     return " ".join("".join(categories.get(unicodedata.category(letter), letter) for letter in text).split())
+
+
+def one_line(name: object) -> str:
+    """Returns a name in one line, with U+FFFD for each character that reorders the text around it."""
+    return clean_text(str(name)).translate(REORDERING) or "(empty name)"
 
 
 def draw_text(

@@ -65,6 +65,7 @@ def dual_loop(
         return DualLoopResult(state, [state], "no rounds: every label is trusted")
     rounds: list[TrustState] = []
     stopped = targets = None
+    progress("trust", 0, config.rounds)  # starts the clock of the stage
     for number in range(1, config.rounds + 1):
         round_problem = replace(problem, seed=seeds.derive(problem.seed, "trust", number))
         run_round = partial(one_round, round_problem, state, targets, number, config, progress, evidence, features)

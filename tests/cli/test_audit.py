@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tadperf.cli.tables import print_audit
+
 FAST = ["--device=cpu", "--quiet", *(f"--set=trust.{s}" for s in ("rounds=1", "proxies=2", "epochs=4"))]
 
 
@@ -46,6 +48,15 @@ def test_tables_and_parquet(tadperf, tmp_path):
     table = pq.read_table(tmp_path / "kept.parquet")
     assert table.num_rows == 1400
     assert table.column_names[:3] == ["index", "verdict", "score"]
+
+
+def test_class_names_change_nothing_around_them(capsys):
+    names = ["[red]cat", "a\u202eb", "c\nd", "plain"]
+    pairs = [{"suggested": name, "given": "plain", "samples": 7} for name in names]
+    values = {"noise": "none", "data": "set", "samples": 9, "issues": 4, "pairs": pairs, "worst": [], "paths": {}}
+    print_audit(values)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith(" 7")]
+    assert rows == [[*shown.split(), "plain", "7"] for shown in ("[red]cat", "a\ufffdb", "c d", "plain")]
 
 
 def test_the_worst_samples_of_a_folder_are_named_by_their_files(tadperf, tmp_path):

@@ -60,6 +60,20 @@ def noisy() -> tuple[Dataset, DualLoopResult]:
     return data, run(data)
 
 
+def test_the_clock_of_the_stage_starts_before_the_first_round():
+    calls: list[tuple[int, int]] = []
+
+    def progress(stage: str, done: int, total: int, **_: object) -> None:
+        if stage == "trust":
+            calls.append((done, total))
+
+    data = digits("none", 100)
+    images = normalise_images(fit_normaliser(data.images), data.images)
+    problem = Problem(images, data.labels, data.class_names, NET, "none", 0, torch.device("cpu"))
+    dual_loop(problem, trust_config(**SMALL | {"rounds": 1, "epochs": 1}), progress=progress)
+    assert calls == [(0, 1), (1, 1)]
+
+
 def test_the_view_is_far_cleaner_than_the_labels(noisy):
     data, result = noisy
     assert data.clean_labels is not None
