@@ -1,11 +1,12 @@
 """Computes gradient and second-order products of one inner step of the ConvNet with instance norm, by formulas.
 
 A tangent `name_dot` is the derivative of `name` along lambda in parameter space. Gradients and h are those of the
-student's mean cross-entropy.
+student's mean cross-entropy, or of the loss in the form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,8 +26,11 @@ from tadperf.kernels import (
 )
 from tadperf.kernels.ops.conv3x3 import covers
 from tadperf.kernels.ops.norm_relu_pool_dual import join
+from tadperf.matching.layer_chain import layer_chain
 from tadperf.nets.flat import FlatNet
-from tadperf.nets.fused import fits_block, has_hooks, is_half_pool, pad_channels
+from tadperf.nets.fused import fits_block, is_half_pool, pad_channels
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], labels of the batch -> scalar
 
 
 class Products(NamedTuple):
@@ -34,7 +38,7 @@ class Products(NamedTuple):
 
     h: Tensor  # scalar
     x: Tensor  # [B, C, H, W], with respect to the batch
-    labels: Tensor | None  # [B, K], with respect to label logits; None for hard labels
+    labels: Tensor | None  # [B, K], with respect to soft labels; None for hard labels
     theta: Tensor | None  # [P], with respect to the parameters; None unless it was requested
 
 
@@ -53,24 +57,25 @@ class ConvNetForm(NamedTuple):
 
     dtype: type of the convolutions, and on CUDA of all maps from the images to the classifier. Parameters, moments and
     the classifier are float32, as in training (`nets.training.in_precision`).
+    loss: None is the mean cross-entropy with classes or label logits, by formulas. Another loss is differentiated by
+    autograd, twice, with respect to the logits and labels alone.
     """
 
     blocks: tuple[Block, ...]
     classifier: str
     dtype: torch.dtype = torch.float32
+    loss: Loss | None = None
 
 
-def convnet_form(module: nn.Module, dtype: torch.dtype = torch.float32) -> ConvNetForm | None:
+def convnet_form(module: nn.Module, dtype: torch.dtype = torch.float32, loss: Loss | None = None) -> ConvNetForm | None:
     """Returns the form of a ConvNet with instance norm, or None if the formulas of this file do not cover `module`.
 
-    They cover a plain Sequential of blocks, Flatten and Linear. A block is a 3 x 3 convolution of stride 1 with bias
-    and zero padding, instance norm with weight and bias, ReLU, and possibly a 2 x 2 average pool. No layer may have
-    hooks, be parametrized, or share parameters with another one.
+    They cover a chain (`layer_chain`) of blocks, Flatten and Linear. A block is a 3 x 3 convolution of stride 1 with
+    bias and zero padding, instance norm with weight and bias, ReLU, and possibly a 2 x 2 average pool. No layer may
+    have hooks, be parametrized, or share parameters with another one.
     """
-    if type(module) is not nn.Sequential or any(has_hooks(layer) for layer in module.modules()):
-        return None
-    layers = list(module.named_children())
-    if len(layers) != len(module):  # a layer that is used twice
+    layers = layer_chain(module)
+    if layers is None:
         return None
     blocks: list[Block] = []
     while len(layers) > 3:
@@ -90,7 +95,7 @@ def convnet_form(module: nn.Module, dtype: torch.dtype = torch.float32) -> ConvN
         return None
     if len(list(module.parameters())) != 4 * len(blocks) + 2:  # shared parameters
         return None
-    return ConvNetForm(tuple(blocks), classifier, dtype)
+    return ConvNetForm(tuple(blocks), classifier, dtype, loss)
 
 
 def _is_covered(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
@@ -109,7 +114,7 @@ def _is_covered(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
 def step_gradient(form: ConvNetForm, net: FlatNet, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Returns the gradient g [P] of the student's loss on a batch x [B, C, H, W].
 
-    y: labels int64 [B], or label logits [B, K].
+    y: labels int64 [B], or label logits [B, K], or what the form's loss takes.
     """
     params, saved = _parameters(form, net, theta), []
     x = _as_maps(x, form)
@@ -121,7 +126,7 @@ def step_gradient(form: ConvNetForm, net: FlatNet, theta: Tensor, x: Tensor, y: 
     weight = params[f"{form.classifier}.weight"]
     features = x.flatten(1).to(weight.dtype)
     logits = torch.addmm(params[f"{form.classifier}.bias"], features, weight.T)
-    delta = (logits.softmax(1) - _target(y, logits)) / len(y)
+    delta = _loss_gradient(form.loss, logits, y)
     grads = {f"{form.classifier}.weight": delta.T @ features, f"{form.classifier}.bias": delta.sum(0)}
     grad = (delta @ weight).view(x.shape).to(x.dtype)
     for block, (x, conv, moments) in zip(reversed(form.blocks), reversed(saved), strict=True):
@@ -198,22 +203,63 @@ def _classifier(
     weight, bias = params[f"{form.classifier}.weight"], params[f"{form.classifier}.bias"]
     weight_dot, bias_dot = params_dot[f"{form.classifier}.weight"], params_dot[f"{form.classifier}.bias"]
     features, features_dot = stacked.flatten(1).to(weight.dtype).chunk(2)
-    q = torch.addmm(bias, features, weight.T).softmax(1)
+    logits = torch.addmm(bias, features, weight.T)
     logits_dot = torch.addmm(bias_dot, features_dot, weight.T).addmm(features, weight_dot.T)
+    delta, delta_dot, h, grad_labels = (
+        _cross_entropy_products(logits, logits_dot, y)
+        if form.loss is None
+        else _loss_products(form.loss, logits, logits_dot, y)
+    )
+    grads = {
+        f"{form.classifier}.weight": torch.addmm(delta_dot.T @ features, delta.T, features_dot),
+        f"{form.classifier}.bias": delta_dot.sum(0),
+    }
+    shape = (len(logits), *stacked.shape[1:])
+    value, dot = delta @ weight, torch.addmm(delta_dot @ weight, delta, weight_dot)
+    grad = Dual(*(part.view(shape).to(stacked.dtype) for part in (value, dot)))
+    return grad, grads, h, grad_labels
+
+
+class LossProducts(NamedTuple):
+    """The gradient of the loss by the logits, its tangent, h, and the derivative of h by soft labels."""
+
+    delta: Tensor  # [B, K]
+    delta_dot: Tensor  # [B, K]
+    h: Tensor  # scalar
+    labels: Tensor | None  # [B, K]
+
+
+def _loss_gradient(loss: Loss | None, logits: Tensor, y: Tensor) -> Tensor:
+    if loss is None:
+        return (logits.softmax(1) - _target(y, logits)) / len(y)
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        return torch.autograd.grad(loss(logits, y), logits)[0]
+
+
+def _cross_entropy_products(logits: Tensor, logits_dot: Tensor, y: Tensor) -> LossProducts:
+    q = logits.softmax(1)
     count, target = len(q), _target(y, q)
     delta, centred = (q - target) / count, logits_dot - (q * logits_dot).sum(1, keepdim=True)
     delta_dot = q * centred / count
     h, grad_labels = (delta * logits_dot).sum(), None
     if y.is_floating_point():
         grad_labels = -target * (centred - (target * centred).sum(1, keepdim=True)) / count
-    grads = {
-        f"{form.classifier}.weight": torch.addmm(delta_dot.T @ features, delta.T, features_dot),
-        f"{form.classifier}.bias": delta_dot.sum(0),
-    }
-    shape = (count, *stacked.shape[1:])
-    value, dot = delta @ weight, torch.addmm(delta_dot @ weight, delta, weight_dot)
-    grad = Dual(*(part.view(shape).to(stacked.dtype) for part in (value, dot)))
-    return grad, grads, h, grad_labels
+    return LossProducts(delta, delta_dot, h, grad_labels)
+
+
+def _loss_products(loss: Loss, logits: Tensor, logits_dot: Tensor, y: Tensor) -> LossProducts:
+    soft = y.is_floating_point()
+    with torch.enable_grad():
+        logits, y = logits.detach().requires_grad_(), y.detach().requires_grad_(soft)
+        (delta,) = torch.autograd.grad(loss(logits, y), logits, create_graph=True)
+        h = (delta * logits_dot).sum()
+        inputs = [logits, y] if soft else [logits]
+        if h.requires_grad:
+            grads = torch.autograd.grad(h, inputs, allow_unused=True, materialize_grads=True)
+        else:  # a loss that is linear in the logits
+            grads = tuple(map(torch.zeros_like, inputs))
+    return LossProducts(delta.detach(), grads[0], h.detach(), grads[1] if soft else None)
 
 
 def _target(y: Tensor, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ network is differentiated twice. The augmentation, which is applied before it, i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,11 +40,17 @@ from tadperf.nets.flat import FlatNet
 KEPT_VECTORS = 40
 
 
+Augmentation = Callable[[Tensor], Tensor]  # differentiable; equal results for equal images, at every call
+
+
 class Step(NamedTuple):
-    """One inner step: the rows of its synthetic images (int64 [B]) and their drawn augmentation."""
+    """One inner step: the rows of its synthetic images (int64 [B]) and their drawn augmentation.
+
+    drawn: by default none. `StepDraws` joins draws, not functions.
+    """
 
     rows: Tensor
-    drawn: augment.Draw
+    drawn: augment.Draw | Augmentation = augment.Draw(None, None, None)
 
 
 class StepDraws(NamedTuple):
@@ -59,7 +65,7 @@ class StepDraws(NamedTuple):
     @classmethod
     def join(cls, steps: Sequence[Step]) -> StepDraws:
         """Joins inner steps."""
-        fields = zip(*(step.drawn for step in steps), strict=True)
+        fields = zip(*(cast(augment.Draw, step.drawn) for step in steps), strict=True)
         drawn = augment.Draw(*(None if field[0] is None else torch.cat(field) for field in fields))
         return cls(ImageDraws(torch.cat([step.rows for step in steps]), drawn), tuple(len(step.rows) for step in steps))
 
@@ -134,18 +140,38 @@ def scaled_gradients(
     return [part._replace(loss=loss, layers=layers) for part, loss, layers in rows]
 
 
+def augmented(x: Tensor, drawn: augment.Draw | Augmentation) -> Tensor:
+    """Applies the augmentation of a step to its images."""
+    return augment.apply(x, drawn) if isinstance(drawn, augment.Draw) else drawn(x)
+
+
+def augmented_with_adjoint(x: Tensor, drawn: augment.Draw | Augmentation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Returns `augmented(x, drawn)` without a graph, and the function from its gradient to the gradient of x."""
+    if isinstance(drawn, augment.Draw):
+        return augment.apply_with_adjoint(x, drawn)
+    x = x.detach().requires_grad_()
+    result = drawn(x)
+    return result.detach(), lambda grad: torch.autograd.grad(result, x, grad)[0]
+
+
 def inner_step(backend: StepBackend, theta: Tensor, x: Tensor, y: Tensor, lr: Tensor, step: Step) -> Tensor:
     """Returns theta [P] after one inner step, without a graph. x, y: all synthetic images and their labels."""
     with torch.no_grad():
-        batch = augment.apply(x[step.rows], step.drawn)
+        batch = augmented(x[step.rows], step.drawn)
     return theta - lr * backend.gradient(theta, batch, y[step.rows])
 
 
 def step_products(
-    backend: StepBackend, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, drawn: augment.Draw, exact: bool
+    backend: StepBackend,
+    theta: Tensor,
+    lam: Tensor,
+    x: Tensor,
+    y: Tensor,
+    drawn: augment.Draw | Augmentation,
+    exact: bool,
 ) -> Products:
     """Returns the `Products` of one step with respect to its batch x [B, C, H, W] before the augmentation."""
-    batch, adjoint_of_augmentation = augment.apply_with_adjoint(x, drawn)
+    batch, adjoint_of_augmentation = augmented_with_adjoint(x, drawn)
     products = backend.products(theta, lam, batch, y, exact)
     return products._replace(x=adjoint_of_augmentation(products.x))
 
@@ -249,7 +275,7 @@ def unroll(
     y = labels.detach().requires_grad_(labels.is_floating_point())
     theta = start.detach().requires_grad_()
     for rows, drawn in steps:
-        batch = augment.apply(x[rows], drawn)
+        batch = augmented(x[rows], drawn)
         theta = theta - lr * step_backends.step_gradient(net, theta, batch, y[rows], create_graph=True)
     loss = matching_loss(theta, start, target)
     grads = torch.autograd.grad(loss, [x, lr] + ([y] if y.requires_grad else []))

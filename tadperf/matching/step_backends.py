@@ -21,7 +21,7 @@ from tadperf.compute.compile import load_compile_cache, with_fallback
 from tadperf.config import MatchConfig
 from tadperf.kernels import implementations
 from tadperf.matching import convnet_second_order
-from tadperf.matching.convnet_second_order import Products
+from tadperf.matching.convnet_second_order import Loss, Products
 from tadperf.nets.flat import FlatNet
 
 # On a CPU, match.compile = auto uses these estimates for networks without formulas: seconds to compile both regions,
@@ -52,20 +52,23 @@ def student_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.softmax(1) if labels.is_floating_point() else labels)
 
 
-def step_gradient(net: FlatNet, theta: Tensor, x: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
+def step_gradient(
+    net: FlatNet, theta: Tensor, x: Tensor, y: Tensor, create_graph: bool = False, loss: Loss = student_loss
+) -> Tensor:
     """Returns g [P] by autograd. theta must require a gradient."""
-    (g,) = torch.autograd.grad(student_loss(net(theta, x), y), theta, create_graph=create_graph)
+    (g,) = torch.autograd.grad(loss(net(theta, x), y), theta, create_graph=create_graph)
     return g
 
 
 def _products_by_autograd(
-    net: FlatNet, precision: torch.dtype, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, exact: bool
+    net: FlatNet, precision: torch.dtype, loss: Loss, theta: Tensor, lam: Tensor, x: Tensor, y: Tensor, exact: bool
 ) -> Products:
     theta, x = theta.detach().requires_grad_(), x.detach().requires_grad_()
     y = y.detach().requires_grad_(y.is_floating_point())
     with _autocast(x, precision):
-        h = lam @ step_gradient(net, theta, x, y, create_graph=True)
-    grads = list(torch.autograd.grad(h, [x] + [y] * y.requires_grad + [theta] * exact))
+        h = lam @ step_gradient(net, theta, x, y, create_graph=True, loss=loss)
+    inputs = [x] + [y] * y.requires_grad + [theta] * exact
+    grads = list(torch.autograd.grad(h, inputs, allow_unused=True, materialize_grads=True))
     grad_theta = grads.pop() if exact else None
     return Products(h.detach(), grads[0], grads[1] if y.requires_grad else None, grad_theta)
 
@@ -74,21 +77,22 @@ def _autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
 
 
-def autograd(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
-    """Returns the backend for any network: PyTorch's autograd, applied twice."""
+def autograd(net: FlatNet, precision: torch.dtype = torch.float32, loss: Loss | None = None) -> StepBackend:
+    """Returns the backend for any network: PyTorch's autograd, applied twice. loss: by default `student_loss`."""
+    loss = loss or student_loss
 
     def gradient(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         with _autocast(x, precision):
-            return step_gradient(net, theta.detach().requires_grad_(), x, y).detach()
+            return step_gradient(net, theta.detach().requires_grad_(), x, y, loss=loss).detach()
 
-    return StepBackend(gradient, partial(_products_by_autograd, net, precision), "autograd")
+    return StepBackend(gradient, partial(_products_by_autograd, net, precision, loss), "autograd")
 
 
-def eager(net: FlatNet, precision: torch.dtype = torch.float32) -> StepBackend:
+def eager(net: FlatNet, precision: torch.dtype = torch.float32, loss: Loss | None = None) -> StepBackend:
     """Returns the fastest backend that compiles nothing: formulas for networks that they cover, otherwise autograd."""
-    form = convnet_second_order.convnet_form(net.module, precision)
+    form = convnet_second_order.convnet_form(net.module, precision, loss)
     if form is None:
-        return autograd(net, precision)
+        return autograd(net, precision, loss)
     return StepBackend(
         torch.no_grad()(partial(convnet_second_order.step_gradient, form, net)),
         torch.no_grad()(partial(convnet_second_order.products, form, net)),

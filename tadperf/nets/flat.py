@@ -16,9 +16,11 @@ class FlatNet:
     """
 
     def __init__(self, module: nn.Module):
-        if list(module.buffers()):
+        if buffer := next(module.named_buffers(), None):
+            layer = buffer[0].rpartition(".")[0]
+            place = f"{layer} ({type(module.get_submodule(layer)).__name__}) " if layer else ""
             remedy = "has running statistics or other buffers, which are not parameters; use a norm without them"
-            raise UserError("network", type(module).__name__, remedy)
+            raise UserError("network", type(module).__name__, place + remedy)
         self.module = module
         self.names, parameters = zip(*module.named_parameters(), strict=True)
         self.shapes = [p.shape for p in parameters]
