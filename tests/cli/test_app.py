@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -116,6 +117,14 @@ def test_the_command_line_is_frozen():
         assert options == expected, name
 
 
+def test_the_shell_completes_options(tmp_path):
+    words = {"_TADPERF_COMPLETE": "complete_bash", "COMP_WORDS": "tadperf audit --fe", "COMP_CWORD": "2"}
+    script = "import sys; sys.argv[0] = 'tadperf'; from tadperf.cli.app import main; main()"
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **words}).stdout
+    assert out.split() == ["--features"]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"]])
 def test_help_is_instant(tmp_path, arguments):
     command = [sys.executable, "-m", "tadperf", *arguments]
@@ -138,7 +147,10 @@ def test_help_imports_nothing_heavy(tmp_path):
 
 
 def test_no_arguments_and_version(tadperf):
-    assert "Commands:" in tadperf().out
+    """Without arguments the program shows commands to start with, in lines of a terminal."""
+    lines = tadperf().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("  tadperf")] == ["distill", "audit", "distill"]
+    assert max(map(len, lines)) <= 80
     assert tadperf("--version").out.strip().count(".") >= 1
 
 
