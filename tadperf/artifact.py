@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tadperf.compute.device import resolve_device
-from tadperf.compute.versions import tadperf_version
-from tadperf.config import NetConfig
+from tadperf.compute.versions import tadperf_version, versions
+from tadperf.config import Config, NetConfig
 from tadperf.data import augment
 from tadperf.data.convert import as_tensor
 from tadperf.data.dataset import Dataset, describe_tensor
@@ -40,6 +41,8 @@ SECTIONS = {  # the sections of the metadata, and their JSON types
     "versions": dict,
     "data": dict,
 }
+UNNAMED = "unnamed_classes"  # in `data`: the classes are known by their numbers only
+MAX_UNNAMED = 100_000  # classes without names; one damaged label would ask for any number of names
 CHUNK = 8192  # test images normalised at a time; not tuned
 
 
@@ -68,6 +71,51 @@ class DistilledSet:
     seed: int
     versions: dict[str, str]
     data: dict[str, Any]
+
+    @classmethod
+    def from_tensors(
+        cls,
+        images: Tensor | ArrayLike,
+        labels: Tensor | ArrayLike,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        lr: float = 0.01,
+        *,
+        class_names: Sequence[str] | None = None,
+        normaliser: Normaliser | None = None,
+        probabilities: bool = False,
+        config: Config | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> DistilledSet:
+        """Makes a set from the images and labels of any method, with the recipe of `config` for its students.
+
+        images: float [M, channels, H, W], normalised by mean and std [channels] of pixels in [0, 1], or by
+        `normaliser` in their place. labels: classes [M], label logits [M, C], or with `probabilities` their softmax.
+        class_names: without them the classes are named by numbers and fit test sets with any names. config: settings
+        of networks and students, by default `Config()`. Raises UserError if `validate` refuses the result.
+        """
+        config, images = config or Config(), as_tensor("images", images)
+        if not images.is_floating_point():
+            raise UserError("images", describe_tensor(images), "must be normalised float; subtract mean, divide by std")
+        labels, known = as_tensor("labels", labels), class_names is not None
+        labels = label_logits(labels, probabilities) if labels.is_floating_point() else labels.long()
+        evaluate, strategy = config.evaluate, config.data.augment
+        made = cls(
+            images.float(),
+            labels,
+            float(lr),
+            number_names(labels) if class_names is None else tuple(class_names),
+            normaliser or normaliser_from_lists(images, mean, std),
+            strategy,
+            config.net,
+            Recipe(evaluate.epochs, evaluate.batch, float(lr), evaluate.momentum, evaluate.weight_decay, strategy),
+            config.model_dump(mode="json"),
+            config.seed,
+            versions(),
+            {"name": "imported", **(data or {}), **({} if known else {UNNAMED: True})},
+        )
+        made.validate()
+        return made
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.images.shape[1:]))
@@ -205,7 +253,10 @@ class DistilledSet:
         return self._check_test(test)
 
     def _check_test(self, test: Dataset) -> Dataset:
-        if test.class_names != self.class_names:  # without this check, another order would look like a low accuracy
+        unnamed = self.data.get(UNNAMED) and test.num_classes == self.num_classes
+        if (
+            test.class_names != self.class_names and not unnamed
+        ):  # without this check, another order would look like a low accuracy
             pairs = (f"{a} for {b}" for a, b in zip(test.class_names, self.class_names, strict=False) if a != b)
             difference = next(pairs, f"{test.num_classes} for {self.num_classes}")
             remedy = f"has other classes than the distilled set, or another order: {difference}"
@@ -290,6 +341,43 @@ def _assemble(tensors: dict[str, Tensor], values: dict[str, Any]) -> DistilledSe
     }
     normaliser = Normaliser.from_tensors(scales)
     return DistilledSet(tensors["images"], tensors["labels"], tensors["lr"].item(), normaliser=normaliser, **sections)
+
+
+def label_logits(labels: Tensor, probabilities: bool) -> Tensor:
+    """Returns float labels as float32 logits. Probabilities [M, C] become their logarithms; 0 becomes the smallest one.
+
+    Raises UserError if probabilities are negative or do not sum to 1.
+    """
+    if labels.ndim != 2:
+        raise UserError("labels", describe_tensor(labels), "must be int64 [M], or float [M, C] for soft labels")
+    if not probabilities:
+        return labels.float()
+    sums = labels.double().sum(-1)
+    if not len(labels) or not (sums - 1).abs().max() < 1e-3 or labels.min() < 0:
+        total = float(sums.flatten()[0]) if sums.numel() else 0.0
+        raise UserError("labels", f"the first row sums to {total:.4g}", "probabilities must be at least 0 and sum to 1")
+    return labels.double().clamp_min(torch.finfo(torch.float32).tiny).log().float()
+
+
+def number_names(labels: Tensor) -> tuple[str, ...]:
+    """Returns "0", "1", ... for the classes that labels [M] or [M, C] tell. Raises UserError for an absurd label."""
+    count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if labels.numel() else 0
+    if count > MAX_UNNAMED:
+        raise UserError("labels", count - 1, f"is above {MAX_UNNAMED}; give class_names for this many classes")
+    return tuple(map(str, range(max(1, count))))
+
+
+def normaliser_from_lists(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normaliser:
+    """Returns the normaliser with this mean and deviation, a number for each channel of the images [M, channels, H, W].
+
+    Raises UserError if one is missing or has another length.
+    """
+    channels = images.shape[1] if images.ndim == 4 else 0
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != channels:
+            given = "missing" if values is None else f"{len(values)} numbers"
+            raise UserError(name, given, f"must have a number for each of the {channels} channels, of pixels in 0..1")
+    return Normaliser(*(torch.as_tensor(values, dtype=torch.float32) for values in (mean, std)))
 
 
 def _refuse_nonfinite(field: str, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,3 +270,68 @@ def test_other_files_are_refused(tmp_path):
         load(file)
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "none")
+
+
+def made(**changes: Any) -> DistilledSet:
+    values: dict[str, Any] = {"images": torch.zeros(4, 3, 8, 8), "labels": [0, 1, 0, 1], "mean": (0.5,) * 3}
+    return DistilledSet.from_tensors(**(values | {"std": (0.2,) * 3} | changes))
+
+
+def test_tensors_of_another_method_make_a_set_in_one_line(tmp_path):
+    data = photos(60, 0)
+    images = (data.images[:6] / 255 - 0.3) / 0.2
+    ds = DistilledSet.from_tensors(images.numpy(), data.labels[:6].numpy().astype("uint8"), [0.3] * 3, [0.2] * 3, 0.05)
+    assert torch.equal(ds.pixels(), data.images[:6])
+    assert (ds.labels.dtype, ds.class_names, ds.lr, ds.recipe.lr) == (torch.int64, ("0", "1", "2"), 0.05, 0.05)
+    assert repr(ds) == "DistilledSet(imported: 6 images of 3 x 8 x 8, 3 classes, hard labels, lr 0.05, seed 0)"
+    ds.save(tmp_path / "d.safetensors")
+    again = load(tmp_path / "d.safetensors")
+    assert torch.equal(again.images, ds.images)
+    net = again.train(NetConfig(depth=1, width=8), epochs=30)
+    assert again.accuracy(net, photos(90, 1)) > 0.6  # its classes have no names, so they fit by their numbers
+    named = DistilledSet.from_tensors(images, data.labels[:6], [0.3] * 3, [0.2] * 3, class_names=("a", "b", "c"))
+    with pytest.raises(UserError, match="has other classes than the distilled set"):
+        named.accuracy(net, photos(9, 1))
+
+
+def test_probabilities_become_logits_with_the_same_softmax():
+    labels = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    ds = made(images=torch.zeros(2, 3, 8, 8), labels=labels, probabilities=True)
+    assert torch.allclose(ds.labels.softmax(1), labels)
+    assert torch.equal(made(images=torch.zeros(2, 3, 8, 8), labels=labels).labels, labels)
+
+
+@pytest.mark.parametrize("kind", ["meanstd", "zca"])
+def test_the_float_inverse_is_neither_rounded_nor_clamped(kind):
+    ds = distilled(kind)
+    pixels = ds.normaliser.denormalise(ds.images)
+    assert torch.allclose(pixels, photos(60, 0).images[:6] / 255, atol=1e-4)
+    assert float(ds.normaliser.denormalise(ds.images * 100).max()) > 1
+
+
+WRONG_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "pixels": ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, r"images: uint8 .* must be normalised float"),
+    "one image": ({"images": torch.zeros(3, 8, 8)}, "mean: 3 numbers: must have a number for each of the 0 channels"),
+    "NaN": ({"images": torch.full((4, 3, 8, 8), float("nan"))}, "images: 768 of 768 values are NaN"),
+    "too few labels": ({"labels": [0, 1]}, r"labels: int64 \[2\]: must have one label for each of the 4 images"),
+    "negative label": ({"labels": [0, 1, -1, 0]}, r"labels: -1: must be in 0\.\.1"),
+    "absurd label": ({"labels": [0, 1, 0, 10**15]}, "labels: 1000000000000000: is above 100000; give class_names"),
+    "no name for a label": ({"class_names": ["a"]}, r"labels: 1: must be in 0\.\.0"),
+    "float classes": ({"labels": [0.0, 1.0, 0.0, 1.0]}, r"labels: float64 \[4\]: must be int64 \[M\], or float"),
+    "logits as probabilities": (
+        {"labels": torch.full((4, 2), 3.0), "probabilities": True},
+        "labels: the first row sums to 6: probabilities must be at least 0 and sum to 1",
+    ),
+    "no mean": ({"mean": None}, "mean: missing: must have a number for each of the 3 channels"),
+    "std of one channel": ({"std": [0.2]}, "std: 1 numbers: must have a number for each"),
+    "std 0": ({"std": [0.2, 0.0, 0.2]}, r"normaliser.std: .* must be above 0"),
+    "lr 0": ({"lr": 0.0}, "lr: 0.0: must be a finite number above 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_are_no_set_are_refused_in_one_line(name):
+    changes, message = WRONG_TENSORS[name]
+    with pytest.raises(UserError, match=message) as error:
+        made(**changes)
+    assert "\n" not in str(error.value)

@@ -47,11 +47,15 @@ class Normaliser:
 
     def invert(self, x: Tensor) -> Tensor:
         """Maps normalised float [N, C, H, W] back to uint8 pixels, rounded and clamped to 0..255."""
+        return (self.denormalise(x) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Maps normalised float [N, C, H, W] back to float pixels, neither rounded nor clamped; 0 to 1 is the range."""
         if self.zca_inverse is not None and self.zca_mean is not None:
             with _full_precision(x.device):
                 x = (x.flatten(1) @ self.zca_inverse.to(x) + self.zca_mean.to(x)).view_as(x)
         mean, std = self.mean.to(x)[:, None, None], self.std.to(x)[:, None, None]
-        return ((x * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return x * std + mean
 
     def to(self, device: torch.device | str) -> Normaliser:
         """Returns a copy with its tensors on `device`."""

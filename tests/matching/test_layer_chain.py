@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ UNKNOWN: dict[str, Callable[[ConvNet, Tensor], Tensor]] = {
     "flattened twice": lambda net, x: net.classifier(net.features(x).flatten(1).flatten(0)),
     "some images": lambda net, x: net.classifier(net.features(x[0:2]).flatten(1)),
     "dropout": lambda net, x: net.classifier(F.dropout(net.features(x), 0.5).flatten(1)),
-    "fails": lambda net, x: net.missing(x),
+    "fails": lambda net, x: net.get_submodule("missing")(x),
 }
 
 
@@ -97,9 +98,13 @@ def test_other_networks_are_no_convnet(name):
     assert convnet_form(ConvNet(UNKNOWN[name])) is None
 
 
+def doubled(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return 2 * output
+
+
 def test_hooks_parameters_and_calls_that_the_graph_does_not_show_are_refused():
     hooked = ConvNet()
-    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    hooked.register_forward_hook(doubled)
     assert layer_chain(hooked) is None
     extra = ConvNet()
     extra.temperature = nn.Parameter(torch.ones(()))
