@@ -4,7 +4,7 @@ The same sources, pool and noise channel as for small sets, in blocks of samples
 1. The ridge probe and the neighbours' graph are fitted in passes over the features, which may be memory-mapped.
 2. Each sample keeps its TOP likeliest labels among its neighbours; this table is all that a second step needs.
 3. The weights of the sources and the noise channel are fitted on a part of the samples, then applied to every block.
-Several ranks share the blocks of the passes over all samples.
+Several ranks share the search for neighbours and the last pass over all samples.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf import seeds
@@ -21,7 +22,7 @@ from tadperf.progress import Progress, silent
 from tadperf.trust import probe
 from tadperf.trust.approximate_neighbours import approximate_neighbours, is_available
 from tadperf.trust.channel import FittedChannel, channel_odds, fit_channel
-from tadperf.trust.neighbours import NEIGHBOURS, REACHES, affinity_of, nearest_neighbours
+from tadperf.trust.neighbours import NEIGHBOURS, REACHES, affinity_of, block_starts, nearest_in_block
 from tadperf.trust.probe import Standardised
 
 LARGE = 2**28  # samples x classes from which this form is used: 1 GB for each [N, C]
@@ -105,7 +106,7 @@ class _Sources:
         self.z = Standardised(features)
         self.ridge = probe.fit_ridge(self.z, labels, num_classes)
         progress("features", 1, 2)
-        self.graph = ranks.once(lambda: _graph(self.z, progress))
+        self.graph = _graph(self.z, progress)
         self.votes = neighbour_votes(self.graph, labels, num_classes)
         self.share = (labels.bincount(minlength=num_classes) / len(labels)).clamp(min=1 / len(labels))
         progress("features", 2, 2)
@@ -127,12 +128,32 @@ class _Sources:
 
 
 def _graph(z: Standardised, progress: Progress) -> Tensor:
-    """Returns the affinity S, sparse [N, N]; its neighbours are approximate in large sets if faiss is installed."""
+    """Returns the affinity S, sparse [N, N]; its neighbours are approximate in large sets if faiss is installed.
+
+    Several ranks share the search; all of them must call this function.
+    """
     k = min(NEIGHBOURS, len(z) - 1)
     if len(z) >= APPROXIMATE and is_available():
         found = approximate_neighbours(z, k, progress)
         return affinity_of(found.similarity, found.indices.long())
-    return affinity_of(*nearest_neighbours(z.compact(True), k))
+    return affinity_of(*_exact_neighbours(z.compact(True), k, progress))
+
+
+def _exact_neighbours(features: Tensor, k: int, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Returns `nearest_neighbours`, whose blocks the ranks share."""
+    z = F.normalize(features, dim=1)
+    blocks = block_starts(z)
+
+    def search(assigned: Sequence[int]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        for place, number in enumerate(assigned):
+            yield place, nearest_in_block(z, blocks[number], k)
+
+    similarity, index = torch.empty(len(z), k), torch.empty(len(z), k, dtype=torch.int64)
+    for finished, (number, part) in enumerate(ranks.divide_work(search, len(blocks)), 1):
+        rows = slice(blocks[number], blocks[number] + blocks.step)
+        similarity[rows], index[rows] = part
+        progress("trust:graph", finished, len(blocks))
+    return similarity, index
 
 
 def _entries(graph: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

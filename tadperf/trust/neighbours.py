@@ -144,17 +144,24 @@ def neighbour_labels(
 def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns cosine similarity and index, both [N, k], of each sample's nearest other samples. Exact, in blocks."""
     z = F.normalize(features, dim=1)
-    step = max(1, (CUDA_BLOCK if z.is_cuda else CPU_BLOCK) // len(z))
-    values, index = [], []
-    for start in range(0, len(z), step):
-        similarity = z[start : start + step] @ z.T
-        rows = torch.arange(len(similarity), device=z.device)
-        similarity[rows, rows + start] = -2.0  # below every cosine: a sample is not its own neighbour
-        top = similarity.topk(k, 1)
-        values.append(top.values)
-        index.append(top.indices)
-        add_processed(len(top.indices))
+    blocks = [nearest_in_block(z, start, k) for start in block_starts(z)]
+    values, index = zip(*blocks, strict=True)
     return torch.cat(values), torch.cat(index)
+
+
+def block_starts(z: Tensor) -> range:
+    """Returns the first row of every block of samples whose similarities to all samples fit in memory."""
+    return range(0, len(z), max(1, (CUDA_BLOCK if z.is_cuda else CPU_BLOCK) // len(z)))
+
+
+def nearest_in_block(z: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """Returns what `nearest_neighbours` does for the samples of one block. z: features [N, D] of length 1."""
+    similarity = z[start : start + block_starts(z).step] @ z.T
+    rows = torch.arange(len(similarity), device=z.device)
+    similarity[rows, rows + start] = -2.0  # below every cosine: a sample is not its own neighbour
+    top = similarity.topk(k, 1)
+    add_processed(len(top.indices))
+    return top.values, top.indices
 
 
 def affinity(features: Tensor) -> Tensor:

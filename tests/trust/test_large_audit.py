@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from tadperf.trust import evidence, large_audit, neighbours, probe
+from tadperf.trust import approximate_neighbours, evidence, large_audit, neighbours, probe
 from tadperf.trust.channel import noise_channel
 from tadperf.trust.evidence import audit_labels
 from tadperf.trust.large_audit import neighbour_votes, suspicion_of_labels, two_steps
 from tadperf.trust.neighbours import affinity
 from tadperf.trust.probe import Standardised, pool_features
 
+from ..compute.test_ranks import run_ranks
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, CLASSES, WIDTH = 2000, 12, 24
+needs_faiss = pytest.mark.skipif(
+    not approximate_neighbours.is_available(), reason="faiss is not installed (extra large)"
+)
 
 
 def data(seed: int = 0, count: int = COUNT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,8 +112,43 @@ def test_progress_ends_every_stage():
     suspicion_of_labels(
         features, given, CLASSES, progress=lambda stage, done, total, **_: last.update({stage: (done, total)})
     )
-    assert set(last) == {"features", "trust:labels"}
+    assert set(last) == {"features", "trust:graph", "trust:labels"}
     assert all(done == total for done, total in last.values())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("approximate", [False, pytest.param(True, marks=needs_faiss)])
+def test_ranks_share_the_search_for_neighbours(
+    approximate: bool, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    features, _, given = data(count=1000)
+    monkeypatch.setattr(neighbours, "CPU_BLOCK", 150 * len(features))
+    monkeypatch.setattr(approximate_neighbours, "BLOCK", 150)
+    monkeypatch.setattr(large_audit, "APPROXIMATE", 0 if approximate else 2**17)
+    module, name = (approximate_neighbours, "_search") if approximate else (large_audit, "nearest_in_block")
+    search, calls = getattr(module, name), [0]
+
+    def counted(*arguments: Any) -> Any:
+        if not approximate or len(arguments[2]) <= 150:  # not the larger block that measures the recall
+            calls[0] += 1
+        return search(*arguments)
+
+    monkeypatch.setattr(module, name, counted)
+
+    def work() -> Any:
+        calls[0] = 0
+        if approximate:
+            import faiss
+
+            faiss.omp_set_num_threads(1)  # a forked process has no thread pool
+        found = suspicion_of_labels(features, given, CLASSES)
+        return found.odds.numpy(), found.other.numpy(), calls[0]
+
+    alone, both = work(), run_ranks(2, work)
+    for odds, other, _ in both:
+        assert (odds == alone[0]).all()
+        assert (other == alone[1]).all()
+    assert [blocks for _, _, blocks in (alone, *both)] == [7, 4, 3]
 
 
 def test_standardised_rows_are_read_by_index():
