@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tadperf.report.text import one_line
-from tadperf.report.words import BASELINES, KINDS, RUNGS, SHARES, USE, VERDICTS, duration, gain
+from tadperf.report.words import BASELINES, KINDS, PROTOCOL_ROWS, RUNGS, SHARES, USE, VERDICTS, duration, gain
 
 MAX_PAIRS = 15  # rows of the table of confusions
 
@@ -134,6 +134,38 @@ def print_accuracy(result: Mapping[str, Any]) -> None:
     for network, scores in result["accuracy"].items():
         table.add_row(network, *_score(scores))
     _show(table)
+
+
+def print_protocol(result: Mapping[str, Any]) -> None:
+    """Prints the comparison of `tadperf evaluate --protocol`: a table, a verdict and DD-Ranking's scores by network."""
+    for network, measured in result["networks"].items():
+        title = f"{network}, protocol {result['protocol']}, {result['ipc']} per class"
+        table = _table(title, "%", "95 % interval", "distilled - row", "p", "runs")
+        for row, scores in measured["rows"].items():
+            against = scores.get("against_distilled")
+            difference = (f"{100 * against['difference']:+.1f}", f"{against['p']:.2g}") if against else ("", "")
+            mean, runs = _score(scores)
+            table.add_row(PROTOCOL_ROWS[row], mean, _interval(scores["interval"]), *difference, runs)
+        _show(table)
+        print(_verdict(measured["comparison"], result["repeats"]))
+        lrs, ars = (measured["ddranking"][name] for name in ("lrs", "ars"))
+        print(f"DD-Ranking: LRS {lrs['mean']:.3f}, ARS {ars['mean']:.3f}; 0.269 is a set that gains and loses nothing")
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}" if bounds else ""
+
+
+def _verdict(comparison: Mapping[str, Any], repeats: int) -> str:
+    """Returns one line that says whether the distilled set is better than the best of the other rows."""
+    best = PROTOCOL_ROWS[comparison["best"]]
+    figures = (
+        f"{100 * comparison['gain']:+.1f} points against the best other row, {best}; largest p {comparison['p']:.2g}"
+    )
+    verdict = comparison["verdict"]
+    if verdict == "too few runs":
+        return f"no verdict: {repeats} runs cannot show a difference at 5 %; use --repeats 6 or more ({figures})"
+    return f"{verdict}: {figures}"
 
 
 def print_experts(result: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tadperf import files, seeds
 from tadperf.artifact import DistilledSet
@@ -79,9 +80,22 @@ def baseline_students(context: RunContext, initial: DistilledSet) -> list[Studen
         students += [Student("full_trusted", r, config.net, full_recipe, full_trusted) for r in full_repeats]
         students += [Student("random_given", r, config.net, recipe, partial(random_given, r)) for r in few]
     if initial.labels.is_floating_point():
-        hard = replace(initial, labels=initial.hard_labels)
+        hard = replace(initial, labels=class_labels(initial))
         students += _initial_students(hard, "initial_hard", config.net.name, len(few), context.task.device)
     return students
+
+
+def class_labels(made: DistilledSet) -> Tensor:
+    """Returns the class of each image of a set that a run has made, int64 [M].
+
+    A run makes its images class by class, so the position gives the class. The largest logit of a soft label can be
+    another class: that of an image that the experts do not classify correctly.
+    """
+    if not made.labels.is_floating_point():
+        return made.labels
+    classes = torch.arange(made.num_classes).repeat_interleave(made.ipc)
+    assert len(classes) == len(made.images)
+    return classes
 
 
 def _initial_students(

@@ -25,6 +25,17 @@ RUNGS = {  # rows of the ladder, by their name in the result
     "distilled": "distilled set",
     "all": "all {kind} images",
 }
+PROTOCOL_ROWS = {  # rows of the table of `tadperf evaluate --protocol`
+    "distilled": "distilled set",
+    "initial": "images it started from",
+    "k_means": "k-means coreset",
+    "k_centres": "k-centre coreset",
+    "random": "random trusted images",
+    "distilled_hard": "distilled set, class labels",
+    "distilled_plain": "distilled set, no augmentation",
+    "random_plain": "random images, no augmentation",
+    "full": "all trusted images",
+}
 KINDS = {"on": "trusted", "off": "real", "oracle": "correctly labelled"}  # images of a baseline, by trust mode
 VERDICTS = {  # rows of the table of trust, by their name in the result
     "trusted": "trusted at once",

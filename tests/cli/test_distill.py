@@ -45,6 +45,11 @@ def test_the_complete_job(tadperf, tiny, tmp_path):
     assert len(json.loads(evaluated.out)["accuracy"]["convnet"]["runs"]) == 1
     assert "%" in tadperf("evaluate", "run/distilled.safetensors", "digits", "--repeats", "1", "--quiet").out
 
+    compared = tadperf("evaluate", "run", "--protocol", "hard", "--repeats", "2", "--quiet")
+    assert (compared.code, compared.err) == (0, "")
+    for text in ("k-centre coreset", "no verdict: 2 runs cannot show a difference", "DD-Ranking: LRS 0."):
+        assert text in compared.out
+
     shown = tadperf("show", "run/distilled.safetensors", "--out", "picture.png")
     assert shown.out == "picture.png\n"
     assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "run" / "grid.png").read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,5 +109,8 @@ def test_the_rows_of_the_ladder_hold_the_images_and_labels_they_name(tmp_path, t
     labels = [task.train.labels[row].tolist() for row in index]  # two images of the digits may be equal
     assert all(int(label) in candidates for label, candidates in zip(given.labels, labels, strict=True))
     assert given.labels.tolist() == list(range(10))
-    assert torch.equal(hard.labels, initial.labels.argmax(1))
+    assert torch.equal(hard.labels, torch.arange(10))
+    wrong = replace(initial, labels=-initial.labels)  # the largest logit is not that of the class
+    assert not torch.equal(wrong.hard_labels, torch.arange(10))
+    assert torch.equal(scoring.class_labels(wrong), torch.arange(10))
     assert torch.equal(torch.as_tensor(hard.images[torch.arange(10)]), initial.images)
