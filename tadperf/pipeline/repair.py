@@ -93,7 +93,7 @@ def apply_verdicts(
         "relabelled": int((state.verdict == RELABELLED).sum()),
         "left_out": int((state.verdict == UNTRUSTED).sum()),
     }
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         if isinstance(dataset, Dataset) and dataset.source.get("format") == "folder" and dataset.file_names:
             summary["files"] = _copy_folder(folder, dataset, state, test)
         else:
@@ -145,19 +145,22 @@ def apply_list(config: Config, out: Path, progress: Progress = silent) -> dict[s
 
 
 @contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty hidden folder next to `out`, which gets the name `out` if the block succeeds."""
+def new_folder(out: Path, field: str = FIELD) -> Iterator[Path]:
+    """Yields an empty hidden folder next to `out`, which gets the name `out` if the block succeeds.
+
+    field: what the user typed for `out`, for the message.
+    """
     folder = out.absolute().with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             folder.mkdir()
             yield folder
             if os.path.lexists(out):
-                raise UserError(FIELD, out, "exists already; choose another folder")
+                raise UserError(field, out, "exists already; choose another folder")
             os.rename(folder, out)
         except OSError as error:
             raise UserError(
-                FIELD, out, f"cannot be written: {error.strerror or error}; choose another folder"
+                field, out, f"cannot be written: {error.strerror or error}; choose another folder"
             ) from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -26,6 +26,7 @@ COMMON = [
 ]
 OUTPUT = ["--json", "--quiet", "--debug"]
 EVIDENCE = ["--features", "--probs", "--encoder"]
+SCALES = ["--mean", "--std", "--constants"]
 FROZEN = {  # a change here is a change for every user: add names, do not rename them
     "distill": [
         *COMMON,
@@ -70,6 +71,19 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
     "apply": ["RUN|DATA", "OUT", "--labels", "--skip-broken", *OUTPUT],
     "evaluate": ["FILE", "DATA", "--protocol", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
+    "export": ["FILE", "--to", "--out", *SCALES, "--json", "--debug"],
+    "import": [
+        "PATH",
+        "--data",
+        "--out",
+        *SCALES,
+        "--lr",
+        "--probabilities",
+        "--image-size",
+        "--config",
+        "--set",
+        *OUTPUT,
+    ],
     "info": ["RUN", "--json", "--debug"],
     "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", "--list", *OUTPUT],
     "bench": [
@@ -90,7 +104,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 
 
 FLAGS = {"--compare", "--evaluate", "--resume", "--skip-broken", *OUTPUT, "--schema", "--list", "--tune"}
-FLAGS |= {"--near-duplicates", "--dual-loop", "--estimate"}
+FLAGS |= {"--probabilities", "--near-duplicates", "--dual-loop", "--estimate"}
 DEFAULTS = {  # the defaults of options that are not flags and have one
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
 }
@@ -256,7 +270,7 @@ WRONG = {  # a wrong value for every option that sets a field of the config
     "--devices": "0",
 }
 # Arguments that a command checks before its options.
-FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"], "apply": ["digits", "copy"]}
+FIXED = {"sweep": ["match.ipc=1"], "evaluate": ["file"], "apply": ["digits", "copy"], "import": [".", "--out=a"]}
 
 
 def wrong_options() -> list[tuple[str, str]]:

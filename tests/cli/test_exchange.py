@@ -1,0 +1,82 @@
+"""`tadperf export` and `tadperf import`, and `evaluate` on an imported set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tadperf.artifact import DistilledSet
+from tadperf.data.normalise import fit_normaliser
+from tadperf.data.open import open_data
+
+SMALL = [f"--set={s}" for s in ("net.width=8", "net.depth=1", "evaluate.epochs=40", "evaluate.repeats=2")]
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """Returns a distilled file of 20 real digits whose data are the built-in digits."""
+    train = open_data("digits").train
+    rows = torch.cat([(train.labels == c).nonzero()[:2, 0] for c in range(10)])
+    normaliser = fit_normaliser(train.images)
+    ds = DistilledSet.from_tensors(
+        normaliser(train.images[rows]),
+        train.labels[rows],
+        lr=0.02,
+        class_names=train.class_names,
+        normaliser=normaliser,
+        data={"name": "digits", "source": train.source},
+    )
+    ds.save(tmp_path / "d.safetensors")
+    return tmp_path / "d.safetensors"
+
+
+@pytest.mark.parametrize("layout", ["mtt", "ddranking", "folder"])
+def test_an_exported_set_is_imported_and_evaluated(tadperf, file, layout):
+    folder = file.with_name(f"d-{layout}")
+    exported = tadperf("export", file, "--to", layout)
+    assert (exported.code, exported.out) == (0, f"{folder}\n")
+    imported = tadperf("import", folder, "--out", "again.safetensors", "--data=digits", "--lr=0.02", *SMALL)
+    assert (imported.code, imported.out) == (0, "again.safetensors\n"), imported.err
+    assert "20 images of 1 x 8 x 8, 10 classes, hard labels, lr 0.02" in imported.err
+    result = tadperf("evaluate", "again.safetensors", "--device=cpu", "--json", "--quiet")
+    assert result.code == 0, result.err
+    scores = json.loads(result.out)["accuracy"]["convnet"]
+    assert len(scores["runs"]) == 2
+    assert scores["mean"] > 0.5
+
+
+def test_a_set_without_data_is_evaluated_on_data_of_the_command_line(tadperf, file):
+    tadperf("export", file, "--to=mtt", "--mean=0.3", "--std=0.37")
+    imported = tadperf("import", "d-mtt", "--out=a", "--mean=0.3", "--std=0.37", *SMALL, "--json", "--quiet")
+    assert json.loads(imported.out) == {"file": "a", "images": 20, "classes": 10}
+    assert tadperf("evaluate", "a", "--json").code == 2
+    assert tadperf("evaluate", "a", "digits", "--device=cpu", "--json", "--quiet").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "d.safetensors", "--to=zip"], "tadperf: --to: zip: must be one of folder, mtt, ddranking"),
+        (["export", "none", "--to=mtt"], "tadperf: file: none: no such file; check the path"),
+        (["export", "d.safetensors", "--to=mtt", "--mean=0.5"], "tadperf: --std: missing: give both --mean and --std"),
+        (["export", "d.safetensors", "--to=mtt", "--mean=a", "--std=1"], "tadperf: --mean: a: must be numbers with"),
+        (["import", "d.safetensors", "--out=a"], "tadperf: PATH: d.safetensors: must be named images*.pt"),
+        (["import", ".", "--out=a", "--constants=mnist"], "tadperf: --constants: mnist: must be cifar or imagenet"),
+        (["import", ".", "--out=a", "--constants=cifar", "--std=1"], "tadperf: --constants: cifar: stands for --mean"),
+    ],
+)
+def test_wrong_use_is_one_line(tadperf, file, arguments, message):
+    outcome = tadperf(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(message)
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tadperf, file):
+    tadperf("export", file, "--to=ddranking")
+    outcome = tadperf("import", "d-ddranking", "--data=digits", "--out=none/a", "--quiet")
+    assert outcome.code == 2
+    assert outcome.err == "tadperf: --out: none/a: cannot be written: No such file or directory; choose another file\n"
