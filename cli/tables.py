@@ -139,13 +139,12 @@ def print_accuracy(result: Mapping[str, Any]) -> None:
 def print_protocol(result: Mapping[str, Any]) -> None:
     """Prints the comparison of `tadperf evaluate --protocol`: a table, a verdict and DD-Ranking's scores by network."""
     for network, measured in result["networks"].items():
-        title = f"{network}, protocol {result['protocol']}, {result['ipc']} per class"
-        table = _table(title, "%", "95 % interval", "distilled - row", "p", "runs")
+        print(f"{network}, protocol {result['protocol']}, {result['ipc']} images per class, {result['repeats']} runs")
+        table = _table("trained on", "%", "95 % interval", "gain of the set", "p")
         for row, scores in measured["rows"].items():
             against = scores.get("against_distilled")
             difference = (f"{100 * against['difference']:+.1f}", f"{against['p']:.2g}") if against else ("", "")
-            mean, runs = _score(scores)
-            table.add_row(PROTOCOL_ROWS[row], mean, _interval(scores["interval"]), *difference, runs)
+            table.add_row(PROTOCOL_ROWS[row], _score(scores)[0], _interval(scores["interval"]), *difference)
         _show(table)
         print(_verdict(measured["comparison"], result["repeats"]))
         lrs, ars = (measured["ddranking"][name] for name in ("lrs", "ars"))

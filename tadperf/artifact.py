@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from numpy.typing import ArrayLike
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tadperf.compute.device import resolve_device
 from tadperf.compute.versions import tadperf_version, versions
 from tadperf.config import Config, NetConfig
+from tadperf.config.schema import Network
 from tadperf.data import augment
 from tadperf.data.convert import as_tensor
 from tadperf.data.dataset import Dataset, describe_tensor
@@ -210,7 +211,7 @@ class DistilledSet:
             try:
                 network = NetConfig.model_validate(self.net.model_dump() | {"name": network})
             except ValidationError:
-                raise UserError("network", network, "must be convnet, resnet18, alexnet or vgg11") from None
+                raise UserError("network", network, f"must be one of {', '.join(get_args(Network))}") from None
         recipe = self.recipe if epochs is None else self.recipe._replace(epochs=epochs)
         examples = Examples(self.images, self.labels)
         return train_student(examples, self.num_classes, network or self.net, recipe, seed, resolve_device(device))

@@ -36,7 +36,7 @@ CONFIG_OPTIONS = (
     Option("--synthesis", "KIND", "matching, generative (diffusion), or hybrid.", "synthesis"),
     Option("--experts", "DIR", "Use the experts of another run.", "experts.path", Path),
     Option("--repeats", "N", "Networks trained for each accuracy.", "evaluate.repeats"),
-    Option("--network", "NAME", "convnet, resnet18, alexnet or vgg11; may be repeated.", "evaluate.networks", list),
+    Option("--network", "NAME", "Network to train, such as resnet18bn; may be repeated.", "evaluate.networks", list),
     Option("--seed", "N", "Random seed: same seed, same result.", "seed"),
     Option("--device", "NAME", "auto, cpu, cuda or cuda:i.", "device"),
     Option("--batch", "N", "Images to generate at a time; limits the memory.", "refine.batch"),

@@ -16,6 +16,7 @@ from tadperf.errors import UserError
 # A file without the key has version 0: it was written before versions were stored.
 SCHEMA = 1
 
+Network = Literal["convnet", "resnet10", "resnet18", "resnet18bn", "alexnet", "vgg11", "vgg11bn", "densenet121"]
 Backend = Literal["auto", "eager", "inductor", "cudagraphs", "tensorrt"]  # for compute.compile.compile_for_inference
 
 
@@ -124,7 +125,7 @@ class TrustConfig(Section):
 class NetConfig(Section):
     """The network of the experts, of matching and of the students."""
 
-    name: Literal["convnet", "resnet18", "alexnet", "vgg11"] = Field(default="convnet", description="architecture")
+    name: Network = Field(default="convnet", description="architecture")
     depth: int | None = Field(
         default=None, ge=1, le=8, description="ConvNet blocks; by default they reduce the image to 4 x 4"
     )
@@ -302,9 +303,7 @@ class RefineConfig(Section):
 class EvalConfig(Section):
     """The students that are trained on the distilled set to measure it."""
 
-    networks: tuple[Literal["convnet", "resnet18", "alexnet", "vgg11"], ...] = Field(
-        default=("convnet",), min_length=1, description="networks to train"
-    )
+    networks: tuple[Network, ...] = Field(default=("convnet",), min_length=1, description="networks to train")
     repeats: int = Field(default=5, ge=1, description="students per network")
     epochs: int = Field(default=1000, ge=1, description="epochs on the distilled set")
     batch: int = Field(default=256, ge=1, description="batch size")

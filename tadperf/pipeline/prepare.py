@@ -44,6 +44,9 @@ def check_config(config: Config) -> None:
     augment.parse(config.data.augment)
     if config.net.norm == "batch":
         raise UserError("net.norm", "batch", "trajectories need a network without running statistics; use instance")
+    if config.net.name.endswith("bn"):
+        remedy = f"trajectories need a network without running statistics; use {config.net.name.removesuffix('bn')}"
+        raise UserError("net.name", config.net.name, remedy)
     if config.match.min_start > config.match.max_start:
         remedy = f"must not be above match.max_start = {config.match.max_start}"
         raise UserError("match.min_start", config.match.min_start, remedy)

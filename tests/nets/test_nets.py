@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from tadperf.config import NetConfig
+from tadperf.config.schema import Network
 from tadperf.errors import UserError
 from tadperf.nets.architectures import build, norm_layer
 from tadperf.nets.flat import FlatNet
@@ -14,13 +17,16 @@ from tadperf.nets.fused import fused_forward
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+NAMES = get_args(Network)
+
+
 def config(name: str = "convnet", **values: object) -> NetConfig:
     return NetConfig.model_validate({"name": name, **values})
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_network_accepts_every_image_shape(name, size, channels):
     with torch.no_grad():
         net = build(config(name, width=16), (channels, size, size), 7, 0)
@@ -54,9 +60,54 @@ def test_the_config_sets_depth_and_width():
     assert deep(torch.randn(2, 1, 8, 8)).isfinite().all()
 
 
-def test_resnet18_has_the_known_number_of_parameters():
-    with_batch_norm = build(config("resnet18", norm="batch"), (3, 32, 32), 10, 0)
-    assert sum(p.numel() for p in with_batch_norm.parameters()) == 11_173_962  # ResNet-18 for CIFAR
+# For CIFAR-10 and batch norm. ResNet-18, VGG-11 and DenseNet-121: as in the usual public code for CIFAR. ResNet-10,
+# counted from ResNet-18: less one basic block of 64, 128, 256 and 512 channels each. AlexNet: counted below.
+def block(channels: int) -> int:
+    """Returns the parameters of a basic block without a projection: two 3 x 3 convolutions and two norms."""
+    return 2 * 9 * channels**2 + 4 * channels
+
+
+def alexnet_count() -> int:
+    """Returns weights and biases of the five convolutions and of the linear layer on 192 maps of 4 x 4."""
+    planes, kernels = (3, 128, 192, 256, 192, 192), (5, 5, 3, 3, 3)
+    convolutions = (k * k * a + 1 for k, a in zip(kernels, planes, strict=False))
+    return sum(size * b for size, b in zip(convolutions, planes[1:], strict=True)) + 10 * (192 * 16 + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("resnet18", 11_173_962),
+        ("resnet10", 11_173_962 - sum(map(block, (64, 128, 256, 512)))),
+        ("vgg11", 9_231_114),
+        ("densenet121", 6_956_298),
+        ("alexnet", alexnet_count()),
+    ],
+)
+def test_networks_have_the_known_number_of_parameters(name, count):
+    module = build(config(name, norm="batch"), (3, 32, 32), 10, 0)
+    assert sum(p.numel() for p in module.parameters()) == count
+    instance = build(config(name, norm="instance"), (3, 32, 32), 10, 0)
+    assert sum(p.numel() for p in instance.parameters()) == count
+
+
+def test_densenet121_has_121_layers():
+    """120 convolutions and one linear layer, without counting norms and pools."""
+    module = build(config("densenet121"), (3, 32, 32), 10, 0)
+    layers = [m for m in module.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(layers) == 121
+    assert [m.in_features for m in layers if isinstance(m, torch.nn.Linear)] == [1024]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("bn")])
+def test_names_that_end_with_bn_have_batch_norm(name):
+    module = build(config(name), (3, 8, 8), 4, 1)
+    plain = build(config(name.removesuffix("bn"), norm="batch"), (3, 8, 8), 4, 1)
+    norms = [type(m) for m in module.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.GroupNorm))]
+    assert set(norms) == {torch.nn.BatchNorm2d}
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    with pytest.raises(UserError, match="has running statistics"):
+        FlatNet(module)
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "group", "layer", "none"])
@@ -89,7 +140,7 @@ def test_weights_depend_on_the_seed_alone():
     assert not torch.equal(FlatNet(build(config(width=8), (3, 8, 8), 4, 6)).flatten(), one)
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "alexnet", "vgg11"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("bn")])
 def test_the_flat_network_equals_the_module_bit_for_bit(name):
     module = build(config(name, width=8), (3, 8, 8), 4, 1)
     flat, x = FlatNet(module), torch.randn(3, 3, 8, 8)
@@ -126,6 +177,8 @@ def test_running_statistics_are_refused():
         ("convnet", "none", 8),
         ("vgg11", "instance", 8),
         ("resnet18", "instance", 8),
+        ("resnet10", "batch", 8),
+        ("densenet121", "batch", 8),
         ("alexnet", "instance", 8),
     ],
 )

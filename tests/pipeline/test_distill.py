@@ -95,6 +95,7 @@ def save(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8), test: bool =
     [
         ({"match__ipc": 200}, "--ipc", ["class '", "samples to start from"]),
         ({"net__norm": "batch"}, "net.norm", ["running statistics"]),
+        ({"net__name": "resnet18bn"}, "net.name", ["running statistics", "use resnet18"]),
         ({"experts__epochs": 1}, "experts.epochs", ["= 2"]),
         ({"match__min_start": 2}, "match.min_start", ["2", "match.max_start = 1"]),
         ({"data__augment": "crop_zoom"}, "data.augment", ["'zoom'", "rotate"]),

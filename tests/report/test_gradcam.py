@@ -16,7 +16,7 @@ from tadperf.report.drawing import MARGIN
 from tadperf.report.gradcam import CAPTION, CELL, GAP, HEAD, HEAT, grad_cam, heat_colours, overlay, save_gradcam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("convnet", "resnet18", "alexnet", "vgg11")
+NAMES = ("convnet", "resnet10", "resnet18", "alexnet", "vgg11", "densenet121")
 
 
 def linear(kernels: list[float], weights: list[list[float]]) -> nn.Module:
