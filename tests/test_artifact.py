@@ -142,7 +142,7 @@ def test_training_depends_on_the_seed_only():
     assert weights(1, network="alexnet").shape != weights(1).shape
     wide = NetConfig.model_validate({"depth": 1, "width": 16})
     assert len(weights(1, network=wide)) > len(weights(1))
-    with pytest.raises(UserError, match=r"^network: resnet99: must be convnet"):
+    with pytest.raises(UserError, match=r"^network: resnet99: must be one of convnet"):
         ds.train(network="resnet99")
 
 
