@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from tadperf.cli import common
 from tadperf.cli.options import SharedOptions, command
+
+if TYPE_CHECKING:
+    from tadperf.pipeline.verify import Comparison
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A distilled file, or the folder of its run.")]
 PROTOCOL_HELP = (
@@ -23,14 +26,21 @@ PROTOCOL_HELP = (
 Protocol = Annotated[Optional[str], typer.Option("--protocol", metavar="NAME", help=PROTOCOL_HELP)]  # noqa: UP045
 
 
-@command("file DATA protocol --network --repeats --seed --device --devices --json --quiet --debug")
-def evaluate(options: SharedOptions, file: File, protocol: Protocol = None) -> None:
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare with the accuracy in result.json beside FILE; exit code 1 if it differs."),
+]
+
+
+@command("file DATA protocol verify --network --repeats --seed --device --devices --json --quiet --debug")
+def evaluate(options: SharedOptions, file: File, protocol: Protocol = None, verify: Verify = False) -> None:
     """Train new networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
     from tadperf.cli.progress import display
     from tadperf.pipeline.evaluate import evaluate_file, evaluate_protocol
 
     given = options.sources.options
     settings = options.sources.config()
+    stored = _stored_accuracy(file, protocol) if verify else None
 
     def run() -> dict[str, Any]:
         with display(options.quiet) as progress:
@@ -46,9 +56,38 @@ def evaluate(options: SharedOptions, file: File, protocol: Protocol = None) -> N
             )
 
     result = common.run_in_ranks(run, options.devices)
+    comparisons = _compare(stored, result)
     if options.as_json:
         common.print_json(result)
     else:
         from tadperf.cli.tables import print_accuracy, print_protocol
 
         (print_accuracy if protocol is None else print_protocol)(result)
+        for name, found in comparisons.items():
+            verdict = "agrees" if found.agrees else "differs"
+            figures = f"{100 * found.measured:.1f} % measured, {100 * found.stored:.1f} % stored"
+            print(f"{name} {verdict}: {figures} (up to {100 * found.allowed:.1f} points agree)")
+    if not all(found.agrees for found in comparisons.values()):
+        raise typer.Exit(1)
+
+
+def _stored_accuracy(file: Path, protocol: str | None) -> dict[str, list[float]]:
+    """Reads the stored accuracy before minutes of training."""
+    from tadperf.errors import UserError
+    from tadperf.pipeline.verify import stored_accuracy
+
+    if protocol is not None:
+        raise UserError(
+            "--verify", f"--protocol {protocol}", "trains other students than the stored ones; use one of them"
+        )
+    return stored_accuracy(common.distilled_file(file))
+
+
+def _compare(stored: dict[str, list[float]] | None, result: dict[str, Any]) -> dict[str, Comparison]:
+    """Returns the comparisons with the stored accuracy, if there is one, and adds them to the result."""
+    from tadperf.pipeline.verify import verify
+
+    comparisons = {} if stored is None else verify(stored, result["accuracy"])
+    if stored is not None:
+        result["verify"] = {name: found._asdict() for name, found in comparisons.items()}
+    return comparisons

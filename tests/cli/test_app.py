@@ -69,7 +69,18 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         *OUTPUT,
     ],
     "apply": ["RUN|DATA", "OUT", "--labels", "--skip-broken", *OUTPUT],
-    "evaluate": ["FILE", "DATA", "--protocol", "--network", "--repeats", "--seed", "--device", "--devices", *OUTPUT],
+    "evaluate": [
+        "FILE",
+        "DATA",
+        "--protocol",
+        "--verify",
+        "--network",
+        "--repeats",
+        "--seed",
+        "--device",
+        "--devices",
+        *OUTPUT,
+    ],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
     "export": ["FILE", "--to", "--out", *SCALES, "--json", "--debug"],
     "import": [
@@ -104,7 +115,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 
 
 FLAGS = {"--compare", "--evaluate", "--resume", "--skip-broken", *OUTPUT, "--schema", "--list", "--tune"}
-FLAGS |= {"--probabilities", "--near-duplicates", "--dual-loop", "--estimate"}
+FLAGS |= {"--probabilities", "--verify", "--near-duplicates", "--dual-loop", "--estimate"}
 DEFAULTS = {  # the defaults of options that are not flags and have one
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
 }

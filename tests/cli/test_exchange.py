@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tadperf.artifact import DistilledSet
+from tadperf.artifact import DistilledSet, load
+from tadperf.config import NetConfig
 from tadperf.data.normalise import fit_normaliser
 from tadperf.data.open import open_data
 
@@ -80,3 +82,25 @@ def test_a_file_that_cannot_be_written_is_one_line(tadperf, file):
     outcome = tadperf("import", "d-ddranking", "--data=digits", "--out=none/a", "--quiet")
     assert outcome.code == 2
     assert outcome.err == "tadperf: --out: none/a: cannot be written: No such file or directory; choose another file\n"
+
+
+def test_verify_compares_with_the_stored_accuracy(tadperf, file):
+    arguments = ["evaluate", file, "--verify", "--device=cpu", "--repeats=2"]
+    ds = replace(load(file), net=NetConfig(width=8, depth=1), recipe=load(file).recipe._replace(epochs=20))
+    ds.save(file)
+    missing = tadperf(*arguments)
+    assert (missing.code, missing.err.count("\n")) == (2, 1)
+    assert "result.json: no such file; only a run or a pulled set stores its accuracy" in missing.err
+    measured = json.loads(tadperf(*arguments[:2], *arguments[3:], "--json").out)
+    file.with_name("result.json").write_text(json.dumps({"accuracy": measured["accuracy"]}))
+    agrees = tadperf(*arguments, "--quiet")
+    assert agrees.code == 0
+    assert "convnet agrees: " in agrees.out
+    file.with_name("result.json").write_text(json.dumps({"accuracy": {"convnet": {"runs": [1.0, 1.0]}}}))
+    differs = tadperf(*arguments, "--quiet", "--json")
+    assert differs.code == 1
+    found = json.loads(differs.out)["verify"]["convnet"]
+    assert (found["stored"], found["agrees"]) == (1.0, False)
+    assert found["measured"] == measured["accuracy"]["convnet"]["mean"]
+    both = tadperf(*arguments, "--protocol=hard")
+    assert (both.code, both.err.count("\n")) == (2, 1)
