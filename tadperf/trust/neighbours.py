@@ -79,8 +79,8 @@ def estimate_from_neighbours(
     with reporting(progress, "trust:nearest", work(len(labels))):
         graph = affinity(features)
     for reach, votes in neighbour_labels(graph, labels, num_classes, seed, report):
-        votes = votes / votes.sum(1, keepdim=True).clamp(min=MIN_MASS) + 1e-6 * share
-        g = votes / votes.sum(1, keepdim=True)
+        g = votes.div_(votes.sum(1, keepdim=True).clamp(min=MIN_MASS)).add_(1e-6 * share)
+        g.div_(g.sum(1, keepdim=True))
         selected, row_labels = g[rows], labels[rows]
         start = confident_classes(selected / share)
         transitions, scores = [], []
@@ -96,9 +96,11 @@ def estimate_from_neighbours(
     assert best is not None
     g, t, reach, label_count = best
     if len(rows) < len(labels):
-        t = estimate_transition((label_count * (g @ t.log().T)).softmax(1), labels, prior)
+        t = estimate_transition((g @ t.log().T).mul_(label_count).softmax(1), labels, prior)
     log_t = t.log()
-    return NeighbourEstimate((label_count * (g @ log_t.T)).add_(log_t.T[labels]).softmax(1), t, reach, label_count)
+    scores = (g @ log_t.T).mul_(label_count)
+    del best, g, votes  # [N, C] is 5 GB for 1.28 M samples and 1000 classes
+    return NeighbourEstimate(scores.add_(log_t.T[labels]).softmax(1), t, reach, label_count)
 
 
 def _step_counter(progress: Progress, count: int, num_classes: int) -> Callable[[], None]:
@@ -120,25 +122,32 @@ def _uses_folds(count: int, num_classes: int) -> bool:
 def neighbour_labels(
     graph: Tensor, labels: Tensor, num_classes: int, seed: int, step_done: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[float, Tensor]]:
-    """Yields each reach with the labels that every sample sees in the other samples, [N, C].
+    """Yields each reach with the labels that every sample sees in the other samples, a new tensor [N, C].
 
     The labels of a sample's own fold are hidden from it. If FOLDS copies of [N, C] are too large, yields one reach
     only, with two steps of spreading, and subtracts exactly what comes from the sample's own label.
     """
     count = len(labels)
-    given = F.one_hot(labels, num_classes).float()
     if not _uses_folds(count, num_classes):
-        one_step = graph @ given
-        returned = torch.zeros(count, device=labels.device)
-        squares, degree = graph.values().square(), graph.crow_indices().diff()
-        row = torch.arange(count, device=labels.device).repeat_interleave(degree, output_size=len(squares))
-        returned.index_add_(0, row, squares)
-        yield REACHES[0], one_step + REACHES[0] * (graph @ one_step - returned.unsqueeze(1) * given)
+        yield REACHES[0], _two_steps(graph, labels, num_classes)
         return
+    given = F.one_hot(labels, num_classes).float()
     fold = torch.randperm(count, generator=seeds.generator(seed, "folds"), device="cpu").to(labels.device) % FOLDS
     visible = torch.cat([given * (fold != f).unsqueeze(1) for f in range(FOLDS)], 1)
     for reach, votes in zip(REACHES, spread_labels(graph, visible, REACHES, step_done), strict=True):
         yield reach, votes.view(count, FOLDS, num_classes)[torch.arange(count, device=fold.device), fold]
+
+
+def _two_steps(graph: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Returns S Y + a S (S Y) without what comes back from a sample's own label, [N, C]. a is REACHES[0]."""
+    count, column = len(labels), labels.unsqueeze(1)
+    one_step = graph @ torch.zeros(count, num_classes, device=labels.device).scatter_(1, column, 1.0)
+    returned = torch.zeros(count, device=labels.device)
+    squares, degree = graph.values().square(), graph.crow_indices().diff()
+    row = torch.arange(count, device=labels.device).repeat_interleave(degree, output_size=len(squares))
+    returned.index_add_(0, row, squares)
+    two = (graph @ one_step).scatter_add_(1, column, -returned.unsqueeze(1))
+    return two.mul_(REACHES[0]).add_(one_step)
 
 
 def nearest_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:

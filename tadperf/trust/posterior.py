@@ -67,6 +67,7 @@ def pool_classes(
     for source, weight in zip(sources, weights.tolist(), strict=True):
         scores.add_(source.clamp(min=MIN_LOG), alpha=weight)
     blind = scores.softmax(1)
+    del scores
     if size < count:
         for _ in range(PASSES):
             t = estimate_transition(_posterior(blind, t, labels), labels, prior)
@@ -122,11 +123,11 @@ def _newton_step(sources: Tensor, weights: Tensor, blind: Tensor, posterior: Ten
 
 
 def _posterior(blind: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    joint = blind * t.T[labels]
-    return joint / joint.sum(1, keepdim=True).clamp(min=1e-30)
+    joint = t.T[labels].mul_(blind)
+    return joint.div_(joint.sum(1, keepdim=True).clamp(min=1e-30))
 
 
 def without_own_label(estimate: NeighbourEstimate, labels: Tensor) -> Tensor:
     """Returns the log probabilities [N, C] of the classes by the neighbours alone: the posterior divided by T_k,y."""
-    log_posterior = estimate.posterior.clamp(min=1e-30).log()
-    return (log_posterior - estimate.transition.log().T[labels]).log_softmax(1)
+    log_posterior = estimate.posterior.clamp(min=1e-30).log_()
+    return log_posterior.sub_(estimate.transition.log().T[labels]).log_softmax(1)

@@ -97,7 +97,7 @@ def judge(
     unchanged = (verdict == old_verdict) & (working == old_working) & (number > 1)
     loss = -pool.posterior.gather(1, given.unsqueeze(1)).squeeze(1).log()
     share = 1 / number if config.memory else 1.0
-    targets = pool.posterior * strength.unsqueeze(1)
+    targets = pool.posterior.mul_(strength.unsqueeze(1))  # in place: [N, C] is large
     state = TrustState(
         given=before.given.cpu(),
         working=working.cpu(),
@@ -126,12 +126,13 @@ def weigh_sources(
     well, so then all sources have the same weight.
     """
     further = check_evidence(evidence, len(given), classes, given.device)
-    logs = [p.clamp(min=1e-13).log() for p in (outputs.probabilities, *further)]
+    logs = [p.clamp(min=1e-13).log_() for p in (outputs.probabilities, *further)]
     losses = [outputs.losses, *(label_loss(p, given) for p in further)]
     if config.graph:
         estimate = estimate_from_neighbours(outputs.features, given, classes, seed, config.transition, progress)
         logs.append(without_own_label(estimate, given))
         losses.append(label_loss(estimate.posterior, given))
+        del estimate
     blind = config.held_out and config.proxies > 1
     pool = pool_classes(logs, given, seed, config.transition, fitted=blind)
     total = sum(pool.weights)

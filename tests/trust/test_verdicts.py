@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tadperf.config import TrustConfig
 from tadperf.progress import silent
+from tadperf.trust import neighbours, posterior
 from tadperf.trust.posterior import ClassPool
 from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, as_given
@@ -125,3 +128,39 @@ def test_proxies_that_have_seen_the_labels_are_not_weighed_by_likelihood():
 def test_scores_are_losses_and_back():
     losses = torch.tensor([0.0, 0.1, 2.0, 14.0])
     torch.testing.assert_close(score_to_loss(loss_to_score(losses)), losses, rtol=1e-2, atol=1e-6)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Measures how many bytes the tensors of at least `smallest` bytes hold at a time."""
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__()
+        self.smallest, self.live, self.peak = smallest, {}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.nbytes() >= self.smallest and storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return results
+
+
+def test_a_round_holds_few_matrices_of_all_samples_and_classes(monkeypatch: pytest.MonkeyPatch):
+    count, classes = 2000, 100
+    monkeypatch.setattr(neighbours, "FOLD_SIZE", 0)  # as for large sets
+    monkeypatch.setattr(neighbours, "CPU_BLOCK", 10 * count)
+    monkeypatch.setattr(neighbours, "SELECTION_SIZE", 100 * classes)
+    monkeypatch.setattr(posterior, "SELECTION_SIZE", 100 * classes)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    logits = torch.randn(count, classes, generator=generator) + 6 * torch.eye(classes)[labels]
+    features = torch.eye(classes, 16)[labels] + 0.1 * torch.randn(count, 16, generator=generator)
+    outputs = ProxyOutputs(torch.zeros(count), logits.softmax(1), features)
+    state, matrix = as_given(labels, tuple(map(str, range(classes)))), 4 * count * classes
+    with LargeTensors(matrix // 2) as tensors:
+        judge(outputs, state, 1, TrustConfig(proxies=2), 0, silent, (), None)
+    assert 2 * matrix < tensors.peak < 4.6 * matrix  # beside the proxies' probabilities
