@@ -45,6 +45,8 @@ COMMANDS = (
     show.show,
     exchange.export,
     exchange.import_,
+    exchange.push,
+    exchange.pull,
     info.info,
     config.config,
     bench.bench,

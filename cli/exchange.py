@@ -1,4 +1,4 @@
-"""`tadperf export` and `tadperf import`: distilled sets in the layouts of other programs."""
+"""`tadperf export` and `import`: sets in the layouts of other programs. `tadperf push` and `pull`: published sets."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ Rate = Annotated[
     typer.Option("--lr", metavar="X", help="Learning rate of students; by default that of lr.pt, or 0.01."),
 ]
 Probabilities = Annotated[bool, typer.Option("--probabilities", help="Soft labels are probabilities, not logits.")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="A folder, or hf://user/name on the Hugging Face hub.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="The folder of a pushed set, or hf://user/name.")]
+License = Annotated[str, typer.Option("--license", metavar="ID", help="For the card, such as cc-by-4.0.")]
+Pulled = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--out", metavar="DIR", help="The new folder; by default the name of SOURCE."),
+]
 
 
 @command("file layout out mean std constants --json --debug")
@@ -101,6 +108,30 @@ def import_(
         print(out)
         if not options.quiet:
             common.print_note(repr(distilled))
+
+
+@command("file target license --json --debug")
+def push(options: SharedOptions, file: File, target: Target, license: License = "unknown") -> None:
+    """Publish the set of FILE with its figures, settings and a card (README.md)."""
+    from tadperf.pipeline.publish import push as push_set
+
+    facts = push_set(common.distilled_file(file), target, license)
+    if options.as_json:
+        common.print_json(facts)
+    else:
+        print(facts.get("url", facts["target"]))
+
+
+@command("source out --json --debug")
+def pull(options: SharedOptions, source: Source, out: Pulled = None) -> None:
+    """Get a published set, for `evaluate --verify`, `show` and Python."""
+    from tadperf.pipeline.publish import pull as pull_set
+
+    facts = pull_set(source, out or Path(Path(source).name))
+    if options.as_json:
+        common.print_json(facts)
+    else:
+        print(facts["folder"])
 
 
 def _scales(mean: str | None, std: str | None, constants: str | None) -> SCALES | None:

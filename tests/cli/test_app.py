@@ -83,6 +83,8 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
     ],
     "show": ["FILE|RUN", "--out", "--json", "--debug"],
     "export": ["FILE", "--to", "--out", *SCALES, "--json", "--debug"],
+    "push": ["FILE", "TARGET", "--license", "--json", "--debug"],
+    "pull": ["SOURCE", "--out", "--json", "--debug"],
     "import": [
         "PATH",
         "--data",
@@ -117,6 +119,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 FLAGS = {"--compare", "--evaluate", "--resume", "--skip-broken", *OUTPUT, "--schema", "--list", "--tune"}
 FLAGS |= {"--probabilities", "--verify", "--near-duplicates", "--dual-loop", "--estimate"}
 DEFAULTS = {  # the defaults of options that are not flags and have one
+    "push": {"--license": "unknown"},
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},
 }
 

@@ -104,3 +104,12 @@ def test_verify_compares_with_the_stored_accuracy(tadperf, file):
     assert found["measured"] == measured["accuracy"]["convnet"]["mean"]
     both = tadperf(*arguments, "--protocol=hard")
     assert (both.code, both.err.count("\n")) == (2, 1)
+
+
+def test_a_pushed_set_is_pulled_under_its_name(tadperf, file):
+    assert tadperf("push", file, "mirror/mine", "--license=mit").out == "mirror/mine\n"
+    assert tadperf("pull", "mirror/mine").out == "mine\n"
+    assert tadperf("show", "mine").code == 0
+    again = tadperf("pull", "mirror/mine")
+    assert (again.code, again.err) == (2, "tadperf: --out: mine: exists already; choose another folder\n")
+    assert json.loads(tadperf("pull", "mirror/mine", "--out=b", "--json").out)["folder"] == "b"
