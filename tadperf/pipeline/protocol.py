@@ -131,8 +131,8 @@ def row_recipes(run: ProtocolRun, net: NetConfig) -> dict[str, Recipe]:
     """Returns the recipe of each row: the file's, with a learning rate that suits the row; rd3 has one for all rows.
 
     hard, soft: every row has the choice between the file's learned rate and evaluate.real_lr, by the accuracy of
-    RATE_STUDENTS students on held-out trusted samples; the test data choose nothing. published: the file's rate for the
-    distilled set, evaluate.real_lr for the others, as in the report of the run.
+    RATE_STUDENTS students on held-out trusted samples (if equal, the higher rate); the test data choose nothing.
+    published: the file's rate for the distilled set, evaluate.real_lr for the others, as in the report of the run.
     """
     rows = [*run.sets, "distilled_hard"]
     if run.protocol == "rd3":
@@ -142,14 +142,14 @@ def row_recipes(run: ProtocolRun, net: NetConfig) -> dict[str, Recipe]:
         return {row: recipe if row.startswith("distilled") else recipe._replace(lr=real_lr) for row in rows}
     rates = sorted({recipe.lr, real_lr})
     students = [
-        student._replace(row=f"{row} {rate!r}")
+        student._replace(row=f"{row}, rate {number}")
         for row in rows
-        for rate in rates
+        for number, rate in enumerate(rates)
         for student in row_students(run, net, row, recipe._replace(lr=rate), RATE_STUDENTS)
     ]
-    scores = _scores(run, _scorer(run, (run.samples.held_out, run.samples.held_out_labels)), students, "rates")
+    scores = _scores(run, _scorer(run, (run.samples.held_out, run.samples.held_out_labels)), students, "learning rates")
     mean = {name: statistics.fmean(runs) for name, runs in scores.items()}
-    best = {row: max((mean[f"{row} {rate!r}"], rate) for rate in rates)[1] for row in rows}
+    best = {row: max((mean[f"{row}, rate {number}"], rate) for number, rate in enumerate(rates))[1] for row in rows}
     return {row: recipe._replace(lr=rate) for row, rate in best.items()}
 
 

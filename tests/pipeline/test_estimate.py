@@ -67,6 +67,15 @@ def test_every_stage_is_a_count_times_a_probe(fixed_probes, tiny_config):
     assert result["seconds"] == pytest.approx(sum(result["stages"].values()), abs=0.02)
 
 
+def test_the_rows_of_the_ladder_count(fixed_probes, tiny_config, monkeypatch):
+    """Two rows of three students, 100 s each, on four cores."""
+    values = {"trust__mode": "on", "match__soft_labels": True, "evaluate__epochs": 1000, "evaluate__repeats": 4}
+    task = prepare(tiny_config(**values))
+    complete = estimate_distill(task)["stages"]["evaluate"]
+    monkeypatch.setattr(estimate, "LADDER_REPEATS", 0)
+    assert 100 <= complete - estimate_distill(task)["stages"]["evaluate"] <= 200
+
+
 def test_counts_scale_the_estimate(fixed_probes, tiny_config):
     once = estimate_distill(prepare(tiny_config()))["stages"]
     twice = estimate_distill(prepare(tiny_config(match__iterations=8, experts__epochs=4)))["stages"]
