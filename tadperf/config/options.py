@@ -27,7 +27,7 @@ CONFIG_OPTIONS = (
     Option("--skip-broken", "", "Leave out images that cannot be decoded, and list them.", "data.skip_broken", bool),
     Option("--noise", "KIND:P", "Add label noise: symmetric:P, asymmetric:P, instance:P.", "data.noise"),
     Option("--ipc", "N", "Synthetic images per class.", "match.ipc"),
-    Option("--method", "NAME", "Distillation method: mtt, ftd or datm.", "match.method"),
+    Option("--method", "NAME", "Distillation method: mtt, ftd, datm or tgdd.", "match.method"),
     Option("--compile", "MODE", "auto, on or off: torch.compile for the steps of matching.", "match.compile"),
     Option("--trust", "MODE", "on, off, or oracle (uses the clean labels, for comparison).", "trust.mode"),
     Option("--features", "FILE", "Features, a row per sample: .npy, .npz, .pt, .safetensors.", "trust.features", Path),

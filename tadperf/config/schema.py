@@ -161,13 +161,19 @@ class ExpertConfig(Section):
 class MatchConfig(Section):
     """Trajectory matching: the synthetic images and how they are optimised."""
 
-    method: Literal["mtt", "ftd", "datm"] = Field(
-        default="mtt", description="distillation method; ftd and datm have their own defaults for several fields"
+    method: Literal["mtt", "ftd", "datm", "tgdd"] = Field(
+        default="mtt",
+        description="distillation method: trajectory matching (mtt, ftd, datm) or feature matching (tgdd); all but "
+        "mtt have their own defaults for several fields",
     )
     ipc: int = Field(default=10, ge=1, description="synthetic images per class")
     iterations: int = Field(default=5000, ge=1, description="outer steps")
     steps: int = Field(default=30, ge=1, description="T: inner steps on synthetic images per outer step")
-    expert_epochs: int = Field(default=2, ge=1, description="expert epochs that T inner steps must match")
+    expert_epochs: int = Field(
+        default=2,
+        ge=1,
+        description="expert epochs that T inner steps must match; tgdd: at most this far apart are its two snapshots",
+    )
     trajectories: int = Field(
         default=1, ge=1, description="expert trajectories averaged per outer step; several processes share them"
     )
@@ -180,6 +186,9 @@ class MatchConfig(Section):
         default=0.0, ge=0, le=1, description="share of the iterations after which all start epochs are used"
     )
     batch: int | None = Field(default=None, ge=1, description="synthetic images per inner step; by default all")
+    cross_entropy: float = Field(
+        default=1.0, ge=0, description="tgdd: weight of the cross-entropy of the images under a later snapshot"
+    )
     lr_img: float = Field(default=100.0, gt=0, description="learning rate of the images")
     lr_lr: float = Field(
         default=0.05, ge=0, description="learning rate of the logarithm of the student's learning rate"

@@ -41,10 +41,10 @@ class MatchProblem:
 
 
 class Base(ABC):
-    """Computes the gradients of an iteration. A subclass takes (first state, problem) and implements `gradient`.
+    """Computes the gradients of an iteration. A subclass implements `gradient`.
 
     exploded: a loss of at least this has diverged. layers: the names of the values in `Gradient.layers`, for the log.
-    learns_lr: whether `Gradient.lr` is a gradient; if not, the students' learning rate is chosen on held-out samples.
+    learns_lr: whether `Gradient.lr` is a gradient; if not, the students' learning rate stays match.lr_init.
     cache: the key of the compiled code to save after the first iteration; None if there is none.
     """
 
@@ -52,6 +52,10 @@ class Base(ABC):
     layers: Sequence[str] = ()
     learns_lr: bool = False
     cache: str | None = None
+
+    def __init__(self, state: MatchState, problem: MatchProblem) -> None:
+        """state: the first one. Later states have images and labels of the same shapes."""
+        self.problem = problem
 
     @abstractmethod
     def gradient(self, state: MatchState, number: int) -> Gradient:

@@ -107,7 +107,7 @@ class TrajectoryMatching(Base):
     learns_lr = True
 
     def __init__(self, state: MatchState, problem: MatchProblem) -> None:
-        self.problem = problem
+        super().__init__(state, problem)
         self.layers = list(problem.net.layer_sizes)
         backend, self.compute = choose_gradient(state, problem)
         self.cache = backend.cache

@@ -197,12 +197,19 @@ class _Estimate:
         return makespan([one] * config.count, tasks if self.on_cpu else self.workers.tasks)
 
     def matching(self) -> float:
-        """Returns iterations * t(T), plus the checks: two students each, on the synthetic set."""
+        """Returns iterations * t(T), plus the checks: two students each, on the synthetic set.
+
+        Feature matching also tests all real samples under each of its snapshots, but no snapshot twice.
+        """
         config, held_out = self.config.match, len(self.task.train) - self.kept
         checks = -(-config.iterations // config.check_every)
         student = self.student(self.config.net.name, self.synthetic, self.config.evaluate.epochs, held_out)
-        seconds = probes.matching_seconds(self.task, self.workers.trajectories)
-        return config.iterations * seconds + checks * makespan([student] * CHECK_STUDENTS, self.workers.tasks)
+        seconds = config.iterations * probes.matching_seconds(self.task, self.workers.trajectories)
+        if config.method == "tgdd":
+            snapshots = self.config.experts.count * (config.max_start - config.min_start + 1)
+            drawn = min(snapshots, config.iterations * self.workers.trajectories)
+            seconds += drawn * self.kept * self.tested
+        return seconds + checks * makespan([student] * CHECK_STUDENTS, self.workers.tasks)
 
     @property
     def synthetic(self) -> int:

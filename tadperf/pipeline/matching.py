@@ -45,7 +45,8 @@ def match(
     count = config.match.ipc * task.train.num_classes
     batch = min(config.match.batch or count, count)
     threads = threads_for(batch * config.net.width * task.train.shape[1] * task.train.shape[2])
-    problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed)
+    real = Examples(context.samples.images, context.samples.labels, context.samples.weights)
+    problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed, real)
 
     def check(images: Tensor, labels: Tensor, lr: float, iteration: int) -> float:
         return held_out_accuracy(task, context.samples, Examples(images, labels), lr, iteration, context.progress)

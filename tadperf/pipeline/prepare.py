@@ -9,6 +9,7 @@ from tadperf.data.dataset import Dataset
 from tadperf.data.noise import add_noise, parse_noise
 from tadperf.data.open import open_config
 from tadperf.errors import UserError
+from tadperf.matching.bases import check_match_config
 from tadperf.progress import Progress, silent
 from tadperf.refine.checks import check_refine_config
 from tadperf.task.samples import check_holdout
@@ -27,6 +28,7 @@ def prepare(config: Config, progress: Progress = silent, given: object = None) -
     train, test = open_config(data, progress, data.test_share, given)
     assert test is not None  # it is made if the data have none
     _check_images(config, train)
+    check_match_config(config.match, train.num_classes)
     train = add_noise(train, data.noise, config.seed)
     if config.trust.mode == "oracle" and train.clean_labels is None:
         raise UserError("--trust", "oracle", f"needs clean labels, which {train.name} does not have; add --noise")

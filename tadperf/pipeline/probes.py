@@ -30,6 +30,7 @@ from tadperf.nets import training
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.problem import Problem
+from tadperf.nets.students import Examples
 from tadperf.nets.training import Recipe
 from tadperf.task.task import Task
 from tadperf.trust.neighbours import estimate_from_neighbours
@@ -126,6 +127,8 @@ def matching_seconds(task: Task, trajectories: int) -> float:
     long adjoint (T > 40, at most 10 %) and the time of torch.compile are left out.
     """
     config, (channels, side, _) = task.config.match, task.train.shape
+    if config.method == "tgdd":
+        return _feature_seconds(task) * trajectories
     count = config.ipc * task.train.num_classes
     batch = min(config.batch or count, count)
     small = min(batch, CPU_BATCH) if task.device.type == "cpu" else batch
@@ -138,6 +141,20 @@ def matching_seconds(task: Task, trajectories: int) -> float:
         if steps > 1:
             slope = max(0.0, _iteration_seconds(task, images, small, steps) - first) / (steps - 1)
     return (first + (config.steps - 1) * slope) * batch / small * trajectories
+
+
+def _feature_seconds(task: Task) -> float:
+    """Returns the seconds of one draw of feature matching, without the real features, whose snapshots are few.
+
+    On a CPU, times about 64 images; the time is proportional to them.
+    """
+    config, classes, (channels, side, _) = task.config.match, task.train.num_classes, task.train.shape
+    each = min(config.ipc, (config.batch or config.ipc * classes) // classes)
+    timed = min(each, max(1, CPU_BATCH // classes)) if task.device.type == "cpu" else each
+    threads = threads_for(each * classes * task.config.net.width * side * side)
+    with torch_settings(threads=threads, tf32=task.config.tf32):
+        images = torch.randn(timed * classes, channels, side, side, device=task.device)
+        return _iteration_seconds(task, images, len(images), 1) * each / timed
 
 
 def _iteration_seconds(task: Task, images: Tensor, batch: int, steps: int) -> float:
@@ -154,7 +171,8 @@ def _iteration_seconds(task: Task, images: Tensor, batch: int, steps: int) -> fl
     if config.soft_labels:
         labels = torch.nn.functional.one_hot(labels, classes).float()
     state = initial_state(images, labels, config)
-    problem = MatchProblem(net, experts, config, task.config.data.augment, task.config.seed)
+    real = Examples(images[:1].expand(classes, *images.shape[1:]), torch.arange(classes))
+    problem = MatchProblem(net, experts, config, task.config.data.augment, task.config.seed, real)
     base = BASES[config.method](state, problem)
     times: list[float] = []
     while len(times) < 2 or (len(times) < 6 and sum(times) < STEP_BUDGET / 4):

@@ -134,6 +134,9 @@ def test_the_mean_over_trajectories_does_not_depend_on_the_number_of_ranks():
     config = MatchConfig(trajectories=5)
 
     class RandomBase(Base):
+        def __init__(self) -> None:
+            pass
+
         def gradient(self, state: MatchState, number: int) -> Gradient:
             generator = torch.Generator().manual_seed(number)
             draw = [torch.randn(shape, generator=generator) for shape in ((), (4, 1, 3, 3), (4, 2), (), (7,))]

@@ -134,11 +134,11 @@ def test_a_method_changes_its_preset_and_later_sources_win(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("method", ["mtt", "ftd", "datm"])
+@pytest.mark.parametrize("method", ["mtt", "ftd", "datm", "tgdd"])
 def test_every_preset_accepts_every_method(name, method):
     config = merge(name, options={"match.method": method})
     assert config.match.method == method
-    assert (config.experts.rho > 0) == (method != "mtt")
+    assert (config.experts.rho > 0) == (method in ("ftd", "datm"))
     assert set(METHODS) <= set(PRESETS)
     if name in ("quick", "digits", "digits-ipc1"):  # a longer average would stay close to the initial images
         assert config.match.ema**config.match.iterations < 0.01 or config.match.ema == 0
