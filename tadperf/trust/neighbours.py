@@ -78,8 +78,8 @@ def estimate_from_neighbours(
     best, best_score = None, -torch.inf
     with reporting(progress, "trust:nearest", work(len(labels))):
         graph = affinity(features)
-    for reach, votes in neighbour_labels(graph, labels, num_classes, seed, report):
-        g = votes.div_(votes.sum(1, keepdim=True).clamp(min=MIN_MASS)).add_(1e-6 * share)
+    for reach, g in neighbour_labels(graph, labels, num_classes, seed, report):
+        g.div_(g.sum(1, keepdim=True).clamp(min=MIN_MASS)).add_(1e-6 * share)
         g.div_(g.sum(1, keepdim=True))
         selected, row_labels = g[rows], labels[rows]
         start = confident_classes(selected / share)
@@ -99,7 +99,7 @@ def estimate_from_neighbours(
         t = estimate_transition((g @ t.log().T).mul_(label_count).softmax(1), labels, prior)
     log_t = t.log()
     scores = (g @ log_t.T).mul_(label_count)
-    del best, g, votes  # [N, C] is 5 GB for 1.28 M samples and 1000 classes
+    del best, g  # [N, C] is 5 GB for 1.28 M samples and 1000 classes
     return NeighbourEstimate(scores.add_(log_t.T[labels]).softmax(1), t, reach, label_count)
 
 
