@@ -34,7 +34,7 @@ CONFIG_OPTIONS = (
     Option("--probs", "FILE", "Class probabilities, out of fold, a row per sample.", "trust.probs", Path),
     Option("--encoder", "DIR", "A transformers or timm image model, to compute features.", "trust.encoder", Path),
     Option("--synthesis", "KIND", "matching, generative (diffusion), or hybrid.", "synthesis"),
-    Option("--experts", "DIR", "Use the experts of another run.", "experts.path", Path),
+    Option("--experts", "PATH", "Experts of another run, or replay_buffer_*.pt of MTT.", "experts.path", Path),
     Option("--repeats", "N", "Networks trained for each accuracy.", "evaluate.repeats"),
     Option("--network", "NAME", "Network to train, such as resnet18bn; may be repeated.", "evaluate.networks", list),
     Option("--seed", "N", "Random seed: same seed, same result.", "seed"),

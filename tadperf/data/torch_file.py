@@ -14,20 +14,23 @@ from tadperf.data.parsing import parser_errors, reason, require_size
 from tadperf.errors import UserError
 
 
-def load_torch_file(path: Path, field: str) -> Any:
+def load_torch_file(path: Path, field: str, mapped: bool = False) -> Any:
     """Returns the tensors, lists and dicts of a file that torch.save wrote, on the CPU.
+
+    mapped: the tensors are memory-mapped, so that only those that are used are read.
 
     Raises UserError, with `field`, if the file is missing or damaged, holds anything else, or does not fit into memory.
     """
     if not path.is_file():
         raise UserError(field, path, "no such file; check the path")
     with parser_errors("file of torch.save", path, "copy it again", field):
-        if zipfile.is_zipfile(path):
+        archived = zipfile.is_zipfile(path)
+        if archived:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.infolist():
-                    require_size(path, (member.file_size,), 1, member.compress_size, True, field)
+                    require_size(path, (member.file_size,), 1, member.compress_size, True, field, mapped)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and archived)
         except pickle.UnpicklingError as error:
             lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
             text = lines[0].strip()[:150] if lines else reason(error)

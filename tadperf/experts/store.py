@@ -84,9 +84,13 @@ class Experts:
     def __len__(self) -> int:
         return len(self._files)
 
+    def rows(self, expert: int, epochs: range) -> Tensor:
+        """Returns the snapshots [S, P] of some epochs in their stored type; reads only these rows of the file."""
+        return self._files[expert].get_slice("snapshots")[epochs.start : epochs.stop]
+
     def snapshot(self, expert: int, epoch: int) -> Tensor:
-        """Returns the weights as a new tensor float32 [P]; reads only this row of the file."""
-        return self._files[expert].get_slice("snapshots")[epoch].to(torch.float32, copy=True)
+        """Returns the weights as a new tensor float32 [P]."""
+        return self.rows(expert, range(epoch, epoch + 1))[0].to(torch.float32, copy=True)
 
     def resident(self, device: torch.device, epochs: range) -> Experts | ResidentExperts:
         """Returns these experts with the snapshots of `epochs` on a CUDA device, or itself if they do not fit there.
@@ -95,15 +99,14 @@ class Experts:
         """
         if device.type != "cuda":
             return self
-        row = self._files[0].get_slice("snapshots")[0]
+        row = self.rows(0, range(1))
         needed = len(self) * len(epochs) * row.numel() * row.element_size()
         fits = needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
         return self.load_to(device, epochs) if fits else self
 
     def load_to(self, device: torch.device, epochs: range) -> ResidentExperts:
         """Returns these experts with the snapshots of `epochs` on a device."""
-        rows = (file.get_slice("snapshots")[epochs.start : epochs.stop] for file in self._files)
-        return ResidentExperts([expert.to(device) for expert in rows], epochs.start)
+        return ResidentExperts([self.rows(e, epochs).to(device) for e in range(len(self))], epochs.start)
 
     def train_accuracies(self) -> list[float]:
         """Returns the training accuracy of each expert's last snapshot, a share in [0, 1].

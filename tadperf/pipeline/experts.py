@@ -6,6 +6,7 @@ from typing import Any
 
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.errors import UserError
+from tadperf.experts.replay_buffer import buffer_files, load_buffer
 from tadperf.experts.store import Experts
 from tadperf.experts.train import train_experts
 from tadperf.nets.problem import Problem
@@ -13,7 +14,7 @@ from tadperf.nets.students import summarise
 from tadperf.pipeline.context import RunContext, open_context
 from tadperf.progress import Progress, silent
 from tadperf.run.folder import Run
-from tadperf.task.task import Task, expert_identity, shared_experts_folder
+from tadperf.task.task import Task, expert_identity, expert_shapes, shared_experts_folder
 
 
 def get_experts(context: RunContext) -> Experts:
@@ -24,7 +25,10 @@ def get_experts(context: RunContext) -> Experts:
     task, samples = context.task, context.samples
     config = task.config
     if config.experts.path:
-        return Experts.open(shared_experts_folder(task), config.experts.count)
+        place, count = shared_experts_folder(task), config.experts.count
+        if buffer_files(place):
+            return load_buffer(place, count, task.epochs, expert_shapes(task))
+        return Experts.open(place, count)
     folder = context.run.path / "experts"
     problem = Problem(
         samples.images,

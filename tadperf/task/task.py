@@ -11,6 +11,7 @@ import torch
 from tadperf.config import Config
 from tadperf.data.dataset import Dataset
 from tadperf.experts import store
+from tadperf.experts.replay_buffer import buffer_files, check_buffer
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 
@@ -55,10 +56,19 @@ def expert_identity(task: Task) -> dict[str, Any]:
 
 
 def shared_experts_folder(task: Task) -> Path:
-    """Returns the folder of another run's experts, named by experts.path.
+    """Returns the folder of another run's experts, or the replay buffer, that experts.path names.
 
-    Raises UserError if experts are missing there, or if this run would train other ones.
+    Raises UserError if experts are missing there, or if this run would train other ones. A replay buffer does not tell
+    its data and recipe, so only the shapes of its parameters are checked.
     """
-    config, train = task.config.experts, task.train
-    size = FlatNet(build(task.config.net, train.shape, train.num_classes, 0)).num_parameters
-    return store.find_experts(Path(config.path or ""), config.count, (task.epochs + 1, size), expert_identity(task))
+    config, path, shapes = task.config.experts, Path(task.config.experts.path or ""), expert_shapes(task)
+    if buffer_files(path):
+        check_buffer(path, config.count, task.epochs, shapes)
+        return path
+    size = sum(shape.numel() for shape in shapes)
+    return store.find_experts(path, config.count, (task.epochs + 1, size), expert_identity(task))
+
+
+def expert_shapes(task: Task) -> list[torch.Size]:
+    """Returns the shapes of the parameters of the experts' network."""
+    return FlatNet(build(task.config.net, task.train.shape, task.train.num_classes, 0)).shapes
