@@ -33,6 +33,7 @@ from tadperf.data.open import open_data
 from tadperf.nets.problem import Problem
 from tadperf.nets.students import Examples, train_student
 from tadperf.nets.training import Recipe, accuracy
+from tadperf.pipeline.scoring import equal_steps
 from tadperf.trust.loop import dual_loop
 from tadperf.trust.metrics import compare_with_clean
 from tadperf.trust.state import TrustState
@@ -92,7 +93,8 @@ def student_accuracy(state: TrustState, train: Dataset, test: Dataset, config: C
     It uses the recipe of the baseline "full_trusted" of a run.
     """
     normaliser, view, e = fit_normaliser(train.images, config.data.normalise), state.view(), config.evaluate
-    recipe = Recipe(e.full_epochs, e.batch, e.real_lr, e.momentum, e.weight_decay, config.data.augment)
+    epochs = equal_steps(e.full_epochs, len(train), len(view.index))
+    recipe = Recipe(epochs, e.batch, e.real_lr, e.momentum, e.weight_decay, config.data.augment)
     images = normalise_images(normaliser, train.images)[view.index]
     device = torch.device("cpu")
     examples = Examples(images, view.labels, view.weights)

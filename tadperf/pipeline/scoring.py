@@ -50,12 +50,13 @@ def baseline_students(context: RunContext, initial: DistilledSet) -> list[Studen
     initial: trained on `initial`, the set before the first iteration. initial_hard: on its images with hard labels, if
     its labels are soft. random_real: on match.ipc random confirmed samples of each class. random_given: on match.ipc
     random images of each class, labels as given, unless trust is off. full_data: on all images, labels as given.
-    full_trusted: on the samples and labels that trust selected.
+    full_trusted: on the samples and labels that trust selected, in as many steps as full_data.
     """
     config, evaluate = context.task.config, context.task.config.evaluate
     data, selection, samples, repeats = context.data, context.selection, context.samples, range(evaluate.repeats)
     recipe = student_recipe(config, evaluate.real_lr)._replace(lr=evaluate.real_lr)
     full_recipe = recipe._replace(epochs=evaluate.full_epochs)
+    trusted_recipe = recipe._replace(epochs=equal_steps(evaluate.full_epochs, len(data.labels), len(selection.index)))
     labels = samples.confirmed_labels
 
     def random_real(repeat: int) -> Examples:
@@ -77,12 +78,17 @@ def baseline_students(context: RunContext, initial: DistilledSet) -> list[Studen
     students += [Student("random_real", r, config.net, recipe, partial(random_real, r)) for r in repeats]
     students += [Student("full_data", r, config.net, full_recipe, full_data) for r in full_repeats]
     if config.trust.mode != "off":
-        students += [Student("full_trusted", r, config.net, full_recipe, full_trusted) for r in full_repeats]
+        students += [Student("full_trusted", r, config.net, trusted_recipe, full_trusted) for r in full_repeats]
         students += [Student("random_given", r, config.net, recipe, partial(random_given, r)) for r in few]
     if initial.labels.is_floating_point():
         hard = replace(initial, labels=class_labels(initial))
         students += _initial_students(hard, "initial_hard", config.net.name, len(few), context.task.device)
     return students
+
+
+def equal_steps(epochs: int, count: int, part: int) -> int:
+    """Returns the epochs of `part` images that take as many steps as `epochs` epochs of `count` images."""
+    return round(epochs * count / part)
 
 
 def class_labels(made: DistilledSet) -> Tensor:

@@ -103,6 +103,9 @@ def test_the_rows_of_the_ladder_hold_the_images_and_labels_they_name(tmp_path, t
     with Run.create(tmp_path / "context", task.config) as opened:
         context = open_context(task, opened, lambda *_, **__: None)
         students = {s.row: s.make_examples() for s in scoring.baseline_students(context, initial)}
+        half = replace(context.selection, index=context.selection.index[: len(task.train) // 2])
+        epochs = {s.row: s.recipe.epochs for s in scoring.baseline_students(replace(context, selection=half), initial)}
+    assert epochs["full_trusted"] == 2 * epochs["full_data"]  # as many steps
     given, hard = students["random_given"], students["initial_hard"]
     images = given.images[torch.arange(10)]
     index = (context.data.train[torch.arange(len(task.train))][None] == images[:, None]).flatten(2).all(2)
