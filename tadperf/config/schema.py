@@ -320,7 +320,7 @@ class EvalConfig(Section):
     real_lr: float = Field(default=0.01, gt=0, description="learning rate of the baselines trained on real images")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(default=5e-4, ge=0, description="weight decay of SGD")
-    full_epochs: int = Field(default=50, ge=1, description="epochs of the full-data baseline")
+    full_epochs: int = Field(default=50, ge=1, description="epochs on all images; trusted ones get as many steps")
     full_repeats: int = Field(default=3, ge=0, description="repeats of the full-data baseline; 0 skips it")
 
 
