@@ -258,6 +258,7 @@ class DiffusionConfig(Section):
     drop: float = Field(
         default=0.1, ge=0, lt=1, description="share of labels that is dropped, for classifier-free guidance"
     )
+    weighting: Literal["draws", "loss"] = Field(default="draws", description="what the reliability of a label sets")
 
 
 class RefineConfig(Section):
@@ -289,6 +290,8 @@ class RefineConfig(Section):
     )
     steps: int = Field(default=25, ge=1, description="denoising steps from pure noise to an image (DDIM)")
     guidance: float = Field(default=2.0, ge=1, description="classifier-free guidance; 1 turns it off")
+    attraction: float = Field(default=0.0, ge=0, description="pull toward a class's trusted features; 0 turns it off")
+    repulsion: float = Field(default=0.0, ge=0, description="push between a class's images; 0 turns it off")
     beta: float = Field(
         default=0.7, ge=0, le=1, description="an image with the right label is rejected below this confidence"
     )

@@ -8,6 +8,7 @@ from tadperf.config import Config
 from tadperf.errors import UserError
 from tadperf.refine.models import sampling
 from tadperf.refine.models.base import model_kind
+from tadperf.refine.models.guidance import is_guided
 from tadperf.refine.start import config_of
 
 
@@ -16,6 +17,9 @@ def check_refine_config(config: Config) -> None:
     refine = config.refine
     if refine.top_k > refine.candidates:
         raise UserError("refine.top_k", refine.top_k, f"must not be above refine.candidates = {refine.candidates}")
+    if is_guided(refine) and refine.backend not in ("auto", "eager"):
+        remedy = "guidance differentiates the denoiser, which runs eagerly; use eager or auto, or set refine.attraction"
+        raise UserError("refine.backend", refine.backend, f"{remedy} and refine.repulsion to 0")
     if "{name}" not in refine.prompt:
         raise UserError("refine.prompt", refine.prompt, "must contain {name}, which stands for the class name")
     if refine.reach < refine.strength:

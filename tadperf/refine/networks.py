@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tadperf import files
+from tadperf import files, seeds
 from tadperf.compute import ranks
 from tadperf.compute.work_progress import reporting, work
 from tadperf.config import Config
@@ -15,6 +16,7 @@ from tadperf.nets.problem import Problem
 from tadperf.refine.context import RefineContext
 from tadperf.refine.detector import build_detector, check_detector, load_detector, train_detector
 from tadperf.refine.models.base import DiffusionModel, Target
+from tadperf.refine.models.guidance import PER_CLASS, is_guided
 from tadperf.refine.models.open import open_model
 from tadperf.refine.models.train import PixelSamples, train_diffusion_model
 
@@ -59,7 +61,8 @@ def get_diffusion_model(context: RefineContext) -> DiffusionModel:
     """Returns the diffusion model of refine.source; for "train" the run's own, which is trained if it is missing."""
     task, config = context.task, context.config
     batches = expected_batches(task.config, task.train.num_classes, config.start is not None)
-    target = Target(task.train.shape, task.train.class_names, task.device, batches)
+    trusted = guidance_images(context) if is_guided(config) else None
+    target = Target(task.train.shape, task.train.class_names, task.device, batches, trusted)
     if config.source == "train":
         folder = context.run.path / "diffusion"
         pixels = PixelSamples(context.pixels, context.samples.labels, context.samples.weights)
@@ -69,6 +72,14 @@ def get_diffusion_model(context: RefineContext) -> DiffusionModel:
         ranks.once(partial(train, progress=context.progress))
         config = config.model_copy(update={"source": str(folder)})
     return open_model(config, target)
+
+
+def guidance_images(context: RefineContext) -> tuple[Tensor, Tensor]:
+    """Returns up to PER_CLASS random trusted images of each class, uint8 [N, ...], and their classes int64 [N]."""
+    labels, generator = context.certain_labels, seeds.generator(context.task.config.seed, "guidance")
+    order = torch.randperm(len(labels), generator=generator)
+    drawn = [order[labels[order] == label][:PER_CLASS] for label in range(context.task.train.num_classes)]
+    return context.pixels(torch.cat(drawn)), labels[torch.cat(drawn)]
 
 
 def expected_batches(config: Config, num_classes: int, started: bool) -> int:

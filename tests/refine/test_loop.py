@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,32 @@ def test_other_sources_soft_labels_and_no_rounds(tmp_path):
     assert (result.labels.dtype, tuple(result.labels.shape)) == (torch.float32, (20, 10))
     assert len(result.report["rounds"]) == 1
     assert not (tmp_path / "run" / "diffusion").exists()
+
+
+def test_guidance_changes_the_images_and_repeats_its_bytes(finished, tmp_path):
+    values = {"refine__attraction": 0.3, "refine__repulsion": 0.3, "refine__rounds": 1}
+    first, again = (run_refinement(tmp_path / name, **values) for name in ("first", "again"))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.first[0], finished[1].first[0])
+
+
+def test_guidance_compares_with_random_confirmed_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "PER_CLASS", 4)
+    task = prepare(config())
+    data = normalise_data(task)
+    confirmed = torch.ones(len(task.train), dtype=torch.bool)
+    confirmed[(task.train.labels == 3).nonzero()[2:, 0]] = False
+    selection = select_samples(task, torch.arange(len(task.train)), task.train.labels)
+    samples = training_samples(data, dataclasses.replace(selection, confirmed=confirmed))
+    with Run.create(tmp_path / "run", task.config) as run:
+        context = RefineContext(task, data, samples, run, silent)
+        images, labels = networks.guidance_images(context)
+    known = int(samples.confirmed[samples.labels == 3].sum())
+    assert known <= 2
+    assert torch.bincount(labels, minlength=10).tolist() == [4, 4, 4, known, 4, 4, 4, 4, 4, 4]
+    certain = context.pixels((context.certain_labels == 0).nonzero()[:, 0])
+    for image in images[labels == 0]:
+        assert bool((certain == image).flatten(1).all(1).any())
 
 
 def test_a_model_of_other_classes_is_refused_before_anything_is_trained(tmp_path, monkeypatch):

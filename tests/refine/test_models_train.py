@@ -108,6 +108,33 @@ def test_samples_are_drawn_in_proportion_to_their_weights(tmp_path, monkeypatch)
     assert 0.68 < drawn.count(3) / len(drawn) < 0.82
 
 
+def one_step(weights: torch.Tensor | None, **values: object) -> tuple[float, list[torch.Tensor]]:
+    """Returns the loss of the first step and the parameters after it."""
+    images, labels = stripes()
+    config = TINY.model_copy(update={"batch": 64, "weighting": "loss"} | values)
+    target = Target((1, 8, 8), ("rows", "columns"), CPU)
+    state = train.initial_training(target, config, 0)
+    samples = train.PixelSamples(lambda index: images[index], labels, weights)
+    loss = train.train_step(state, unet.schedulers()[0], samples, target, config, 0, 0)
+    return loss, [parameter.detach().clone() for parameter in state.model.parameters()]
+
+
+def test_weights_multiply_the_loss_of_samples_with_a_label():
+    without, parameters = one_step(None)
+    assert without > 0
+    loss, same = one_step(None, weighting="draws")
+    assert loss == without
+    assert all(map(torch.equal, parameters, same))
+    half = torch.full((40,), 0.5)
+    assert one_step(half, drop=0.0)[0] == pytest.approx(0.5 * one_step(None, drop=0.0)[0])
+    assert 0.5 * without < one_step(half, drop=0.5)[0]
+    assert one_step(torch.zeros(40), drop=0.0)[0] == 0.0
+    assert one_step(torch.zeros(40), drop=0.5)[0] > 0.0
+    one = torch.zeros(40)
+    one[3] = 1.0
+    assert 0 < one_step(one, drop=0.0)[0] < 0.2 * without  # 1 of 40 samples
+
+
 def test_the_learning_rate_rises_and_falls():
     config = TINY.model_copy(update={"iterations": 1000, "lr": 1.0})
     rates = [train.learning_rate(config, step) for step in range(1000)]

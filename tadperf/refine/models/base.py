@@ -28,12 +28,14 @@ class Target(NamedTuple):
     """The images that a model must generate: their shape (channels, height, width), classes and device.
 
     batches: the expected number of batches; None if it is not known.
+    trusted: uint8 images [N, channels, height, width] and their classes int64 [N], for guidance; every class has some.
     """
 
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     device: torch.device
     batches: int | None = None
+    trusted: tuple[Tensor, Tensor] | None = None
 
 
 class DiffusionModel(NamedTuple):
@@ -42,10 +44,12 @@ class DiffusionModel(NamedTuple):
     encode: takes uint8 images [B, C, H, W] and returns them in the model's space, float32 [B, c, h, w].
     denoise: takes prototypes [B, c, h, w], labels int64 [B], one seed per image and the strength, and returns uint8
     images [B, C, H, W] in the data's shape.
+    joint: the images of one call depend on each other.
     """
 
     encode: Callable[[Tensor], Tensor]
     denoise: Callable[[Tensor, Tensor, Sequence[int], float], Tensor]
+    joint: bool = False
 
 
 def generate(
@@ -60,9 +64,10 @@ def generate(
 ) -> Tensor:
     """Generates uint8 images [M, C, H, W] from prototypes [M, ...], labels int64 [M] and M seeds (tadperf).
 
-    strength: how far the prototypes are noised, as a share of the steps in (0, 1]. batch: images at a time. The last
-    batch is padded, so that shapes are static. Processes share the batches. An image depends on its own prototype,
-    label and seed only; another batch size changes no more than the rounding of sums.
+    strength: how far the prototypes are noised, as a share of the steps in (0, 1]. batch: images at a time. Processes
+    share the batches. The last batch is padded, so that shapes are static. An image depends on its own prototype, label
+    and seed only; another batch size changes no more than the rounding of sums. For a joint model, an image depends on
+    its batch too, which is not padded.
     """
     generated, count = {}, len(prototypes)
     progress(stage, 0, count)
@@ -70,7 +75,8 @@ def generate(
     def work(numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         for place, number in enumerate(numbers):
             start = number * batch
-            index = torch.arange(start, start + batch).clamp(max=count - 1)
+            end = min(start + batch, count) if model.joint else start + batch
+            index = torch.arange(start, end).clamp(max=count - 1)
             batch_seeds = [image_seeds[i] for i in index.tolist()]
             yield place, model.denoise(prototypes[index], labels[index], batch_seeds, strength)[: count - start].cpu()
 

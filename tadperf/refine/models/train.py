@@ -30,7 +30,7 @@ CLIP = 1.0  # largest norm of a gradient; not tuned
 class PixelSamples(NamedTuple):
     """The images to learn. pixels: returns uint8 images by index int64 [B]. labels: int64 [N]. weights: float32 [N].
 
-    A sample is drawn in proportion to its weight, the reliability of its label.
+    The weight is the reliability of the label. diffusion.weighting says how it is used.
     """
 
     pixels: Callable[[Tensor], Tensor]
@@ -108,9 +108,15 @@ def train_step(
     seed: int,
     step: int,
 ) -> float:
-    """Takes one step of AdamW on the loss of the predicted velocity (Salimans and Ho, 2022); returns the loss."""
+    """Takes one step of AdamW on the loss of the predicted velocity (Salimans and Ho, 2022); returns the loss.
+
+    With diffusion.weighting = "draws", samples are drawn in proportion to their weights. With "loss", all are drawn
+    equally often and the weight multiplies the loss, except where the label is dropped: then a wrong label does no harm
+    (tadperf).
+    """
     labels, weights = samples.labels, samples.weights
-    shares = torch.ones(len(labels)) if weights is None else weights.float().cpu()
+    weights = torch.ones(len(labels)) if weights is None else weights.float().cpu()
+    shares = weights if config.weighting == "draws" else torch.ones(len(labels))
     generator = seeds.generator(seed, "diffusion", step)
     index = torch.multinomial(shares, config.batch, replacement=True, generator=generator)
     timestep = torch.randint(noising.config.num_train_timesteps, (config.batch,), generator=generator)
@@ -123,7 +129,12 @@ def train_step(
     label = labels[index.to(labels.device)].to("cpu").masked_fill(without_label, null).to(x.device)
     timestep = timestep.to(x.device)
     prediction = state.model(noising.add_noise(x, noise, timestep), timestep, label).sample
-    loss = F.mse_loss(prediction, noising.get_velocity(x, noise, timestep))
+    velocity = noising.get_velocity(x, noise, timestep)
+    if config.weighting == "draws" or samples.weights is None:
+        loss = F.mse_loss(prediction, velocity)
+    else:
+        weight = weights[index].masked_fill(without_label, 1).to(x.device)
+        loss = (F.mse_loss(prediction, velocity, reduction="none").flatten(1).mean(1) * weight).mean()
     state.optimiser.param_groups[0]["lr"] = learning_rate(config, step)
     state.optimiser.zero_grad()
     loss.backward()

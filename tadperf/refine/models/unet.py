@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tadperf.config import DiffusionConfig, RefineConfig
 from tadperf.errors import UserError
-from tadperf.refine.models import sampling
+from tadperf.refine.models import guidance, sampling
 from tadperf.refine.models.base import DiffusionModel, Target, class_map, compile_part, load_pipeline
 
 LEVELS = 5  # largest number of levels; each level halves the side; not tuned
@@ -88,27 +89,35 @@ def as_diffusion_model(unet: Any, scheduler: Any, config: RefineConfig, target: 
         takes = f"the model takes images of {unet.config.in_channels} x {side} x {side}"
         raise UserError("refine.source", config.source, f"{takes}, the data have {channels} x {height} x {width}")
     unet, sampler = unet.to(target.device).eval(), sampling.ddim(scheduler)
-    compile_part(unet, config, target, *sampling.denoiser_calls(config))
+    guided = guidance.is_guided(config)
+    if guided:
+        unet.requires_grad_(False)  # guidance differentiates by the images only, in eager mode
+    else:
+        compile_part(unet, config, target, *sampling.denoiser_calls(config))
 
     def encode(images: Tensor) -> Tensor:
         return pad(sampling.to_range(images.to(target.device), channels, height), side)
 
+    def predict(x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        labels = classes[labels]
+        if config.guidance == 1:
+            return unet(x, timestep, labels).sample
+        guided_labels = torch.cat([labels, torch.full_like(labels, null)])
+        return sampling.apply_guidance(unet(torch.cat([x, x]), timestep, guided_labels).sample, config.guidance)
+
+    guide = guidance.open_guide(unet.mid_block, predict, encode, sampler, config, target) if guided else None
+
     @torch.no_grad()
     def denoise(prototypes: Tensor, labels: Tensor, image_seeds: Sequence[int], strength: float) -> Tensor:
-        labels = classes[labels.to(target.device)]
-        guided_labels = torch.cat([labels, torch.full_like(labels, null)]) if config.guidance > 1 else labels
-
-        def predict(x: Tensor, timestep: Tensor) -> Tensor:
-            if config.guidance == 1:
-                return unet(x, timestep, labels).sample
-            return sampling.apply_guidance(unet(torch.cat([x, x]), timestep, guided_labels).sample, config.guidance)
-
+        step = partial(predict, labels=labels.to(target.device))
+        if guide is not None:
+            step = partial(guidance.guided_prediction, guide, step, labels=labels.to(target.device))
         start = prototypes.to(target.device)
         noise = sampling.image_noise(start.shape[1:], image_seeds).to(start)
-        x = sampling.denoise_from(predict, sampler, start, noise, config.steps, strength)
+        x = sampling.denoise_from(step, sampler, start, noise, config.steps, strength)
         return sampling.to_pixels(crop(x, height, width), target.shape)
 
-    return DiffusionModel(encode, denoise)
+    return DiffusionModel(encode, denoise, joint=guided)
 
 
 def save(folder: Path, unet: Any, scheduler: Any) -> None:
