@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tadperf.config import TrustConfig
 from tadperf.progress import silent
 from tadperf.trust import neighbours, posterior
+from tadperf.trust import verdicts as verdicts_module
 from tadperf.trust.posterior import ClassPool
 from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, as_given
@@ -63,6 +64,38 @@ def test_a_right_label_with_a_high_loss_is_recalled():
     without = verdicts(torch.full((300,), 0.97), doubtful, recall=False).verdict
     assert (without[verdict == RECALLED] == UNTRUSTED).all()
     assert torch.equal(without[verdict != RECALLED], verdict[verdict != RECALLED])
+
+
+def test_only_labels_that_the_users_probabilities_name_are_recalled():
+    features, labels, clean = clouds()
+    doubtful = (torch.arange(300) % 5 == 1) & (labels == clean)
+    jitter = 0.1 * torch.rand(300, generator=torch.Generator().manual_seed(1))
+    losses = torch.where((labels != clean) | doubtful, 4.0, 0.2) + jitter
+    arguments = features, labels, pool_of(clean, torch.full((300,), 0.97)), losses, TrustConfig()
+    named = torch.arange(300) % 2 == 0
+    verdict, only_named = decide(*arguments).verdict, decide(*arguments, named).verdict
+    refused = (verdict == RECALLED) & ~named
+    assert 0 < int(refused.sum()) < int((verdict == RECALLED).sum())
+    assert (only_named[refused] == UNTRUSTED).all()
+    assert torch.equal(only_named[~refused], verdict[~refused])
+
+
+def test_the_users_probabilities_name_a_label_if_all_of_them_do(monkeypatch: pytest.MonkeyPatch):
+    features, labels, clean = clouds()
+    asked: list[Tensor | None] = []
+    decide = verdicts_module.decide
+
+    def record(*arguments: Any) -> Decision:
+        asked.append(arguments[-1])
+        return decide(*arguments)
+
+    monkeypatch.setattr(verdicts_module, "decide", record)
+    sure, given = torch.eye(CLASSES), as_given(labels, ("a", "b", "c"))
+    for evidence in ((), (sure[labels], sure[clean])):
+        judge(outputs(clean, labels, features), given, 1, TrustConfig(), 0, silent, evidence, None)
+    assert asked[0] is None
+    assert asked[1] is not None
+    assert torch.equal(asked[1], labels == clean)
 
 
 def test_nothing_is_relabelled_if_the_switch_is_off():
