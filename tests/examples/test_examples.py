@@ -15,7 +15,19 @@ from PIL import Image
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NUMBER = r"([\d.]+)"
 MOST_LINES = 80
-PACKAGES = {"__future__", "argparse", "pathlib", "tempfile", "time", "torch", "numpy", "PIL", "sklearn", "tadperf"}
+PACKAGES = {
+    "__future__",
+    "argparse",
+    "json",
+    "pathlib",
+    "tempfile",
+    "time",
+    "torch",
+    "numpy",
+    "PIL",
+    "sklearn",
+    "tadperf",
+}
 
 
 def output_of(name: str, folder: Path, *arguments: str) -> str:
@@ -47,6 +59,13 @@ def test_the_matching_loss_of_mtt(tmp_path):
     for line in lines:  # the example itself asserts that values and gradients agree
         before, after, gain = map(float, re.findall(rf"before {NUMBER} ms, after {NUMBER} ms, {NUMBER} times", line)[0])
         assert gain == pytest.approx(before / after, rel=0.1, abs=0.1)
+
+
+def test_the_adjoint_in_the_loop_of_mtt(tmp_path):
+    out = output_of("mtt_adjoint", tmp_path)
+    assert "the gradients agree" in out  # the example itself compares them
+    assert float(re.findall(rf"autograd stores {NUMBER} MB for 5 unrolled steps", out)[0]) > 10
+    assert len(re.findall(rf"^(?:before|after) +{NUMBER} ms of processor time", out, re.MULTILINE)) == 2
 
 
 def test_the_audit_of_texts(tmp_path):
@@ -100,6 +119,15 @@ def test_the_training_on_trusted_samples(tmp_path):
     given, trusted = map(float, re.findall(rf"test accuracy {NUMBER}%", out))
     assert trusted > 90
     assert trusted > given + 15
+
+
+def test_a_base_of_a_user(tmp_path):
+    out = output_of("custom_base", tmp_path)
+    first, last = map(float, re.findall(rf"ten iterations {NUMBER}, of the last ten {NUMBER}", out)[0])
+    assert last < 0.9 * first
+    accuracies = [float(share) for share in re.findall(rf"{NUMBER}%", out)]
+    assert len(accuracies) == 3
+    assert max(accuracies) > 75  # ten random images give the ConvNet 70 % (README.md)
 
 
 def test_every_example_is_tested():
