@@ -22,7 +22,15 @@ LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "multiple
 def _table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     """Returns a table in Markdown."""
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def _plain(text: str) -> str:
+    """Escapes the signs of Markdown in a text of the code. Pipes inside code need no escape in a table."""
+    code = re.split(r"(`[^`]*`)", text)  # every second part is code
+    return "".join(
+        part if i % 2 else re.sub(r"([*_|\[\]])", r"\\\1", part).replace("<", "&lt;") for i, part in enumerate(code)
+    )
 
 
 def _values(annotation: Any) -> str:
@@ -56,13 +64,13 @@ def settings() -> str:
         for name, field in section.model_fields.items():
             if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
                 kind = " ".join(filter(None, (_values(field.annotation), _limits(field.metadata))))
-                yield f"`{prefix}{name}`", kind, _default(field.default), field.description or ""
+                yield f"`{prefix}{name}`", kind, _default(field.default), _plain(field.description or "")
 
     header = ("field", "values", "default", "meaning")
     parts = [_table(header, rows(Config))]
     for name, field in Config.model_fields.items():
         if isinstance(section := field.annotation, type) and issubclass(section, Section):
-            parts.append(f"## {name}\n\n{section.__doc__}\n\n{_table(header, rows(section, f'{name}.'))}")
+            parts.append(f"## {name}\n\n{_plain(section.__doc__ or '')}\n\n{_table(header, rows(section, f'{name}.'))}")
     return "\n\n".join(parts)
 
 
@@ -83,8 +91,8 @@ def commands() -> str:
     for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(["tadperf", name, "[OPTIONS]", *(_argument(argument) for argument in arguments)])
-        rows = ((f"`{_option(p)}`", getattr(p, "help", None) or "") for p in command.params if p.name != "help")
-        text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
+        rows = ((f"`{_option(p)}`", _plain(getattr(p, "help", None) or "")) for p in command.params if p.name != "help")
+        text = "\n\n".join(" ".join(part.split()) for part in _plain(command.help or "").split("\n\n"))
         parts.append(f"## {name}\n\n```text\n{usage}\n```\n\n{text}\n\n{_table(('option', 'meaning'), rows)}")
     return "\n\n".join(parts)
 

@@ -161,7 +161,7 @@ def test_the_page_of_settings_has_every_field():
     text = hooks().fill((ROOT / "docs/configuration.md").read_text())
     for field, value in flatten_sections(Config().model_dump()).items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{field}` |"))
-        assert row.count("|") == 5 + row.count("\\|")
+        assert row.replace("\\|", "").count("|") == 5
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert f"| `{value}` |" in row
 
@@ -174,6 +174,13 @@ def test_the_page_of_commands_has_every_command_and_option():
         part = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
         for parameter in (p for p in command.params if p.param_type_name == "option" and p.name != "help"):
             assert f"`{parameter.opts[0]}" in part
+
+
+def test_help_texts_are_escaped():
+    text = hooks().commands()
+    assert r"Then only refine.\*, detector.\*, diffusion.\*" in text  # * would start emphasis
+    assert "by default runs/&lt;data>-" in text
+    assert "| `RUN|DATA` |" in text  # Markdown does not split a cell inside code
 
 
 def test_a_docstring_becomes_readable_markdown():
