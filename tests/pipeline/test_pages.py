@@ -39,11 +39,14 @@ def headings(folder: Path) -> Headings:
 @pytest.mark.parametrize(
     ("values", "sections"),
     [
-        ({}, ["summary", "accuracy", "distilled", "stages", "use"]),
-        ({"trust__mode": "on"}, ["summary", "accuracy", "suspects", "trust", "distilled", "stages", "use"]),
-        ({"synthesis": "generative"}, ["summary", "accuracy", "distilled", "refinement", "stages", "use"]),
-        ({"synthesis": "hybrid"}, ["summary", "accuracy", "distilled", "refinement", "stages", "use"]),
-        ({"data__noise": "none", "trust__mode": "on"}, ["summary", "accuracy", "suspects", "trust", "distilled"]),
+        ({}, ["summary", "accuracy", "ladder", "distilled", "stages", "use"]),
+        ({"trust__mode": "on"}, ["summary", "accuracy", "ladder", "suspects", "trust", "distilled", "stages", "use"]),
+        ({"synthesis": "generative"}, ["summary", "accuracy", "ladder", "distilled", "refinement", "stages", "use"]),
+        ({"synthesis": "hybrid"}, ["summary", "accuracy", "ladder", "distilled", "refinement", "stages", "use"]),
+        (
+            {"data__noise": "none", "trust__mode": "on"},
+            ["summary", "accuracy", "ladder", "suspects", "trust", "distilled"],
+        ),
     ],
 )
 def test_every_kind_of_run_has_a_page(tmp_path, tiny_config, values, sections):
