@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from tadperf.compute.work_progress import reporting, work
 from tadperf.compute.workers import available_cores, threads_for
 from tadperf.data.pick import pick_central, pick_real
 from tadperf.experts.store import Experts
-from tadperf.matching.base import MatchProblem
+from tadperf.matching.base import Base, MatchProblem
 from tadperf.matching.loop import match_trajectories
 from tadperf.matching.starts import correctly_classified, expert_soft_labels
 from tadperf.matching.state import MatchState, initial_state
@@ -34,11 +36,13 @@ def match(
     experts: Experts,
     refined_images: Tensor | None = None,
     scoring: BackgroundScoring | None = None,
+    make_base: Callable[[MatchState, MatchProblem], Base] | None = None,
 ) -> MatchState:
     """Learns the synthetic set and returns the checkpoint that is best on held-out samples.
 
     refined_images: normalised images [M, C, H, W] to start from; by default match.init chooses them.
     scoring: starts on the idle cores as soon as the first state is saved.
+    make_base: makes the base from the first state and the problem; by default that of match.method.
     """
     task, config = context.task, context.task.config
     net = FlatNet(build(config.net, task.train.shape, task.train.num_classes, 0).to(task.device))
@@ -46,7 +50,7 @@ def match(
     batch = min(config.match.batch or count, count)
     threads = threads_for(batch * config.net.width * task.train.shape[1] * task.train.shape[2])
     real = Examples(context.samples.images, context.samples.labels, context.samples.weights)
-    problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed, real)
+    problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed, real, make_base)
 
     def check(images: Tensor, labels: Tensor, lr: float, iteration: int) -> float:
         return held_out_accuracy(task, context.samples, Examples(images, labels), lr, iteration, context.progress)
