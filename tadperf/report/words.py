@@ -31,9 +31,9 @@ PROTOCOL_ROWS = {  # rows of the table of `tadperf evaluate --protocol`
     "k_means": "k-means coreset",
     "k_centres": "k-centre coreset",
     "random": "random trusted images",
-    "distilled_hard": "distilled set, class labels",
-    "distilled_plain": "distilled set, no augmentation",
-    "random_plain": "random images, no augmentation",
+    "distilled_hard": "set, class labels",
+    "distilled_plain": "set, no augmentation",
+    "random_plain": "random, no augmentation",
     "full": "all trusted images",
 }
 KINDS = {"on": "trusted", "off": "real", "oracle": "correctly labelled"}  # images of a baseline, by trust mode
