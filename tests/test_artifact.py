@@ -274,7 +274,9 @@ def test_other_files_are_refused(tmp_path):
 
 def made(**changes: Any) -> DistilledSet:
     values: dict[str, Any] = {"images": torch.zeros(4, 3, 8, 8), "labels": [0, 1, 0, 1], "mean": (0.5,) * 3}
-    return DistilledSet.from_tensors(**(values | {"std": (0.2,) * 3} | changes))
+    values |= {"std": (0.2,) * 3}
+    values |= changes
+    return DistilledSet.from_tensors(**values)
 
 
 def test_tensors_of_another_method_make_a_set_in_one_line(tmp_path):

@@ -170,6 +170,7 @@ def test_vectors_and_numbers_are_accepted_as_well():
     assert float((tesla.images - found.images).norm()) > 0
 
 
+STEP: Any = Step  # a type checker would refuse wrong arguments
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "short start": ({"start": torch.zeros(3)}, r"start: float32 \[3\]: must be a float vector of the network's 474"),
     "start of another network": (
@@ -182,10 +183,10 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "too few labels": ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels: int64 \[2\]: .*each of the 6 images"),
     "no steps": ({"steps": []}, "steps: none: must hold at least one Step"),
     "rows without a Step": ({"steps": [torch.arange(3)]}, r"steps\[0\]: Tensor: must be a Step"),
-    "rows as a list": ({"steps": [Step([0, 1])]}, r"steps\[0\]\.rows: list: must be int64 \[B\]"),
+    "rows as a list": ({"steps": [STEP([0, 1])]}, r"steps\[0\]\.rows: list: must be int64 \[B\]"),
     "rows as floats": ({"steps": [Step(torch.ones(2))]}, r"steps\[0\]\.rows: float32 \[2\]: must be int64"),
     "rows out of range": ({"steps": [Step(torch.tensor([0, 6]))]}, r"steps: row 6: must be in 0\.\.5"),
-    "augmentation by name": ({"steps": [Step(torch.arange(2), "flip")]}, r"steps\[0\]\.drawn: str: must be a function"),
+    "augmentation by name": ({"steps": [STEP(torch.arange(2), "flip")]}, r"steps\[0\]\.drawn: str: must be a function"),
     "learning rates": ({"lr": torch.ones(3)}, r"lr: float64 \[3\]: must be one number"),
     "logits as probabilities": (
         {"labels": torch.full((COUNT, CLASSES), 3.0), "probabilities": True},

@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two dimensions": ({"images": torch.zeros(4, 192)}, r"images: float32 \[4, 192\]: must be float \[M, channels"),
     "no image": ({"images": IMAGES[:0]}, r"images: float32 \[0, 3, 8, 8\]: must be float"),
     "pixels": ({"images": IMAGES.byte(), "labels": LABELS}, r"images: uint8 .*must be float"),
-    "complex numbers": ({"images": IMAGES.cfloat(), "labels": LABELS}, r"images: complex64 .*must be float"),
+    "complex numbers": ({"images": IMAGES.to(torch.complex64), "labels": LABELS}, r"images: complex64 .*must be float"),
     "NaN": ({"images": IMAGES * float("nan"), "labels": LABELS}, "images: 768 of 768 values are NaN"),
     "infinite as float16": ({"images": IMAGES + 1e6, "labels": LABELS, "lr": torch.tensor(float("inf"))}, "lr: inf"),
     "NaN in the labels": (
