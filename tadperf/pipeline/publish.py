@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tadperf import artifact, files
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config
@@ -35,12 +37,15 @@ def push(file: Path, target: str, license: str = UNKNOWN_LICENSE) -> dict[str, A
     and if the target cannot be written.
     """
     distilled = public_set(artifact.load(file))
+    try:
+        config = Config.model_validate(distilled.config)
+    except ValidationError:
+        raise UserError("FILE", file, "its config is damaged, or of another version of tadperf") from None
     figures = _figures(file.parent / RESULT)
     name = _hub_name(target, "TARGET")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         distilled.save(folder / DISTILLED)
-        config = Config.model_validate(distilled.config)
         (folder / SETTINGS).write_text(to_toml(config), encoding="utf-8")
         if figures:
             files.write_json(folder / RESULT, figures)

@@ -61,6 +61,8 @@ def test_split_inverts_join(strategy):
     assert joined.sizes == SIZES
     for step, again in zip(steps, joined.split(), strict=True):
         assert torch.equal(step.rows, again.rows)
+        assert isinstance(step.drawn, augment.Draw)
+        assert isinstance(again.drawn, augment.Draw)
         for field, other in zip(step.drawn, again.drawn, strict=True):
             torch.testing.assert_close(field, other, rtol=0, atol=0, equal_nan=True)
 

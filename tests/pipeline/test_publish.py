@@ -161,6 +161,9 @@ def test_damaged_sets_and_wrong_places_are_refused_in_one_line(tmp_path):
         (tmp_path / "run" / "result.json").write_text(content)
         with pytest.raises(UserError, match=r"FILE: .*result\.json: is damaged; delete it to publish"):
             push(file, str(tmp_path / "mirror"))
+    replace(load(file), config={"net": 3}).save(file)
+    with pytest.raises(UserError, match=r"FILE: .*its config is damaged, or of another version"):
+        push(file, str(tmp_path / "mirror"))
     assert not (tmp_path / "mirror").exists()
 
 
