@@ -153,7 +153,7 @@ class ExpertConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of the stored snapshots")
     path: str | None = Field(
-        default=None, description="use the experts of the run in this folder; by default they are trained"
+        default=None, description="experts of another run, or replay_buffer_*.pt of MTT; by default they are trained"
     )
     workers: int | None = Field(default=None, ge=1, description="processes on CPU; by default one per core")
 
