@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import tadperf
 from tadperf import trust
+from tadperf.config.merge import merge
 from tadperf.data.noise import add_noise
 
 
@@ -40,13 +41,14 @@ def train(x: Tensor, y: Tensor, weights: Tensor, classes: int, epochs: int) -> n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 epochs instead of 30")
-    epochs = 10 if parser.parse_args().quick else 30
+    parser.add_argument("--quick", action="store_true", help="fewer epochs and rounds")
+    epochs, rounds = (10, 1) if parser.parse_args().quick else (30, 3)
     clean, test = tadperf.open_data("digits")
     assert test is not None
     data = add_noise(clean, "asymmetric:0.4", seed=0)  # your data come with their own noise
 
-    view = trust.audit(data).view()  # index, labels and weights of the samples to learn from
+    config = merge("digits", options={"trust.rounds": rounds})
+    view = trust.audit(data, config).view()  # index, labels and weights of the samples to learn from
 
     x, x_test = data.images.float() / 255, test.images.float() / 255
     runs = {

@@ -1,4 +1,4 @@
-"""Every example runs, and what it prints shows that it does its work. Together they take about 50 s of CPU time."""
+"""Every example runs, and what it prints shows that it does its work. Together they take about 70 s of CPU time."""
 
 from __future__ import annotations
 
