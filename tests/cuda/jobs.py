@@ -76,6 +76,12 @@ def ftd(folder: Path, device: str) -> None:
     distill(folder, config_of(device, *fields, "data.normalise=zca", "trust.mode=off"))
 
 
+def tgdd(folder: Path, device: str) -> None:
+    """Feature matching with soft labels, two draws an iteration, and a batch that leaves images out."""
+    fields = ("match.method=tgdd", "match.ipc=2", "match.batch=10", "match.trajectories=2", "match.soft_labels=true")
+    distill(folder, config_of(device, *fields, "match.lr_img=1", "trust.mode=off"))
+
+
 def sweep(folder: Path, device: str) -> None:
     """Two runs, of which the second one takes the experts of the first one."""
     axes = parse_axes(["match.ipc=1,2"])
@@ -98,6 +104,7 @@ def audit(folder: Path, device: str) -> None:
 JOBS: dict[str, Callable[[Path, str], None]] = {
     "matching": matching,
     "ftd": ftd,
+    "tgdd": tgdd,
     "sweep": sweep,
     "generative": generative,
     "audit": audit,

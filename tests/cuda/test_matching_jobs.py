@@ -12,6 +12,7 @@ from .conftest import JobReports, RunJobs, assert_results_of_cpu
 GRAPHED = {
     "matching": ("experts/train.py", "matching/cuda_graph_sweep.py", "nets/students.py"),
     "ftd": ("experts/train.py", "matching/cuda_graph_sweep.py", "nets/students.py"),
+    "tgdd": ("experts/train.py", "matching/features.py", "nets/students.py"),
     "sweep": ("experts/train.py", "matching/cuda_graph_sweep.py", "nets/students.py"),
 }
 # Operators that launch Triton kernels.
@@ -31,6 +32,7 @@ USED = {
         "differentiable_augment_adjoint",
     ),
     "ftd": ("trajectory_distance", "norm_relu_pool_dual", "differentiable_augment_adjoint"),
+    "tgdd": ("norm_relu_pool", "norm_relu_pool_gradient", "differentiable_augment_adjoint"),
     "sweep": ("trajectory_distance", "norm_relu_pool_dual", "differentiable_augment_adjoint"),
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
