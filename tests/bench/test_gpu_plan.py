@@ -65,7 +65,7 @@ def test_matching_and_experts_are_measured(tmp_path, tiny, one_thread):
         assert rows[name]["gradient_error_t3"] < 1e-4
         assert rows[name]["median_ms"] == pytest.approx(sorted(rows[name]["ms"])[2], abs=1e-3)
     assert 1e-4 < rows["formulas, bfloat16, CUDA graph"]["gradient_error_t3"] < 1
-    assert rows["kernels of two steps, formulas"]["kernels"] > 10
+    assert rows["kernels of one iteration, formulas, float32"]["kernels"] > 10
     gpu_plan.measure_experts(tmp_path, CPU)
     rows = json.loads((tmp_path / "experts.json").read_text())
     assert rows["tadperf"]["images_s"] > 0
