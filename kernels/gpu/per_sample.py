@@ -112,9 +112,7 @@ def per_sample_kernel(
             x = tl.load(x_ptrs, mask[:, None] & (column < n_classes), other=-INF)
             logits += (x.to(tl.float32),)
             columns += (column,)
-        top, second, argmax, total, weighted = add_logits(
-            top, second, argmax, total, weighted, logits, columns, STEPS
-        )
+        top, second, argmax, total, weighted = add_logits(top, second, argmax, total, weighted, logits, columns, STEPS)
     write_results(
         top, second, argmax, total, weighted, label_logit, label, n_classes,
         loss_ptr, confidence_ptr, prediction_ptr, margin_ptr, entropy_ptr, row, mask,

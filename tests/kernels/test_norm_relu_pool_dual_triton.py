@@ -187,8 +187,8 @@ def test_y_and_y_dot_are_the_halves_of_one_tensor(on_triton):
 @pytest.mark.interpreter
 def test_the_matching_gradient_equals_the_unroll_in_float64(on_triton):
     from tadperf.matching.gradient import adjoint, unroll
-    from tadperf.matching.trajectories import draw_steps
     from tadperf.matching.step_backends import eager
+    from tadperf.matching.trajectories import draw_steps
     from tadperf.nets.architectures import build
     from tadperf.nets.flat import FlatNet
 
