@@ -128,6 +128,7 @@ def published(p: MatchingProblem) -> Tensor:
     x, lr = p.images.detach().requires_grad_(), p.lr.detach().requires_grad_()
     theta = p.start.detach().requires_grad_()
     for index, drawn in p.steps:
+        assert isinstance(drawn, augment.Draw)
         logits = convnet(list(p.net.views(theta).values()), augment.apply(x[index], drawn))
         loss = F.cross_entropy(logits, p.labels[index])
         (g,) = torch.autograd.grad(loss, theta, create_graph=True)

@@ -33,7 +33,7 @@ def add_logits(top, second, argmax, total, weighted, logits, columns, STEPS: tl.
     With e = exp(x - top), total is the sum of e and weighted that of e * (x - top). A row of -inf has total 0.
     """
     best, next_best, where = logits[0], tl.full(logits[0].shape, -INF, tl.float32), columns[0]
-    for step in tl.static_range(1, STEPS):
+    for step in tl.static_range(1, STEPS):  # pyright: ignore[reportGeneralTypeIssues]
         x = logits[step]
         next_best = tl.maximum(next_best, tl.minimum(best, x))
         where = tl.where(x > best, columns[step], where)
