@@ -68,10 +68,16 @@ def test_the_adjoint_in_the_loop_of_mtt(tmp_path):
     assert len(re.findall(rf"^(?:before|after) +{NUMBER} ms of processor time", out, re.MULTILINE)) == 2
 
 
-def test_the_audit_of_texts(tmp_path):
-    out = output_of("audit_text_features", tmp_path)
+def audit_figures(out: str) -> tuple[int, int, float, float]:
+    """Returns the wrong labels, the suspected ones, precision and recall that an example prints."""
     wrong, suspected = map(int, re.findall(r"(\d+) wrong labels, (\d+) suspected", out)[0])
     precision, recall = map(float, re.findall(rf"precision {NUMBER}, recall {NUMBER}", out)[0])
+    return wrong, suspected, precision, recall
+
+
+def test_the_audit_of_texts(tmp_path):
+    out = output_of("audit_text_features", tmp_path)
+    wrong, suspected, precision, recall = audit_figures(out)
     assert precision > 0.8
     assert recall > 0.8
     assert precision * suspected == pytest.approx(recall * wrong, abs=0.5)
@@ -79,8 +85,7 @@ def test_the_audit_of_texts(tmp_path):
 
 def test_the_audit_of_a_folder(tmp_path):
     out = output_of("audit_your_folder", tmp_path)
-    wrong, suspected = map(int, re.findall(r"(\d+) wrong labels, (\d+) suspected", out)[0])
-    precision, recall = map(float, re.findall(rf"precision {NUMBER}, recall {NUMBER}", out)[0])
+    wrong, suspected, precision, recall = audit_figures(out)
     assert precision > 0.8
     assert recall > 0.9
     assert precision * suspected == pytest.approx(recall * wrong, abs=0.1)

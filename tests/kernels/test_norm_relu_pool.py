@@ -286,3 +286,14 @@ def test_no_images(height, width):
         assert y.shape == ((0, 3, height // 2, width // 2) if pool else (0, 3, height, width))
         assert grad_x.shape == inputs[0].shape
         assert torch.equal(torch.stack((of_weight, of_bias)), torch.zeros(2, 3))
+
+
+def test_the_registered_gradient_returns_no_shared_memory(monkeypatch):
+    """The Triton kernel's gradients of weight and bias are rows of one tensor. PyTorch refuses that of an operator."""
+    from tadperf.kernels.ops import norm_relu_pool as module
+
+    rows = torch.randn(2, 3)
+    monkeypatch.setattr(module, "_backward", lambda grad_y, x, *_: (torch.zeros_like(x), *rows))
+    x, moments = torch.randn(2, 3, 4, 4), torch.ones(2, 2, 3)
+    results = torch.ops.tadperf.norm_relu_pool_gradient(torch.ones(2, 3, 2, 2), x, *torch.ones(2, 3), moments, True)
+    assert [value.tolist() for value in results[1:]] == rows.tolist()
