@@ -132,17 +132,23 @@ def fill(markdown: str) -> str:
 
 
 def as_markdown(docstring: str) -> str:
-    """Returns a docstring with a paragraph for each description of arguments and of errors. Escapes angle brackets."""
+    """Returns a docstring with a paragraph for each description of arguments and of errors. Escapes angle brackets.
+
+    An argument is a lower-case name with a colon at the start of a sentence: "labels: int64 [N]."
+    """
     lines = []
     for line in docstring.splitlines():
-        if names := re.match(r"(\w+(?:, \w+)*): ", line):
+        if line.startswith("    "):  # a formula or code
+            lines.append(line)
+            continue
+        starts = not lines or lines[-1].rstrip().endswith((".", ":", ")")) or not lines[-1].strip()
+        line = re.sub(r"(?<=\. )([a-z]\w*(?:, [a-z]\w*)*): ", r"\n\n`\1`: ", line)
+        if starts and (names := re.match(r"([a-z]\w*(?:, [a-z]\w*)*): ", line)):
             line = f"\n`{names[1]}`: {line[names.end() :]}"
         elif line.startswith("Raises "):
             line = "\n" + line
         code = re.split(r"(`[^`]*`)", line)  # every second part is code
-        if not line.startswith("    "):
-            line = "".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(code))
-        lines.append(line)
+        lines.append("".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(code)))
     return "\n".join(lines)
 
 

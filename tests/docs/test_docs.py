@@ -189,3 +189,5 @@ def test_a_docstring_becomes_readable_markdown():
         "Reads x.\n\n`rows`: int [N], see &lt;name>.\n    a < b\n\nRaises ValueError."
     )
     assert fill.as_markdown("See `runs/<name>`.") == "See `runs/<name>`."
+    assert fill.as_markdown("x: float [N]. y, z: [N].") == "\n`x`: float [N]. \n\n`y, z`: [N]."
+    assert fill.as_markdown("It waits for the\ndevice: slow.") == "It waits for the\ndevice: slow."  # inside a sentence
