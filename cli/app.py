@@ -131,7 +131,7 @@ def _run() -> int:
         sys.stdout.flush()
     except UserError as error:
         if ranks.environment_rank() == 0 or launcher.is_launched():
-            common.print_error(f"{options.typed_name(error.field)}: {error.value}: {error.remedy}")
+            _print_user_error(error)
         return 2
     except common.EndedError as end:
         return end.code
@@ -161,6 +161,19 @@ def _run() -> int:
     if code == 130:  # typer returns this for a KeyboardInterrupt
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _print_user_error(error: UserError) -> None:
+    """Prints a mistake of the user as one line, on a terminal with the page that helps; with --json also as an object."""
+    from tadperf.cli.pages import help_url
+
+    field, page = options.typed_name(error.field), help_url(error)
+    common.print_error(f"{field}: {error.value}: {error.remedy}")
+    if page and sys.stderr.isatty():
+        common.print_stderr(f"see {page}")
+    if options.invocation.as_json and not ranks.environment_rank():
+        found = {"field": field, "value": str(error.value), "remedy": error.remedy, "see": page}
+        common.print_json({"error": found})
 
 
 def _report_failure(error: Exception) -> int:

@@ -14,8 +14,9 @@ ListPresets = Annotated[bool, typer.Option("--list", help="Print the presets ins
 
 
 @command(
-    "DATA --ipc --noise --labels --trust --seed --device --method --repeats --image-size --skip-broken --format "
-    "--preset --config --set schema list_presets --json --quiet --debug"
+    "DATA --ipc --noise --labels --seed --device --method --synthesis --trust --features --probs --encoder --compile "
+    "--experts --repeats --image-size --skip-broken --format --preset --config --set schema list_presets "
+    "--json --quiet --debug"
 )
 def config(options: SharedOptions, schema: Schema = False, list_presets: ListPresets = False) -> None:
     """Print all settings as TOML, which --config reads back."""

@@ -13,24 +13,37 @@ from tadperf.cli.options import SharedOptions, command
 if TYPE_CHECKING:
     from tadperf.config import Config
 
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, print settings, images per class, stages and folder, and end. Writes nothing, and "
+        "measures nothing, unlike --estimate.",
+    ),
+]
 Compare = Annotated[bool, typer.Option("--compare", help="Also distil with trust off and with the oracle.")]
 
 
 @command(
     "DATA --ipc --noise --labels --seed --device --devices --method --synthesis --trust --features --probs --encoder "
     "compare --compile --experts --repeats --image-size --skip-broken --format --preset --config --set --out --resume "
-    "--estimate --json --quiet --debug"
+    "dry_run --estimate --json --quiet --debug"
 )
-def distill(options: SharedOptions, compare: Compare = False) -> None:
+def distill(options: SharedOptions, compare: Compare = False, dry_run: DryRun = False) -> None:
     """Distil DATA into a few synthetic images per class, and measure how well they train networks."""
     from tadperf.pipeline.run_config import choose_run, distill_folder
 
-    if options.estimate:
+    if options.estimate and not dry_run:
         from tadperf.cli.estimate import show_estimate
 
         show_estimate(options, options.sources.config())
         return
     config, out = choose_run(options.sources, options.out, options.resume, distill_folder)
+    if dry_run:
+        from tadperf.cli.dry_run import show_dry_run
+
+        show_dry_run(options, config, out, compare)
+        return
 
     def run() -> tuple[dict[str, Any], dict[str, Any]]:
         return _distill(options, config, out), _compare(config, out, options.quiet) if compare else {}

@@ -58,22 +58,19 @@ def _print(options: SharedOptions, result: Mapping[str, Any]) -> None:
 
 def print_estimate(result: Mapping[str, Any]) -> None:
     """Prints the estimate as a table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
+    from tadperf.cli.tables import new_table, print_text, show_tables
     from tadperf.report.words import duration
 
-    table = Table("stage", "about", box=SIMPLE_HEAD)
+    table = new_table("stage", "about")
     for stage, seconds in result["stages"].items():
         table.add_row(stage, duration(seconds))
     table.add_row("total", duration(result["seconds"]))
-    Console().print(table)
+    show_tables(table)
     files = ", ".join(f"{name} {_size(size)}" for name, size in result["disk"].items())
     cuda = f", {_size(result['cuda_bytes'])} of the GPU's" if "cuda_bytes" in result else ""
-    print(f"memory  {_size(result['memory_bytes'])} for the largest process{cuda}")
-    print(f"disk    {_size(result['disk_bytes'])}{f' ({files})' if files else ''}")
-    print(f"        {NOTE}")
+    print_text(f"memory  {_size(result['memory_bytes'])} for the largest process{cuda}", indent=8)
+    print_text(f"disk    {_size(result['disk_bytes'])}{f' ({files})' if files else ''}", indent=8)
+    print_text(f"        {NOTE}", indent=8)
 
 
 def _size(count: int) -> str:

@@ -26,7 +26,7 @@ OPTIONS = {
         Option("--set", "A.B=C", "Any setting; overrides the file; may be repeated.", kind=list),
         Option("--out", "DIR", "Run folder; by default runs/<data>-....", kind=Path),
         Option("--resume", "", "Continue the run in the folder.", kind=bool),
-        Option("--estimate", "", "Say what the job will take (time, memory, disk), and end.", kind=bool),
+        Option("--estimate", "", "Measure in trials what the job takes. 'distill --dry-run' only checks.", kind=bool),
         Option("--json", "", "Print one JSON object and nothing else on stdout.", kind=bool),
         Option("--quiet", "", "No progress and no notes on stderr.", kind=bool),
         Option("--debug", "", "Show the traceback of a failure.", kind=bool),
@@ -40,6 +40,7 @@ TYPES = {str: Optional[str], Path: Optional[Path], list: Optional[list[str]], bo
 class Invocation:
     """What error messages need to know about the command line of this process."""
 
+    as_json: bool = False  # print a JSON object for an error, too
     debug: bool = False  # show the traceback of an unexpected error
     typed: Mapping[str, str] | None = None  # dotted field -> the option that the user typed for it
 
@@ -115,6 +116,7 @@ def _shared_options(options: list[Option], values: Mapping[str, Any]) -> SharedO
         for option, value in by_option.items()
         if option.field and value not in (None, [], False)
     }
+    invocation.as_json = bool(values.get("json", False))
     invocation.debug = bool(values.get("debug", False))
     invocation.typed = {option.field: option.name for option in given}
     fields = {option.field: value for option, value in given.items()}

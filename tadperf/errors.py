@@ -16,14 +16,16 @@ class UserError(ValueError):
 
     The command line prints `str(error)` after "tadperf: " and exits with 2. In Python, catch a ValueError. The text is
     one line without control characters, even if names in the data have some.
+    topic: "extras", "resume" or "settings", if `field` does not tell what the error is about. With it the command line
+    finds the page of the documentation that helps (tadperf.cli.pages).
     """
 
-    def __init__(self, field: str, value: object, remedy: str) -> None:
-        self.field, self.value, self.remedy = field, value, remedy
+    def __init__(self, field: str, value: object, remedy: str, topic: str | None = None) -> None:
+        self.field, self.value, self.remedy, self.topic = field, value, remedy, topic
         super().__init__(printable(f"{field}: {value}: {remedy}"))
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
-        return type(self), (self.field, self.value, self.remedy)
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str | None]]:
+        return type(self), (self.field, self.value, self.remedy, self.topic)
 
 
 class DataWarning(UserWarning):

@@ -33,7 +33,8 @@ def test_control_characters_become_escapes(text, shown):
 
 def test_an_error_survives_the_way_from_another_process():
     error = pickle.loads(pickle.dumps(UserError("--ipc", 0, "must be at least 1")))
-    assert (str(error), error.field, error.value) == ("--ipc: 0: must be at least 1", "--ipc", 0)
+    assert (str(error), error.field, error.value, error.topic) == ("--ipc: 0: must be at least 1", "--ipc", 0, None)
+    assert pickle.loads(pickle.dumps(UserError("seed", 1, "use 0", topic="resume"))).topic == "resume"
 
 
 def test_a_warning_is_one_line():

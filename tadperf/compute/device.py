@@ -35,12 +35,20 @@ def resolve_device(device: str) -> torch.device:
         raise UserError("--device", device, f"{_only(count)}; use {names}")
     if ranks.world_size() == 1:
         return torch.device("cuda", int(index or 0))
-    if index:
-        raise UserError("--device", device, f"is one device for {ranks.world_size()} ranks; use cuda or auto")
-    if ranks.local_world_size() > count:
-        raise UserError("--devices", ranks.local_world_size(), f"{_only(count)}; use --devices {count}")
+    check_ranks(device, ranks.world_size(), ranks.local_world_size())
     torch.cuda.set_device(ranks.local_rank())
     return torch.device("cuda", ranks.local_rank())
+
+
+def check_ranks(device: str, world: int, local: int) -> None:
+    """Raises UserError if the ranks cannot have a CUDA device each. world: all ranks. local: those of this machine."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if ":" in device:
+        raise UserError("--device", device, f"is one device for {world} ranks; use cuda or auto")
+    if local > count:
+        raise UserError("--devices", local, f"{_only(count)}; use --devices {count}")
 
 
 def _only(count: int) -> str:

@@ -213,7 +213,7 @@ def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], prefix: s
             while isinstance(value, Mapping) and value:
                 key, value = next(iter(value.items()))
                 name += f".{key}"
-            raise UserError(name, _shown(value), f"unknown key; {_suggestion(name)}")
+            raise UserError(name, _shown(value), f"unknown key; {_suggestion(name)}", topic="settings")
         if section is None:
             continue
         if not isinstance(value, Mapping):

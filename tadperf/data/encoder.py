@@ -131,7 +131,7 @@ def _require_space(folder: Path, size: int) -> None:
 def _import_error(place: Path, package: str, error: Exception) -> UserError:
     """Returns the error for a package that is missing, or that a torchvision made for another torch has broken."""
     if isinstance(error, ImportError) and error.name == package:
-        return UserError(FIELD, place, f"needs {package}; {EXTRA}")
+        return UserError(FIELD, place, f"needs {package}; {EXTRA}", topic="extras")
     remedy = "reinstall it, with a torchvision for this version of torch"
     return UserError(FIELD, place, f"{package} cannot be imported ({reason(error)}); {remedy}")
 

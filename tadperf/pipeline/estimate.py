@@ -38,6 +38,7 @@ from tadperf.nets.training import Recipe
 from tadperf.pipeline import probes
 from tadperf.pipeline.matching import CHECK_STUDENTS
 from tadperf.pipeline.package import student_recipe
+from tadperf.pipeline.plan import stage_names
 from tadperf.pipeline.scoring import LADDER_REPEATS
 from tadperf.progress import Progress, silent
 from tadperf.refine.models.base import Target
@@ -96,12 +97,7 @@ def estimate_distill(task: Task, ranks: int = 1) -> dict[str, Any]:
     "processes"}; with CUDA also "cuda_bytes". The stage "trust" may end after fewer rounds, so its figure is an upper
     bound. Decoding, k-means for the first images, torch.compile, pages and pictures are left out.
     """
-    stages = ["data"] + ["trust"] * (task.config.trust.mode == "on")
-    if task.config.synthesis != "matching":
-        stages += ["detector", "diffusion", "refine"]
-    if task.config.synthesis != "generative":
-        stages += ["experts"] * (task.config.experts.path is None) + ["matching"]
-    return _Estimate(task, ranks).result([*stages, "evaluate"])
+    return _Estimate(task, ranks).result(stage_names(task.config))
 
 
 class _Estimate:

@@ -220,7 +220,7 @@ def _hub() -> Any:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError:
-        raise UserError("hf://", "huggingface_hub is missing", f"install it: {HUB}") from None
+        raise UserError("hf://", "huggingface_hub is missing", f"install it: {HUB}", topic="extras") from None
     return huggingface_hub
 
 

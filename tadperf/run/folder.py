@@ -70,7 +70,7 @@ def finished_result(path: Path | str, config: Config) -> dict[str, Any] | None:
     stored = stored_config(path)
     if stored is None or not (path / "DONE").exists():
         return None
-    _check_unchanged(path, stored, config)
+    check_unchanged(path, stored, config)
     return read_json(path / "result.json", "delete the file DONE beside it, then use --resume to write it again")
 
 
@@ -108,7 +108,7 @@ class Run:
         check_run_folder(path, resume)
         stored = stored_config(path) if resume else None
         if stored is not None:
-            _check_unchanged(path, stored, config)
+            check_unchanged(path, stored, config)
         environment = describe_environment(config.device)
         lock = None
         try:
@@ -237,13 +237,13 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _check_unchanged(path: Path, stored: Config, config: Config) -> None:
+def check_unchanged(path: Path, stored: Config, config: Config) -> None:
     """Raises UserError if `config` differs from the config that the run was started with."""
     before, now = (flatten_sections(c.model_dump(mode="json")) for c in (stored, config))
     for name, value in now.items():
         if value != before[name] and name not in FREE_FIELDS:
             remedy = f"the run in {path} was started with {before[name]}; use that, or start a new run with --out"
-            raise UserError(name, value, remedy)
+            raise UserError(name, value, remedy, topic="resume")
 
 
 def _write_environment(path: Path, environment: dict[str, Any]) -> None:

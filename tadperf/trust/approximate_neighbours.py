@@ -46,6 +46,19 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice | Tensor) -> Tensor: ...
 
 
+class FeatureRows:
+    """The `Rows` of a tensor [N, D] of any float type."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features, self.width = features, features.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return self.features[rows].float()
+
+
 class Neighbours(NamedTuple):
     """similarity (cosine) and indices of each sample's nearest other samples, both [N, k], and the measured recall."""
 
@@ -67,7 +80,7 @@ def approximate_neighbours(features: Rows, k: int, progress: Progress = silent) 
     progress: called as stage "trust:graph". Raises UserError without faiss.
     """
     if not is_available():
-        raise UserError("features", f"{len(features)} samples", "needs faiss; install tadperf[large]")
+        raise UserError("features", f"{len(features)} samples", "needs faiss; install tadperf[large]", topic="extras")
     import faiss
 
     count, blocks = len(features), range(0, len(features), BLOCK)

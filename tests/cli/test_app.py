@@ -40,6 +40,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         "--experts",
         "--out",
         "--resume",
+        "--dry-run",
         "--estimate",
         *EVIDENCE,
         *OUTPUT,
@@ -98,7 +99,19 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         *OUTPUT,
     ],
     "info": ["RUN", "--json", "--debug"],
-    "config": [*COMMON, "--ipc", "--method", "--repeats", "--schema", "--list", *OUTPUT],
+    "config": [
+        *COMMON,
+        "--ipc",
+        "--method",
+        "--synthesis",
+        "--compile",
+        "--experts",
+        "--repeats",
+        "--schema",
+        "--list",
+        *EVIDENCE,
+        *OUTPUT,
+    ],
     "bench": [
         "OPERATOR|STAGE",
         "--device",
@@ -117,7 +130,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 
 
 FLAGS = {"--compare", "--evaluate", "--resume", "--skip-broken", *OUTPUT, "--schema", "--list", "--tune"}
-FLAGS |= {"--probabilities", "--verify", "--near-duplicates", "--dual-loop", "--estimate"}
+FLAGS |= {"--probabilities", "--verify", "--near-duplicates", "--dual-loop", "--estimate", "--dry-run"}
 DEFAULTS = {  # the defaults of options that are not flags and have one
     "push": {"--license": "unknown"},
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},

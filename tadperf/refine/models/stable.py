@@ -25,7 +25,7 @@ def open_model(config: RefineConfig, target: Target) -> DiffusionModel:
         import transformers  # noqa: F401
     except ImportError:
         remedy = "Stable Diffusion needs transformers; install tadperf[stable-diffusion]"
-        raise UserError("refine.source", config.source, remedy) from None
+        raise UserError("refine.source", config.source, remedy, topic="extras") from None
     from diffusers import StableDiffusionImg2ImgPipeline
 
     dtype = torch.float16 if target.device.type == "cuda" else torch.float32
