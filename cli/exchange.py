@@ -41,6 +41,13 @@ Rate = Annotated[
     typer.Option("--lr", metavar="X", help="Learning rate of students; by default that of lr.pt, or 0.01."),
 ]
 Probabilities = Annotated[bool, typer.Option("--probabilities", help="Soft labels are probabilities, not logits.")]
+Zca = Annotated[
+    bool, typer.Option("--zca", help="Images are whitened as with --zca in MTT, FTD and DATM; needs --data.")
+]
+Accuracy = Annotated[
+    Text,
+    typer.Option("--accuracy", metavar="MEAN,SD", help="Published accuracy in percent, for evaluate --verify."),
+]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A folder, or hf://user/name on the Hugging Face hub.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="The folder of a pushed set, or hf://user/name.")]
 License = Annotated[str, typer.Option("--license", metavar="ID", help="For the card, such as cc-by-4.0.")]
@@ -74,7 +81,10 @@ def export(
         print(facts["folder"])
 
 
-@command("path --data out mean std constants rate probabilities --image-size --config --set --json --quiet --debug")
+@command(
+    "path --data out mean std constants zca rate probabilities accuracy"
+    " --image-size --config --set --json --quiet --debug"
+)
 def import_(
     options: SharedOptions,
     path: Foreign,
@@ -84,6 +94,8 @@ def import_(
     constants: Constants = None,
     rate: Rate = None,
     probabilities: Probabilities = False,
+    zca: Zca = False,
+    accuracy: Accuracy = None,
 ) -> None:
     """Read a set of another program into one distilled file, for `evaluate`, `show` and Python.
 
@@ -96,8 +108,9 @@ def import_(
 
     config = options.sources.config(Config())
     given = "data.path" in options.sources.options
+    scales, published = _scales(mean, std, constants), None if accuracy is None else _published(accuracy)
     with display(options.quiet) as progress:
-        distilled = import_set(path, config, given, _scales(mean, std, constants), rate, probabilities, progress)
+        distilled = import_set(path, config, given, scales, rate, probabilities, progress, zca, published)
     try:
         distilled.save(out)
     except OSError as error:
@@ -152,10 +165,20 @@ def _scales(mean: str | None, std: str | None, constants: str | None) -> SCALES 
     return _numbers("--mean", mean), _numbers("--std", std)
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _published(text: str) -> tuple[float, float]:
+    """Returns mean and deviation as shares, from percent as papers print them."""
+    from tadperf.errors import UserError
+
+    values = _numbers("--accuracy", text, "28.3,0.5")
+    if len(values) != 2 or not (1 < values[0] <= 100 and 0 <= values[1] <= 100):
+        raise UserError("--accuracy", text, "must be mean and standard deviation in percent, such as 28.3,0.5")
+    return values[0] / 100, values[1] / 100
+
+
+def _numbers(option: str, text: str, example: str = "0.49,0.48,0.45") -> list[float]:
     from tadperf.errors import UserError
 
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(option, text, "must be numbers with commas between them, such as 0.49,0.48,0.45") from None
+        raise UserError(option, text, f"must be numbers with commas between them, such as {example}") from None

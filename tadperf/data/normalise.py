@@ -13,7 +13,7 @@ from tadperf.compute.work_progress import add_processed, work
 from tadperf.data.dataset import describe_tensor
 from tadperf.errors import UserError
 
-EPS = 0.1  # added to the eigenvalues of the covariance, as in MTT (kornia's ZCAWhitening with eps=0.1)
+EPS = 0.1  # added to the eigenvalues of the covariance; MTT's code has the same value (kornia's ZCAWhitening)
 # Largest number of inputs for ZCA (64 x 64 x 3): the matrix takes 1.2 GB in float64, the decomposition minutes.
 MAX_ZCA_INPUTS = 12288
 CHUNK = 4096  # images normalised at a time; not tuned
@@ -87,7 +87,9 @@ class Normaliser:
 
 
 def fit_normaliser(images: Tensor, kind: str = "meanstd", device: torch.device | None = None) -> Normaliser:
-    """Fits "meanstd" or "zca" to images uint8 [N, C, H, W]. ZCA is applied after "meanstd", as in MTT.
+    """Fits "meanstd" or "zca" to images uint8 [N, C, H, W]. ZCA is applied after "meanstd".
+
+    The published code of MTT whitens pixels in [0, 1] instead: `fit_pixel_zca`.
 
     Mean and standard deviation are exact: they come from a histogram, which needs little memory. A constant channel
     gets deviation 1. device: computes ZCA, chunk by chunk; by default the images' device. The result lies on the CPU.
@@ -95,15 +97,30 @@ def fit_normaliser(images: Tensor, kind: str = "meanstd", device: torch.device |
     """
     if kind not in ("meanstd", "zca"):
         raise UserError("data.normalise", kind, "must be meanstd or zca")
-    if kind == "zca" and images[0].numel() > MAX_ZCA_INPUTS:
-        size = " x ".join(map(str, images.shape[1:]))
-        raise UserError(
-            "data.normalise", kind, f"images of {size} are too large; use meanstd or a smaller --image-size"
-        )
+    if kind == "zca":
+        _refuse_large(images)
     mean, std = _moments(images)
     if kind == "meanstd":
         return Normaliser(mean, std)
     return Normaliser(mean, std, *_whitening(images, mean, std, device or images.device))
+
+
+def fit_pixel_zca(images: Tensor, device: torch.device | None = None) -> Normaliser:
+    """Fits ZCA to the pixels in [0, 1] of images uint8 [N, C, H, W], as the published code of MTT, FTD and DATM does.
+
+    Its mean is 0 and its deviation 1, so `denormalise` returns pixels in [0, 1]. Raises UserError for images of more
+    than 12288 inputs.
+    """
+    _refuse_large(images)
+    mean, std = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
+    return Normaliser(mean, std, *_whitening(images, mean, std, device or images.device))
+
+
+def _refuse_large(images: Tensor) -> None:
+    if images[0].numel() > MAX_ZCA_INPUTS:
+        size = " x ".join(map(str, images.shape[1:]))
+        remedy = f"images of {size} are too large; use meanstd or a smaller --image-size"
+        raise UserError("data.normalise", "zca", remedy)
 
 
 def normalise_work(kind: str, train: int, test: int, inputs: int) -> int:

@@ -14,10 +14,10 @@ from torch import Tensor
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config
 from tadperf.data.dataset import Dataset, describe_tensor
-from tadperf.data.normalise import Normaliser, fit_normaliser
+from tadperf.data.normalise import Normaliser, fit_normaliser, fit_pixel_zca
 from tadperf.data.open import open_config
 from tadperf.data.torch_file import load_tensor
-from tadperf.errors import UserError
+from tadperf.errors import UserError, warn_user
 from tadperf.pipeline.repair import Placer, new_folder, safe_name
 from tadperf.progress import Progress, silent
 
@@ -29,6 +29,7 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 LAYOUTS = {"mtt": "_best", "ddranking": ""}  # the ending of their file names: images_best.pt, images.pt
 KINDS = ("folder", *LAYOUTS)
+ZCA = "pixel_zca"  # the kind of normaliser that import_set(zca=True) fits
 SCALES = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel, of pixels in [0, 1]
 
 
@@ -39,7 +40,9 @@ def export_set(distilled: DistilledSet, out: Path, kind: str, scales: SCALES | N
     PNG images in a folder for each class, rounded to 8 bits, with hard labels.
     scales: the mean and deviation that the program normalises test images by. The default are the constants of the
     published code: those of CIFAR for 32 x 32 colour images, of ImageNet for other colour images. Grey images keep the
-    set's own. Raises UserError for an unknown kind, and if the folder exists or cannot be written.
+    set's own. A set that was imported with `zca` stays whitened. DD-Ranking assumes the images of each class one after
+    the other and the same number of each, so hard labels are sorted by class for it, with a warning for other numbers.
+    Raises UserError for an unknown kind, and if the folder exists or cannot be written.
     """
     if kind not in KINDS:
         raise UserError("--to", kind, f"must be one of {', '.join(KINDS)}")
@@ -51,12 +54,17 @@ def export_set(distilled: DistilledSet, out: Path, kind: str, scales: SCALES | N
             return facts | {"soft_labels": False}
         mean, std = scales or _published_scales(distilled)
         _check_scales((mean, std), distilled.shape[0])
-        images = (distilled.normaliser.denormalise(distilled.images) - _column(mean)) / _column(std)
-        tensors = {"images": images, "labels": distilled.labels, "lr": torch.tensor(distilled.lr)}
+        whitened = scales is None and _is_pixel_zca(distilled.normaliser)
+        images = distilled.images
+        if not whitened:
+            images = (distilled.normaliser.denormalise(images) - _column(mean)) / _column(std)
+        order = _class_order(distilled) if kind == "ddranking" else slice(None)
+        tensors = {"images": images[order], "labels": distilled.labels[order], "lr": torch.tensor(distilled.lr)}
         for name, tensor in tensors.items():
             _save_tensor(folder / f"{name}{LAYOUTS[kind]}.pt", tensor)
     soft = distilled.labels.is_floating_point()
-    return facts | {"soft_labels": soft, "mean": list(map(float, mean)), "std": list(map(float, std))}
+    facts |= {"soft_labels": soft}
+    return facts | ({"zca": True} if whitened else {"mean": list(map(float, mean)), "std": list(map(float, std))})
 
 
 def import_set(
@@ -67,6 +75,8 @@ def import_set(
     lr: float | None = None,
     probabilities: bool = False,
     progress: Progress = silent,
+    zca: bool = False,
+    accuracy: tuple[float, float] | None = None,
 ) -> DistilledSet:
     """Reads a set of another program.
 
@@ -74,30 +84,29 @@ def import_set(
     file of images beside its labels, or a folder with a folder of images for each class.
     config: the settings of networks and students. data: opens the data of the config, which gives class names, the
     test split for `evaluate`, and mean and deviation if `scales` are None. lr: by default that of the file lr.pt, or
-    0.01. probabilities: soft labels are probabilities, not logits.
+    0.01. probabilities: soft labels are probabilities, not logits. zca: the images are whitened by ZCA of the pixels of
+    the data, as with --zca in the published code of MTT, FTD and DATM. accuracy: published mean and standard deviation
+    as shares in [0, 1], stored for `evaluate --verify`.
     Without a file of labels and with `data`, each class has the same number of images, in the order of the classes.
     Raises UserError in one line for anything that is missing, damaged or does not fit.
     """
     config = config or Config()
     train = open_config(config.data, progress, config.data.test_share).train if data else None
-    file = _images_file(path)
+    file, kind = _images_file(path), ZCA if zca else config.data.normalise
     if file is None:
         images, labels, names = _read_images(path, train, config)
-        normaliser = _normaliser(scales, train, images.shape[1], config.data.normalise)
+        normaliser = _normaliser(scales, train, images.shape[1], kind)
         images = normaliser(images)
     else:
         images, labels = _read_tensors(file, train)
         names = None if train is None else train.class_names
-        normaliser = _normaliser(scales, train, images.shape[1], config.data.normalise)
+        normaliser = _normaliser(scales, train, images.shape[1], kind)
         lr_file = _sibling(file, "lr")
         if lr is None and lr_file.is_file():
             lr = _number(lr_file)
     if train is not None and images.shape[1:] != train.images.shape[1:]:
         remedy = f"the images of {train.name} are {list(train.shape)}; give the data that the set was distilled from"
         raise UserError("images", describe_tensor(images), remedy)
-    facts: dict[str, Any] = {"name": path.resolve().name, "imported": str(path)}
-    if train is not None:
-        facts |= {"name": train.name, "source": train.source, "fingerprint": train.fingerprint}
     return DistilledSet.from_tensors(
         images,
         labels,
@@ -106,8 +115,18 @@ def import_set(
         normaliser=normaliser,
         probabilities=probabilities,
         config=config,
-        data=facts,
+        data=_facts(path, train, accuracy),
     )
+
+
+def _facts(path: Path, train: Dataset | None, accuracy: tuple[float, float] | None) -> dict[str, Any]:
+    """Returns the description of an imported set: its data, and its published accuracy."""
+    facts: dict[str, Any] = {"name": path.resolve().name, "imported": str(path)}
+    if train is not None:
+        facts |= {"name": train.name, "source": train.source, "fingerprint": train.fingerprint}
+    if accuracy is not None:
+        facts["published"] = dict(zip(("mean", "std"), map(float, accuracy), strict=True))
+    return facts
 
 
 def check_new_folder(out: Path, field: str = "--out") -> None:
@@ -123,6 +142,21 @@ def _published_scales(distilled: DistilledSet) -> SCALES:
     if channels == 3:
         return CONSTANTS["cifar" if (height, width) == (32, 32) else "imagenet"]
     return distilled.normaliser.mean.tolist(), distilled.normaliser.std.tolist()
+
+
+def _is_pixel_zca(normaliser: Normaliser) -> bool:
+    """Returns whether `fit_pixel_zca` made the normaliser."""
+    return normaliser.zca is not None and bool((normaliser.mean == 0).all() and (normaliser.std == 1).all())
+
+
+def _class_order(distilled: DistilledSet) -> Tensor:
+    """Returns the order of the images by class. Soft labels keep their order: the classes of their blocks are lost."""
+    if distilled.labels.is_floating_point():
+        return torch.arange(len(distilled.labels))
+    counts = distilled.labels.bincount(minlength=distilled.num_classes)
+    if len(counts.unique()) > 1:
+        warn_user("DD-Ranking needs as many images of each class; pass labels.pt to it as hard_labels")
+    return distilled.labels.argsort(stable=True)
 
 
 def _column(values: Sequence[float]) -> Tensor:
@@ -210,6 +244,11 @@ def _read_images(path: Path, train: Dataset | None, config: Config) -> tuple[Ten
 
 def _normaliser(scales: SCALES | None, train: Dataset | None, channels: int, kind: str) -> Normaliser:
     """Returns the normaliser of the given mean and deviation, or that of this kind for the training data."""
+    if kind == ZCA:
+        if scales is not None or train is None:
+            value, remedy = ("with --mean", "leave out") if scales else ("without --data", "give --data, not")
+            raise UserError("--zca", value, f"the data of the set determine the whitening; {remedy} mean and deviation")
+        return fit_pixel_zca(train.images)
     if scales is None:
         if train is None:
             remedy = "give --mean and --std of the images, --constants, or --data, the data of the set"

@@ -91,8 +91,10 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         "--data",
         "--out",
         *SCALES,
+        "--zca",
         "--lr",
         "--probabilities",
+        "--accuracy",
         "--image-size",
         "--config",
         "--set",
@@ -130,7 +132,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
 
 
 FLAGS = {"--compare", "--evaluate", "--resume", "--skip-broken", *OUTPUT, "--schema", "--list", "--tune"}
-FLAGS |= {"--probabilities", "--verify", "--near-duplicates", "--dual-loop", "--estimate", "--dry-run"}
+FLAGS |= {"--zca", "--probabilities", "--verify", "--near-duplicates", "--dual-loop", "--estimate", "--dry-run"}
 DEFAULTS = {  # the defaults of options that are not flags and have one
     "push": {"--license": "unknown"},
     "bench": {"--device": "auto", "--dtypes": "float32", "--repeats": "20"},

@@ -113,3 +113,17 @@ def test_a_pushed_set_is_pulled_under_its_name(tadperf, file):
     again = tadperf("pull", "mirror/mine")
     assert (again.code, again.err) == (2, "tadperf: --out: mine: exists already; choose another folder\n")
     assert json.loads(tadperf("pull", "mirror/mine", "--out=b", "--json").out)["folder"] == "b"
+
+
+def test_verify_compares_with_a_published_accuracy(tadperf, file):
+    tadperf("export", file, "--to=mtt", "--mean=0.3", "--std=0.37")
+    options = ["--data=digits", "--lr=0.02", "--mean=0.3", "--std=0.37", *SMALL, "--quiet"]
+    for name, accuracy, code in (("near", "75,15", 0), ("far", "1.5,0.1", 1)):
+        assert tadperf("import", "d-mtt", f"--out={name}", f"--accuracy={accuracy}", *options).code == 0
+        result = tadperf("evaluate", name, "--verify", "--device=cpu", "--quiet", "--json")
+        found = json.loads(result.out)["verify"]["convnet"]
+        assert (result.code, found["stored"]) == (code, float(accuracy.split(",")[0]) / 100)
+    for wrong in ("75", "0.75,0.1", "101,1", "75,-1", "nan,1", "75,1,2"):
+        outcome = tadperf("import", "d-mtt", "--out=wrong", f"--accuracy={wrong}", *options)
+        remedy = "must be mean and standard deviation in percent, such as 28.3,0.5"
+        assert (outcome.code, outcome.err) == (2, f"tadperf: --accuracy: {wrong}: {remedy}\n")

@@ -63,6 +63,18 @@ def test_zca_against_kornia_and_float64(monkeypatch, chunk):
     assert torch.allclose(product, torch.eye(48, dtype=torch.float64), atol=1e-4)
 
 
+def test_pixel_zca_equals_kornia_on_pixels_in_0_1():
+    x = images()
+    pixels = x.double() / 255
+    reference = kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(pixels)  # as MTT calls it
+    fitted = normalise.fit_pixel_zca(x)
+    assert torch.allclose(fitted(x).double(), reference(pixels), atol=1e-5)
+    assert torch.allclose(
+        fitted.denormalise(fitted(x)).double(), reference.inverse_transform(reference(pixels)), atol=1e-5
+    )
+    assert not torch.allclose(fitted(x), fit_normaliser(x, "zca")(x), atol=0.1)  # another whitening
+
+
 def test_zca_gives_white_noise_variance_one_over_one_plus_eps():
     x = torch.randint(256, (4000, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     covariance = torch.cov(fit_normaliser(x, "zca")(x).flatten(1).T)
