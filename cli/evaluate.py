@@ -5,6 +5,7 @@ With --protocol it also needs the run folder and the training data.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -15,7 +16,7 @@ from tadperf.cli import common
 from tadperf.cli.options import SharedOptions, command
 
 if TYPE_CHECKING:
-    from tadperf.pipeline.verify import Comparison
+    from tadperf.pipeline.verify import Comparison, Stored
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A distilled file, or the folder of its run.")]
 PROTOCOL_HELP = (
@@ -28,7 +29,10 @@ Protocol = Annotated[Optional[str], typer.Option("--protocol", metavar="NAME", h
 
 Verify = Annotated[
     bool,
-    typer.Option("--verify", help="Compare with the accuracy in result.json beside FILE; exit code 1 if it differs."),
+    typer.Option(
+        "--verify",
+        help="Compare with the accuracy in result.json beside FILE or of import --accuracy; exit code 1 if it differs.",
+    ),
 ]
 
 
@@ -71,7 +75,7 @@ def evaluate(options: SharedOptions, file: File, protocol: Protocol = None, veri
         raise typer.Exit(1)
 
 
-def _stored_accuracy(file: Path, protocol: str | None) -> dict[str, list[float]]:
+def _stored_accuracy(file: Path, protocol: str | None) -> Mapping[str, Stored]:
     """Reads the stored accuracy before minutes of training."""
     from tadperf.errors import UserError
     from tadperf.pipeline.verify import stored_accuracy
@@ -83,7 +87,7 @@ def _stored_accuracy(file: Path, protocol: str | None) -> dict[str, list[float]]
     return stored_accuracy(common.distilled_file(file))
 
 
-def _compare(stored: dict[str, list[float]] | None, result: dict[str, Any]) -> dict[str, Comparison]:
+def _compare(stored: Mapping[str, Stored] | None, result: dict[str, Any]) -> dict[str, Comparison]:
     """Returns the comparisons with the stored accuracy, if there is one, and adds them to the result."""
     from tadperf.pipeline.verify import verify
 
