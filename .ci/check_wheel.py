@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"tadperf": "tadperf", "kernels": "tadperf/kernels", "cli": "tadperf/cli", "bench": "tadperf/bench"}
+LICENCES = ("LICENSE", "kernels/cpu/licenses/nanobind.txt", "kernels/cpu/licenses/robin-map.txt")
 IMPORT = """
 import sys
 sys.path[:0] = sys.argv[1:]
@@ -41,7 +42,7 @@ def check_files(wheel: Path, native: bool) -> list[str]:
         *(f"not for users: {name}" for name in sources),
         *(f"at the top level: {top}" for top in tops if top != "tadperf" and not top.endswith(".dist-info")),
         *([] if len(compiled) == native else [f"compiled modules: {compiled}, expected {int(native)}"]),
-        *([] if any(name.endswith("licenses/LICENSE") for name in names) else ["missing: LICENSE"]),
+        *(f"missing: {text}" for text in LICENCES if not any(name.endswith(f"licenses/{text}") for name in names)),
     ]
 
 

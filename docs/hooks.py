@@ -115,11 +115,17 @@ def contributing() -> str:
     return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n")[2]
 
 
+def changelog() -> str:
+    """Returns CHANGELOG.md without its title."""
+    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n")[2]
+
+
 FILLS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "presets": presets,
     "commands": commands,
     "contributing": contributing,
+    "changelog": changelog,
 }
 
 
