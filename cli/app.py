@@ -164,7 +164,7 @@ def _run() -> int:
 
 
 def _print_user_error(error: UserError) -> None:
-    """Prints a mistake of the user as one line, on a terminal with the page that helps; with --json also as an object."""
+    """Prints a mistake of the user as one line; on a terminal adds the page that helps, with --json an object."""
     from tadperf.cli.pages import help_url
 
     field, page = options.typed_name(error.field), help_url(error)

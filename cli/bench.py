@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -47,16 +48,20 @@ def bench(
 ) -> None:
     """Compare operators with eager PyTorch, torch.compile and other libraries, and stages with published code."""
     from tadperf.bench import session
+    from tadperf.cli.tables import print_text
 
     request = session.Request(words or (), device, sizes, dtypes, base, threads, repeats, json_file, plot_file, tune)
     if list_only:
-        print("\n".join(session.describe(request)))
+        for line in session.describe(request):
+            print_text(line, indent=4)
         return
     common.note_missing_operators()
     plan = session.plan(request)
     rows = []
     for measurement in session.measure(plan, common.print_stderr):
-        print("", *measurement.table, sep="\n", flush=True)
+        for line in ("", *measurement.table):
+            print_text(line, indent=4)
+        sys.stdout.flush()
         rows += measurement.rows
     session.save(plan, rows)
     if any(row["error"] for row in rows):

@@ -29,8 +29,11 @@ def config(options: SharedOptions, schema: Schema = False, list_presets: ListPre
     elif list_presets and options.as_json:
         common.print_json(SUMMARIES)
     elif list_presets:
-        width = max(map(len, SUMMARIES))
-        print("\n".join(f"{name:<{width}}  {summary}" for name, summary in SUMMARIES.items()))
+        from tadperf.cli.tables import print_text
+
+        width = max(map(len, SUMMARIES)) + 2
+        for name, summary in SUMMARIES.items():
+            print_text(f"{name:<{width}}{summary}", indent=width)
     else:
         merged = options.sources.config()
         common.print_preset(options.sources, options.quiet)

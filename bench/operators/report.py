@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import metadata
@@ -20,6 +21,7 @@ from tadperf.errors import UserError
 from tadperf.kernels import implementations, native
 
 PACKAGES = ("tadperf", "torch", "triton", "numpy", "scikit-learn", "scipy", "cleanlab")
+NAMED = 3  # columns of a table that tell what a row is
 COLUMNS = {
     "shape": "{}",
     "dtype": "{}",
@@ -77,13 +79,22 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return table(rows, COLUMNS) + failed
 
 
-def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
-    """Returns the rows as aligned text. columns: name -> format; a column without any value is left out."""
+def table(rows: Sequence[Row], columns: Mapping[str, str], width: int | None = None) -> list[str]:
+    """Returns the rows as aligned text. columns: name -> format; a column without any value is left out.
+
+    width: of a line, by default that of the terminal. Columns that do not fit are shown below, after the first NAMED.
+    """
     keys = [key for key in columns if any(row.get(key) is not None for row in rows)]
     cells = [["-" if row.get(key) is None else columns[key].format(row[key]) for key in keys] for row in rows]
     cells.insert(0, [key.replace("_", " ") for key in keys])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    columns_of_text = [[cell.rjust(max(map(len, column))) for cell in column] for column in zip(*cells, strict=True)]
+    named, blocks = columns_of_text[:NAMED], [[]]
+    width = width or shutil.get_terminal_size().columns
+    for column in columns_of_text[NAMED:]:
+        if blocks[-1] and sum(len(part[0]) + 2 for part in (*named, *blocks[-1], column)) - 2 > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return ["  ".join(line) for block in blocks for line in zip(*named, *block, strict=True)]
 
 
 def slug(name: str) -> str:

@@ -96,7 +96,7 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{section}]", *(_toml_line(name, value) for name, value in fields.items())]
     if (config.data.path, config.data.noise) == ("digits", DIGITS_NOISE):
         line = _toml_line("noise", DIGITS_NOISE)
-        lines[lines.index(line)] = f"# {line}  (only for the built-in digits; remove the # to add noise to other data)"
+        lines[lines.index(line)] = f"# {line}  (for the digits; without the #, for any data)"
     return "\n".join(lines) + "\n"
 
 

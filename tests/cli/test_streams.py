@@ -119,3 +119,93 @@ def test_a_narrow_terminal_shows_every_word(tmp_path):
 def test_no_color(tmp_path):
     assert ESCAPE in on_terminal(["info"], tmp_path)
     assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|38;)", on_terminal(["info"], tmp_path, NO_COLOR="1"))
+
+
+CHEAP = [
+    "info",
+    "config digits",
+    "config --list",
+    "bench --list --device cpu",
+    "distill digits --dry-run --device cpu",
+    "",
+    "--help",
+    "distill --help",
+]
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_an_output_fits_80_columns(tadperf, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = tadperf(*command.split())
+    assert code == 0, err
+    assert out
+    for line in out.splitlines():
+        assert len(line) <= 80 or len(max(line.split(), key=len)) > 60, line  # a path in one piece
+    assert ESCAPE not in out
+
+
+def results() -> dict[str, object]:
+    """Returns results with long class names, of the commands that take long."""
+    names = ["a long class name of a bird with many words in it", "a_long_class_name_without_a_space_" * 3]
+    score = {"mean": 0.5, "std": 0.1, "runs": [0.4, 0.6], "interval": [-1.063, 2.113]}
+    sample = {"file": f"train/{names[1]}/photo.png", "given": names[0], "suggested": names[1], "score": 0.9}
+    pair = {"kind": "leak", "exact": False, "first": sample["file"], "second": sample["file"], "similarity": 0.98}
+    pair |= {"first_label": names[0], "second_label": names[1]}
+    duplicates = {"in_train": 3, "different_labels": 1, "leaks": 2, "exact": 1, "threshold": 0.98, "pairs": [pair]}
+    audit = {"issues": 1, "samples": 2, "noise": "symmetric:0.2", "data": "photos", "worst": [sample], "paths": {}}
+    audit |= {"pairs": [{"suggested": names[0], "given": names[1], "samples": 1}], "near_duplicates": duplicates}
+    audit |= {"against_clean_labels": dict.fromkeys(("view_accuracy", "coverage", "precision", "recall", "issue"), 0.9)}
+    rows = dict.fromkeys(("distilled", "random"), score | {"against_distilled": {"difference": -0.1, "p": 0.04}})
+    measured = {"rows": rows, "ddranking": {"lrs": score, "ars": score}}
+    measured["comparison"] = {"best": "random", "gain": -0.1, "p": 0.5, "verdict": "too few runs"}
+    protocol = {"protocol": "published", "ipc": 10, "repeats": 2, "networks": {"convnet": measured}}
+    stages = dict.fromkeys(("data", "trust", "experts", "matching", "evaluate"), 12.0)
+    disk = dict.fromkeys(("experts", "trust", "checkpoints", "distilled", "cache"), 10**9)
+    estimate = {"stages": stages, "seconds": 60.0, "memory_bytes": 10**9, "cuda_bytes": 10**9, "disk": disk}
+    compared = {"ipc": 10, "accuracy": {"convnet": score}, "baselines": {}, "seconds": 1e5}
+    return {
+        "audit": audit,
+        "protocol": protocol,
+        "accuracy": {"accuracy": {"resnet18bn": score}},
+        "estimate": estimate | {"disk_bytes": 5 * 10**9},
+        "comparison": dict.fromkeys(("on", "off", "oracle"), compared),
+    }
+
+
+def test_columns_of_a_benchmark_that_do_not_fit_are_shown_below():
+    from tadperf.bench.operators import report
+
+    row = dict.fromkeys(report.COLUMNS, 0.125) | {"shape": "50000x10", "dtype": "bfloat16", "provider": "inductor-max"}
+    lines = report.table([row, row], report.COLUMNS, 80)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.split()[:3] == ["shape", "dtype", "provider"] for line in lines) > 1
+    words = " ".join(lines)
+    assert all(column.replace("_", " ") in words for column in report.COLUMNS)
+    assert len(report.table([row, row], report.COLUMNS, 300)) == 3
+
+
+@pytest.mark.parametrize("name", results())
+def test_a_table_with_long_names_fits_80_columns(capsys, monkeypatch, name):
+    from tadperf.cli import estimate, tables
+
+    monkeypatch.setenv("COLUMNS", "80")
+    getattr(estimate if name == "estimate" else tables, f"print_{name}")(results()[name])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_pipe_gets_no_colours_and_progress_goes_to_stderr(tadperf):
+    trust = ("trust.rounds=1", "trust.proxies=1", "trust.epochs=1")
+    code, out, err = tadperf("audit", "digits", "--device=cpu", *(f"--set={field}" for field in trust))
+    assert code == 0
+    assert ESCAPE not in out + err
+    assert "took" in err
+    assert "took" not in out
+
+
+def test_a_dumb_terminal_without_the_lines_of_tables(tmp_path):
+    shown = on_terminal(["distill", "--dry-run", "--device=cpu"], tmp_path, TERM="dumb", PYTHONIOENCODING="ascii")
+    assert ESCAPE not in shown
+    assert shown.isascii()
+    assert "\\u" not in shown
+    assert "-------" in shown
