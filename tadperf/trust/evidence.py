@@ -20,9 +20,10 @@ from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
 from tadperf.trust.channel import most_suspicious, noise_channel
 from tadperf.trust.label_issues import leave_enough
-from tadperf.trust.large_audit import LARGE, suspicion_of_labels
+from tadperf.trust.large_audit import feature_probabilities, suspicion_of_labels
 from tadperf.trust.probe import pool_features
 from tadperf.trust.state import UNTRUSTED, TrustState
+from tadperf.trust.top_classes import Probabilities, is_large
 
 MAX_ODDS = 9.0  # float32 has 2070 numbers between its probability and 1
 MIN_KAPPA = 0.05  # between the likeliest classes and the given labels; less looks like another order; not tuned
@@ -41,12 +42,12 @@ def audit_labels(
     sample. features: floats [N, D], also memory-mapped. One of the two is enough; from features, `pool_features` makes
     probabilities out of fold. class_names: C names; by default "0".."C-1".
     The state's reliability is `label_quality_scores`, its score 1 - reliability (`rankable`). It suggests the likeliest
-    other class for an untrusted label. From LARGE numbers N x C on, works in blocks of samples, which several ranks
-    share (`large_audit`); before that rank 0 works alone.
+    other class for an untrusted label. Large sets (`is_large`) are audited in blocks of samples, which several ranks
+    share (`large_audit`); others by rank 0 alone.
     Raises ValueError for wrong shapes, types, labels or probabilities.
     """
     given, p, z, names = _check(labels, pred_probs, features, class_names)
-    if len(given) * len(names) >= LARGE:
+    if is_large(len(given), len(names)):
         found = suspicion_of_labels(z, given, len(names), p, progress)
         return _state(given, found.odds, found.other, names)
     return ranks.once(lambda: _audit(given, p, z, names, progress))
@@ -137,14 +138,19 @@ def check_evidence(config: TrustConfig, data: Dataset) -> None:
 
 def loop_signals(
     evidence: Evidence, labels: Tensor, num_classes: int, progress: Progress = silent
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
+) -> tuple[tuple[Probabilities, ...], Tensor | None]:
     """Returns the evidence as `dual_loop` takes it: probabilities out of fold, and features.
 
-    Features also give probabilities (`pool_features`). Only rank 0 computes them: it decides about the labels.
+    Features also give probabilities (`pool_features`; for large sets `feature_probabilities`). Only rank 0 computes
+    them: it decides about the labels. In large sets files stay memory-mapped.
     """
     p, z = evidence
     if ranks.rank():
         return (), None
+    if is_large(len(labels), num_classes):
+        with ranks.working_alone():
+            large = () if z is None else (feature_probabilities(z, labels, num_classes, progress),)
+        return (*(() if p is None else (p,)), *large), z
     pooled = () if z is None else (pool_features(z, labels, num_classes, progress=progress),)
     return (*(() if p is None else (p.float(),)), *pooled), None if z is None else z.float()
 

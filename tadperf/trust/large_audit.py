@@ -20,12 +20,12 @@ from tadperf import seeds
 from tadperf.compute import ranks
 from tadperf.progress import Progress, silent
 from tadperf.trust import probe
-from tadperf.trust.approximate_neighbours import approximate_neighbours, is_available
+from tadperf.trust.approximate_neighbours import FeatureRows, Rows, approximate_neighbours, is_available
 from tadperf.trust.channel import FittedChannel, channel_odds, fit_channel
-from tadperf.trust.neighbours import NEIGHBOURS, REACHES, affinity_of, block_starts, nearest_in_block
+from tadperf.trust.neighbours import NEIGHBOURS, REACHES, affinity, affinity_of, block_starts, nearest_in_block
 from tadperf.trust.probe import Standardised
+from tadperf.trust.top_classes import TopClasses, blocks_of, from_blocks
 
-LARGE = 2**28  # samples x classes from which this form is used: 1 GB for each [N, C]
 APPROXIMATE = 2**17  # samples from which faiss finds the neighbours: the exact search takes minutes there
 TOP = 16  # labels that a sample keeps; NEIGHBOURS and as many that point to it have about 20 at most
 BLOCK = 2**24  # samples x classes in a block: 64 MB; not tuned
@@ -60,12 +60,22 @@ def suspicion_of_labels(
     sources = _Sources(features, labels, num_classes, model, progress)
     count = len(labels)
     order = torch.randperm(count, generator=seeds.generator(0, "large"))
-    weighted, fitted = (order[: min(count, size)] for size in (WEIGHTED, max(FITTED // num_classes, 2 * num_classes)))
-    own = torch.cat([sources.own(rows) for rows in weighted.split(sources.step)])
-    weights = probe.pool_weights(own)
+    weights = sources.weights(order[: min(count, WEIGHTED)])
+    fitted = order[: min(count, max(FITTED // num_classes, 2 * num_classes))]
     mixed = torch.cat([probe.mix(sources.rows(rows), weights) for rows in fitted.split(sources.step)])
     channel = fit_channel(mixed, labels[fitted])
     return _apply(lambda rows: probe.mix(sources.rows(rows), weights), channel, labels, num_classes, progress)
+
+
+def feature_probabilities(
+    features: Tensor, labels: Tensor, num_classes: int, progress: Progress = silent
+) -> TopClasses:
+    """Returns the out-of-fold probabilities that features give, as `pool_features` does for small sets."""
+    sources, count = _Sources(features, labels, num_classes, None, progress), len(labels)
+    weights = sources.weights(torch.randperm(count, generator=seeds.generator(0, "large"))[: min(count, WEIGHTED)])
+    every = torch.arange(count)
+    blocks = ((rows, probe.mix(sources.rows(every[rows]), weights)) for rows in blocks_of(count, num_classes))
+    return from_blocks(blocks, count, num_classes, labels.device)
 
 
 def _apply(
@@ -126,17 +136,42 @@ class _Sources:
         column = self.labels[rows].unsqueeze(1)
         return torch.cat([p.gather(1, column) for p in self.rows(rows)], 1)
 
+    def weights(self, rows: Tensor) -> Tensor:
+        """Returns the weights [sources] that predict the given labels of some samples best."""
+        return probe.pool_weights(torch.cat([self.own(part) for part in rows.split(self.step)]))
+
 
 def _graph(z: Standardised, progress: Progress) -> Tensor:
     """Returns the affinity S, sparse [N, N]; its neighbours are approximate in large sets if faiss is installed.
 
     Several ranks share the search; all of them must call this function.
     """
-    k = min(NEIGHBOURS, len(z) - 1)
-    if len(z) >= APPROXIMATE and is_available():
-        found = approximate_neighbours(z, k, progress)
-        return affinity_of(found.similarity, found.indices.long())
-    return affinity_of(*_exact_neighbours(z.compact(True), k, progress))
+    return _approximate_graph(z, progress) if _is_approximate(len(z)) else _exact_graph(z.compact(True), progress)
+
+
+def neighbour_graph(features: Tensor, progress: Progress) -> Tensor:
+    """Returns the affinity S of features [N, D] as they are, sparse [N, N], on their device.
+
+    On a CPU its neighbours are approximate in large sets if faiss is installed; on CUDA the exact search takes seconds.
+    """
+    if features.is_cuda:
+        return affinity(features)
+    if _is_approximate(len(features)):
+        return _approximate_graph(FeatureRows(features), progress)
+    return _exact_graph(features, progress)
+
+
+def _is_approximate(count: int) -> bool:
+    return count >= APPROXIMATE and is_available()
+
+
+def _approximate_graph(rows: Rows, progress: Progress) -> Tensor:
+    found = approximate_neighbours(rows, min(NEIGHBOURS, len(rows) - 1), progress)
+    return affinity_of(found.similarity, found.indices.long())
+
+
+def _exact_graph(features: Tensor, progress: Progress) -> Tensor:
+    return affinity_of(*_exact_neighbours(features, min(NEIGHBOURS, len(features) - 1), progress))
 
 
 def _exact_neighbours(features: Tensor, k: int, progress: Progress) -> tuple[Tensor, Tensor]:
@@ -160,18 +195,18 @@ def _entries(graph: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the nonzero entries of some rows of a sparse matrix: place in `rows`, column and value."""
     start, stop = graph.crow_indices()[rows], graph.crow_indices()[rows + 1]
     length = stop - start
-    place = torch.arange(len(rows)).repeat_interleave(length)
-    entry = torch.arange(len(place)) - (length.cumsum(0) - length)[place] + start[place]
+    place = torch.arange(len(rows), device=rows.device).repeat_interleave(length)
+    entry = torch.arange(len(place), device=rows.device) - (length.cumsum(0) - length)[place] + start[place]
     return place, graph.col_indices()[entry], graph.values()[entry]
 
 
 def neighbour_votes(graph: Tensor, labels: Tensor, num_classes: int) -> Votes:
     """Returns the TOP labels with the largest weight among the neighbours of each sample: rows of S Y."""
-    count, top = len(labels), min(TOP, num_classes)
-    votes = Votes(torch.empty(count, top, dtype=torch.int32), torch.empty(count, top))
-    for rows in torch.arange(count).split(max(BLOCK // num_classes, 1)):
+    count, top, device = len(labels), min(TOP, num_classes), labels.device
+    votes = Votes(torch.empty(count, top, dtype=torch.int32, device=device), torch.empty(count, top, device=device))
+    for rows in torch.arange(count, device=device).split(max(BLOCK // num_classes, 1)):
         place, column, value = _entries(graph, rows)
-        block = torch.zeros(len(rows), num_classes)
+        block = torch.zeros(len(rows), num_classes, device=device)
         block.view(-1).index_add_(0, place * num_classes + labels[column], value)
         best = block.topk(top, 1)
         votes.labels[rows], votes.weights[rows] = best.indices.to(torch.int32), best.values
@@ -185,12 +220,12 @@ def two_steps(graph: Tensor, votes: Votes, labels: Tensor, rows: Tensor, num_cla
     """
     place, column, value = _entries(graph, rows)
     own = labels[rows]
-    result = torch.zeros(len(rows), num_classes)
+    result = torch.zeros(len(rows), num_classes, device=labels.device)
     flat = result.view(-1)
     target = (place * num_classes).unsqueeze(1) + votes.labels[column]
     flat.index_add_(0, target.flatten(), (REACHES[0] * value.unsqueeze(1) * votes.weights[column]).flatten())
-    returned = torch.zeros(len(rows)).index_add_(0, place, value.square())
-    result[torch.arange(len(rows)), own] -= REACHES[0] * returned
+    returned = torch.zeros(len(rows), device=labels.device).index_add_(0, place, value.square())
+    result[torch.arange(len(rows), device=labels.device), own] -= REACHES[0] * returned
     result.clamp_(min=0)  # rounding, and neighbours with more than TOP labels
     flat.index_add_(0, place * num_classes + labels[column], value)
     return result

@@ -22,12 +22,14 @@ from tadperf.compute import ranks
 from tadperf.config import TrustConfig
 from tadperf.nets.problem import Problem
 from tadperf.progress import Progress, silent
-from tadperf.trust.proxies import train_proxies
-from tadperf.trust.state import TrustedView, TrustState, as_given
+from tadperf.trust.proxies import SoftView, train_proxies
+from tadperf.trust.state import TrustState, as_given
+from tadperf.trust.top_classes import Probabilities, TopClasses
 from tadperf.trust.verdicts import Judgement, judge
 
 log = logging.getLogger(__name__)
 
+TOP_FIELDS = TopClasses._fields[:3]  # the tensors in a file of soft labels of a large set
 MIN_CHANGE = 0.005  # the loop stops when a round changes less than this share of the samples; not tuned
 
 
@@ -45,7 +47,7 @@ def dual_loop(
     folder: Path | None = None,
     progress: Progress = silent,
     *,
-    evidence: tuple[Tensor, ...] = (),
+    evidence: tuple[Probabilities, ...] = (),
     features: Tensor | None = None,
 ) -> DualLoopResult:
     """Gives every sample a verdict: trusted, recalled, relabelled or untrusted.
@@ -69,7 +71,7 @@ def dual_loop(
     for number in range(1, config.rounds + 1):
         round_problem = replace(problem, seed=seeds.derive(problem.seed, "trust", number))
         run_round = partial(one_round, round_problem, state, targets, number, config, progress, evidence, features)
-        new, targets = _stored_round(folder, number, config.soft_targets, run_round)
+        new, targets = _stored_round(folder, number, config.soft_targets, problem.num_classes, run_round)
         rounds.append(new)
         progress("trust", number, config.rounds, trusted=_coverage(new), moved=_change(state, new))
         stopped = stop_reason(state, new, number, config)
@@ -109,8 +111,8 @@ def _change(before: TrustState, new: TrustState) -> float:
 
 
 def _stored_round(
-    folder: Path | None, number: int, soft_targets: bool, run_round: Callable[[], Judgement]
-) -> tuple[TrustState, Tensor | None]:
+    folder: Path | None, number: int, soft_targets: bool, num_classes: int, run_round: Callable[[], Judgement]
+) -> tuple[TrustState, Probabilities | None]:
     """Reads a round that an earlier process has finished; otherwise runs it and writes its files.
 
     Returns the state, and with `soft_targets` the soft labels for the next round.
@@ -120,10 +122,10 @@ def _stored_round(
         return new.state, new.targets if soft_targets else None
     file, targets_file = folder / f"round-{number}.safetensors", folder / f"targets-{number}.safetensors"
 
-    def read() -> tuple[TrustState, Tensor | None] | None:
+    def read() -> tuple[TrustState, Probabilities | None] | None:
         if not file.exists() or (soft_targets and not targets_file.exists()):
             return None
-        return TrustState.load(file), files.load_tensors(targets_file)[0]["targets"] if soft_targets else None
+        return TrustState.load(file), _load_targets(targets_file, num_classes) if soft_targets else None
 
     stored = ranks.once(read)
     if stored is not None:
@@ -131,19 +133,31 @@ def _stored_round(
     new = run_round()
     folder.mkdir(parents=True, exist_ok=True)
     if soft_targets:
-        files.save_tensors(targets_file, {"targets": new.targets}, {})
+        _save_targets(targets_file, new.targets)
     new.state.save(file)
     return new.state, new.targets if soft_targets else None
+
+
+def _save_targets(file: Path, targets: Probabilities) -> None:
+    tensors = {"targets": targets} if isinstance(targets, Tensor) else dict(zip(TOP_FIELDS, targets, strict=False))
+    files.save_tensors(file, tensors, {})
+
+
+def _load_targets(file: Path, num_classes: int) -> Probabilities:
+    tensors = files.load_tensors(file)[0]
+    if "targets" in tensors:
+        return tensors["targets"]
+    return TopClasses(*(tensors[name] for name in TOP_FIELDS), num_classes)
 
 
 def one_round(
     problem: Problem,
     state: TrustState,
-    targets: Tensor | None,
+    targets: Probabilities | None,
     number: int,
     config: TrustConfig,
     progress: Progress,
-    evidence: tuple[Tensor, ...] = (),
+    evidence: tuple[Probabilities, ...] = (),
     features: Tensor | None = None,
 ) -> Judgement:
     """Trains the proxies, then runs the outer partition and the inner recalibration.
@@ -155,6 +169,7 @@ def one_round(
     return ranks.once(lambda: judge(outputs, state, number, config, problem.seed, progress, evidence, features))
 
 
-def soft_view(targets: Tensor) -> TrustedView:
+def soft_view(targets: Probabilities) -> SoftView:
     """Returns all samples with soft labels: targets [N, C], not negative; the sum of a row is the sample's weight."""
-    return TrustedView(torch.arange(len(targets), device="cpu"), targets, torch.ones(len(targets), device="cpu"))
+    count = targets.shape[0]
+    return SoftView(torch.arange(count, device="cpu"), targets, torch.ones(count, device="cpu"))

@@ -232,7 +232,13 @@ def estimate_transition(classes: Tensor, labels: Tensor, prior: float) -> Tensor
     row: the classes can be identified only if the given label is the most likely one.
     """
     num = classes.shape[1]
-    counts = torch.zeros(num, num, dtype=classes.dtype, device=classes.device).index_add_(0, labels, classes).T
+    counts = torch.zeros(num, num, dtype=classes.dtype, device=classes.device).index_add_(0, labels, classes)
+    return transition_of_counts(counts, prior)
+
+
+def transition_of_counts(counts: Tensor, prior: float) -> Tensor:
+    """Returns the T of `estimate_transition`. counts: [C, C], the sums of the distributions by given label."""
+    counts, num = counts.T, len(counts)
     right = (counts.trace() / counts.sum().clamp(min=MIN_MASS)).clamp(1 / num, 1).double()  # not read on the CPU
     wrong = ((1 - right) / (num - 1)).to(counts.dtype)
     base = torch.where(torch.eye(num, dtype=torch.bool, device=counts.device), right.to(counts.dtype), wrong)

@@ -42,6 +42,18 @@ class ClassPool(NamedTuple):
     weights: tuple[float, ...]
     transition: Tensor
 
+    def blind_class(self) -> Tensor:
+        """Returns the likeliest class without the own label, int64 [N]."""
+        return self.blind.argmax(1)
+
+    def given_probability(self, labels: Tensor) -> Tensor:
+        """Returns the probability [N] of the given labels int64 [N]."""
+        return self.posterior.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+    def take_targets(self, strength: Tensor) -> Tensor:
+        """Returns the posterior times a strength [N], written over the posterior: [N, C] is large."""
+        return self.posterior.mul_(strength.unsqueeze(1))
+
 
 def pool_classes(
     sources: Sequence[Tensor], labels: Tensor, seed: int, transition: bool = True, fitted: bool = True
@@ -53,10 +65,10 @@ def pool_classes(
     """
     count, classes = sources[0].shape
     prior = PRIOR if transition else SYMMETRIC_PRIOR
-    size = max(SELECTION_SIZE // classes, 2 * classes)
+    rows = fitted_rows(count, classes, seed)
     selected, given = list(sources), labels
-    if size < count:
-        rows = torch.randperm(count, generator=seeds.generator(seed, "pool"), device="cpu")[:size].to(labels.device)
+    if rows is not None:
+        rows = rows.to(labels.device)
         selected, given = [source[rows] for source in sources], labels[rows]
     # On the CPU, because each step needs the result of the last one, and a GPU would have to be waited for. In float64,
     # so that the line search decides in the same way for the rounding of CPU and CUDA.
@@ -68,10 +80,18 @@ def pool_classes(
         scores.add_(source.clamp(min=MIN_LOG), alpha=weight)
     blind = scores.softmax(1)
     del scores
-    if size < count:
+    if rows is not None:
         for _ in range(PASSES):
-            t = estimate_transition(_posterior(blind, t, labels), labels, prior)
-    return ClassPool(_posterior(blind, t, labels), blind, tuple(weights.tolist()), t)
+            t = estimate_transition(posterior_of(blind, t, labels), labels, prior)
+    return ClassPool(posterior_of(blind, t, labels), blind, tuple(weights.tolist()), t)
+
+
+def fitted_rows(count: int, classes: int, seed: int) -> Tensor | None:
+    """Returns the samples that the fit takes, int64 on the CPU; None means all."""
+    size = max(SELECTION_SIZE // classes, 2 * classes)
+    if size >= count:
+        return None
+    return torch.randperm(count, generator=seeds.generator(seed, "pool"), device="cpu")[:size]
 
 
 def fit_weights(sources: Tensor, labels: Tensor, prior: float, fitted: bool = True) -> tuple[Tensor, Tensor]:
@@ -87,10 +107,12 @@ def fit_weights(sources: Tensor, labels: Tensor, prior: float, fitted: bool = Tr
     blind, likelihood = _likelihood(sources, labels, weights, t)
     for _ in range(FIT_STEPS):
         before = likelihood
-        t = estimate_transition(_posterior(blind, t, labels), labels, prior)
+        t = estimate_transition(posterior_of(blind, t, labels), labels, prior)
         blind, likelihood = _likelihood(sources, labels, weights, t)
         step = (
-            _newton_step(sources, weights, blind, _posterior(blind, t, labels)) if fitted else torch.zeros_like(weights)
+            _newton_step(sources, weights, blind, posterior_of(blind, t, labels))
+            if fitted
+            else torch.zeros_like(weights)
         )
         for scale in (2.0, 1.0, 0.5, 0.25, 0.1) if fitted else ():  # EM's steps are short: twice the step mostly holds
             moved = (weights + scale * step).clamp(0, MAX_WEIGHT)
@@ -122,7 +144,8 @@ def _newton_step(sources: Tensor, weights: Tensor, blind: Tensor, posterior: Ten
     )
 
 
-def _posterior(blind: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+def posterior_of(blind: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """Returns P(k | i, y_i) [N, C] from q [N, C], T and the given labels."""
     joint = t.T[labels].mul_(blind)
     return joint.div_(joint.sum(1, keepdim=True).clamp(min=1e-30))
 

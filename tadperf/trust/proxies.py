@@ -20,7 +20,7 @@ from tadperf.compute import ranks
 from tadperf.compute.cuda_graphs import GraphedStep
 from tadperf.compute.streams import run_in_parts, run_to_end
 from tadperf.compute.torch_settings import torch_settings
-from tadperf.compute.transfer import upload_all
+from tadperf.compute.transfer import upload, upload_all
 from tadperf.compute.work_progress import add_tested, add_trained, reporting, work
 from tadperf.config import TrustConfig
 from tadperf.data.images import Images, index_device
@@ -41,6 +41,16 @@ from tadperf.trust.proxy_batches import (
     with_image_shares,
 )
 from tadperf.trust.state import TrustedView
+from tadperf.trust.top_classes import (
+    Probabilities,
+    TopClasses,
+    concatenate,
+    is_large,
+    mean_of,
+    no_classes,
+    one_hot,
+    select,
+)
 
 AVERAGED_EPOCHS = 4  # losses and probabilities are means over the last epochs; not tuned
 MAX_FEATURES = 512  # of all proxies together; wider features are projected; not tuned
@@ -49,11 +59,22 @@ EVAL_BATCH = 1024  # images in a forward pass without gradients; not tuned
 
 
 class ProxyOutputs(NamedTuple):
-    """losses [N] of the given labels, probabilities [N, C], and features [N, D] of all proxies side by side."""
+    """losses [N] of the given labels, probabilities [N, C], and features [N, D] of all proxies side by side.
+
+    Large sets have `TopClasses` instead of [N, C].
+    """
 
     losses: Tensor
-    probabilities: Tensor
+    probabilities: Probabilities
     features: Tensor
+
+
+class SoftView(NamedTuple):
+    """A `TrustedView` of all samples with soft labels; the sum of a row is the sample's weight."""
+
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    labels: Probabilities
+    weights: Tensor
 
 
 def proxy_problem(problem: Problem, config: TrustConfig) -> Problem:
@@ -96,7 +117,9 @@ def learning_rates(config: TrustConfig) -> list[float]:
     return [config.lr * min(u / WARM_UP, (1 - u) / (1 - WARM_UP)) for u in middles]
 
 
-def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, progress: Progress) -> ProxyOutputs:
+def train_proxies(
+    problem: Problem, view: TrustedView | SoftView, config: TrustConfig, progress: Progress
+) -> ProxyOutputs:
     """Trains the proxies on the view and runs them on all samples. The outputs are on the problem's device.
 
     On a CPU, several train in parallel on one core each; on CUDA, small ones train side by side. problem: its labels
@@ -111,7 +134,7 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
 
     def parts(m: int) -> Generator[object, None, tuple[Any, ...]]:
         inside = fold[view.index] != m if held_out else torch.ones(len(view.index), dtype=torch.bool)
-        part = TrustedView(*(values[inside] for values in view))
+        part = SoftView(view.index[inside], select(view.labels, inside), view.weights[inside])
         counted = (fold == m).nonzero().squeeze(1) if held_out else torch.arange(count)
         # A CPU tests all samples, because the last bits of an output may depend on the other images of its batch.
         tested = torch.arange(count) if on_cpu else counted
@@ -121,7 +144,7 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
             return outputs
         # NumPy arrays: PyTorch would send tensors through shared files, which stay behind if a worker is killed.
         losses, probabilities, features = outputs
-        return losses[counted].numpy(), probabilities[counted].numpy(), features.numpy()
+        return losses[counted].numpy(), _as_numpy(select(probabilities, counted)), features.numpy()
 
     sizes = zip(*(values.bincount(minlength=proxies).tolist() for values in (fold[view.index], fold)), strict=True)
     works = [
@@ -132,11 +155,29 @@ def train_proxies(problem: Problem, view: TrustedView, config: TrustConfig, prog
     with reporting(progress, "trust:proxies", total):
         activations = config.batch * problem.net.width * math.prod(problem.shape[1:])
         results = dict(run_in_parts(parts, range(proxies), device, activations))
-    losses, probabilities, features = ([torch.as_tensor(results[m][i]) for m in range(proxies)] for i in range(3))
-    if held_out:
-        position = fold.argsort(stable=True).argsort().to(device)  # of each sample, after the folds are concatenated
-        return ProxyOutputs(torch.cat(losses)[position], torch.cat(probabilities)[position], torch.cat(features, 1))
-    return ProxyOutputs(torch.stack(losses).mean(0), torch.stack(probabilities).mean(0), torch.cat(features, 1))
+    losses, probabilities, features = ([_as_tensors(results[m][i]) for m in range(proxies)] for i in range(3))
+    del results
+    # The position of each sample after the folds are concatenated.
+    position = fold.argsort(stable=True).argsort().to(device) if held_out else None
+    return ProxyOutputs(_join(losses, position), _join(probabilities, position), torch.cat(features, 1))
+
+
+def _join(parts: list[Any], position: Tensor | None) -> Any:
+    """Returns the outputs of all samples: those of the folds in the order of the data, or with None the mean."""
+    if isinstance(parts[0], TopClasses):
+        return mean_of(parts) if position is None else select(concatenate(parts), position)
+    return torch.stack(parts).mean(0) if position is None else torch.cat(parts)[position]
+
+
+def _as_numpy(p: Probabilities) -> Any:
+    return p.numpy() if isinstance(p, Tensor) else (*(values.numpy() for values in p[:3]), p.num_classes)
+
+
+def _as_tensors(values: Any) -> Any:
+    """Returns the tensors of NumPy arrays; values that are tensors already stay as they are."""
+    if isinstance(values, tuple):
+        return TopClasses(*map(torch.as_tensor, values[:3]), values[3])
+    return torch.as_tensor(values)
 
 
 def proxy_work(trained: int, tested: int, count: int, config: TrustConfig) -> int:
@@ -145,8 +186,8 @@ def proxy_work(trained: int, tested: int, count: int, config: TrustConfig) -> in
 
 
 def train_proxy(
-    problem: Problem, view: TrustedView, tested: Tensor, config: TrustConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem, view: TrustedView | SoftView, tested: Tensor, config: TrustConfig
+) -> tuple[Tensor, Probabilities, Tensor]:
     """Trains one proxy; returns losses [T] of the given labels, probabilities [T, C] and features [N, D].
 
     tested: int64 [T], the samples to return losses and probabilities of. The results are on the problem's device.
@@ -155,8 +196,8 @@ def train_proxy(
 
 
 def proxy_parts(
-    problem: Problem, view: TrustedView, tested: Tensor, config: TrustConfig
-) -> Generator[object, None, tuple[Tensor, Tensor, Tensor]]:
+    problem: Problem, view: TrustedView | SoftView, tested: Tensor, config: TrustConfig
+) -> Generator[object, None, tuple[Tensor, Probabilities, Tensor]]:
     """Does the same epoch by epoch, for `run_in_parts`."""
     images, classes, device = problem.images, problem.num_classes, problem.device
     module = to_device(build(problem.net, problem.shape, classes, problem.seed), device)
@@ -165,9 +206,10 @@ def proxy_parts(
         cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
     parameters, predict = tuple(module.parameters()), fused_forward(module)
     velocity, zeros = tuple(map(torch.zeros_like, parameters)), {}
-    labels, weights, given = upload_all([view.labels, view.weights, problem.labels[tested]], device)
+    large = is_large(len(images), classes)
+    labels, weights, given = upload((view.labels, view.weights, problem.labels[tested]), device)
     index, tested_images = upload_all([view.index, tested], index_device(images))
-    target = (labels if labels.is_floating_point() else F.one_hot(labels, classes)) * weights.unsqueeze(1)
+    target = training_targets(labels, weights, classes, large)
     rate = Rate(config, device)
 
     def step(*fields: Any) -> None:
@@ -176,11 +218,12 @@ def proxy_parts(
         sgd_step(parameters, velocity, gradients, rate.value, config.momentum, config.weight_decay)
 
     averaged = min(AVERAGED_EPOCHS, config.epochs)
-    means, features = OutputMeans(given, classes, averaged), torch.empty(0)
+    width = MAX_FEATURES // config.proxies
+    means, features = OutputMeans(given, classes, averaged, large), torch.empty(0)
     module.train()
     for epoch in train_epochs(step, problem, index, target, config):
         module.eval()
-        if epoch == config.epochs - 1:
+        if epoch == config.epochs - 1 and not large:
             features = predict_all(module[:-1], images, device)
             means.add(module[-1], features, tested_images.to(device))
         elif epoch >= config.epochs - averaged:
@@ -188,11 +231,24 @@ def proxy_parts(
         module.train()
         rate.set(epoch + 1)
         yield
-    return means.losses, means.probabilities, compact_features(features, MAX_FEATURES // config.proxies, problem.seed)
+    if large:
+        features = compact_outputs(module[:-1], images, device, width, problem.seed)
+    else:
+        features = compact_features(features, width, problem.seed)
+    return means.losses, means.probabilities, features
+
+
+def training_targets(labels: Probabilities, weights: Tensor, classes: int, large: bool) -> Probabilities:
+    """Returns one-hot or soft labels times the weights of the samples, [M, C]. labels: int64 [M], or soft labels."""
+    if isinstance(labels, Tensor) and large:
+        labels = one_hot(labels, classes)
+    if isinstance(labels, TopClasses):
+        return labels.scaled(weights)
+    return (labels if labels.is_floating_point() else F.one_hot(labels, classes)) * weights.unsqueeze(1)
 
 
 def train_epochs(
-    step: Callable[..., None], problem: Problem, index: Tensor, target: Tensor, config: TrustConfig
+    step: Callable[..., None], problem: Problem, index: Tensor, target: Probabilities, config: TrustConfig
 ) -> Iterator[int]:
     """Runs the steps of all epochs, and yields the number of each finished epoch. Arguments as for `epoch_batches`.
 
@@ -211,7 +267,7 @@ def train_epochs(
 
 
 def _epochs_on_device(
-    step: Callable[..., None], problem: Problem, index: Tensor, target: Tensor, config: TrustConfig
+    step: Callable[..., None], problem: Problem, index: Tensor, target: Probabilities, config: TrustConfig
 ) -> Iterator[int]:
     sizes = batch_sizes(len(index), config.batch)
     draws = DeviceDraws[EpochDraws](target.device)
@@ -253,11 +309,13 @@ def consistency_loss(module: Callable[[Tensor], Tensor], first: Tensor, second: 
 class OutputMeans:
     """Means of the losses [T] and probabilities [T, C] of T samples over the last epochs."""
 
-    def __init__(self, labels: Tensor, classes: int, epochs: int) -> None:
-        """labels: int64 [T], the given labels, on the device."""
-        self.labels, self.epochs = labels, epochs
+    def __init__(self, labels: Tensor, classes: int, epochs: int, large: bool = False) -> None:
+        """labels: int64 [T], the given labels, on the device. large: keeps the likeliest classes of the sum so far."""
+        self.labels, self.epochs, shape = labels, epochs, (len(labels), classes)
         self.losses = torch.zeros(len(labels), device=labels.device)
-        self.probabilities = torch.zeros(len(labels), classes, device=labels.device)
+        self.probabilities: Probabilities = (
+            no_classes(*shape, labels.device) if large else torch.zeros(*shape, device=labels.device)
+        )
 
     @torch.no_grad()
     def add(self, classify: Callable[[Tensor], Tensor], inputs: Images, index: Tensor) -> None:
@@ -272,7 +330,11 @@ class OutputMeans:
             rows = slice(start, start + EVAL_BATCH)
             logits = classify(inputs[index[rows]].to(self.labels.device))
             self.losses[rows].add_(per_sample(logits, self.labels[rows]).loss / self.epochs)
-            self.probabilities[rows].add_(logits.softmax(1) / self.epochs)
+            p = logits.softmax(1) / self.epochs
+            if isinstance(self.probabilities, Tensor):
+                self.probabilities[rows].add_(p)
+            else:
+                self.probabilities.write(rows, self.probabilities.dense(rows).add_(p))
             add_tested(len(logits))
 
 
@@ -288,6 +350,37 @@ def predict_all(module: nn.Module, images: Images, device: torch.device) -> Tens
     return torch.cat(outputs)
 
 
+@torch.no_grad()
+@torch_settings(tf32=False)
+def compact_outputs(module: nn.Module, images: Images, device: torch.device, width: int, seed: int) -> Tensor:
+    """Returns `compact_features` of the module's outputs for all images, and never holds the outputs [N, D] as a whole.
+
+    A network for 64 x 64 pixels has 2048 outputs: 10.5 GB for 1.28 M images.
+    """
+    predict, total = fused_forward(module.eval()), torch.zeros((), device=device)
+    projection, result, start = None, torch.empty(0), 0
+    for part in torch.arange(len(images), device=index_device(images)).split(EVAL_BATCH):
+        outputs = predict(images[part].to(device))
+        if start == 0:
+            projection = _projection(outputs, width, seed)
+            result = torch.empty(len(images), min(outputs.shape[1], width), device=device)
+        total = total + outputs.sum(0, dtype=torch.float64)
+        result[start : start + len(part)] = outputs if projection is None else outputs @ projection
+        start += len(part)
+        add_tested(len(part))
+    mean = (total / len(images)).float()
+    result -= mean if projection is None else mean @ projection
+    return result.div_(result.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+
+def _projection(z: Tensor, width: int, seed: int) -> Tensor | None:
+    """Returns the random projection [D, width] of features z [N, D], on their device; None if they are narrow."""
+    if z.shape[1] <= width:
+        return None
+    projection = torch.randn(z.shape[1], width, generator=seeds.generator(seed, "projection")).mul_(width**-0.5)
+    return upload_all([projection], z.device)[0]
+
+
 @torch_settings(tf32=False)
 def compact_features(features: Tensor, width: int, seed: int) -> Tensor:
     """Centres features [N, D], reduces D to at most `width` by a random projection, and scales them to length 1.
@@ -296,7 +389,7 @@ def compact_features(features: Tensor, width: int, seed: int) -> Tensor:
     because verdicts depend on it.
     """
     z = features - features.mean(0)
-    if z.shape[1] > width:
-        projection = torch.randn(z.shape[1], width, generator=seeds.generator(seed, "projection")).mul_(width**-0.5)
-        z = z @ upload_all([projection], z.device)[0]
+    projection = _projection(z, width, seed)
+    if projection is not None:
+        z = z @ projection
     return F.normalize(z, dim=1)

@@ -16,6 +16,7 @@ from tadperf.data import augment
 from tadperf.data.augment import Draw
 from tadperf.data.images import Images
 from tadperf.nets.problem import Problem
+from tadperf.trust.top_classes import Probabilities, dense_rows
 
 # Pixel values that are augmented in one call. On CUDA one call serves many batches, so that its launches cost little:
 # 64 MB of float32 pixels. Neither was tuned.
@@ -78,7 +79,7 @@ def draw_epoch(problem: Problem, count: int, config: TrustConfig, epoch: int) ->
 
 
 def epoch_batches(
-    problem: Problem, index: Tensor, target: Tensor, config: TrustConfig, epoch: int
+    problem: Problem, index: Tensor, target: Probabilities, config: TrustConfig, epoch: int
 ) -> Iterator[ProxyBatch]:
     """Yields the batches of one epoch over the samples at `index`, int64 [M], on the device of `target`.
 
@@ -95,7 +96,7 @@ def epoch_batches(
     for begin in range(0, count, chunk):
         end = min(begin + chunk, count)
         x = augment.apply(images[rows[begin:end]].to(device), draws.augmentation.rows(begin, end))
-        y, views = target[draws.order[begin:end]], []
+        y, views = dense_rows(target, draws.order[begin:end]), []
         if others is not None and draws.views is not None:
             unlabelled = images[others[begin:end]].to(device)
             views = [augment.apply(unlabelled, draw.rows(begin, end)) for draw in draws.views]
@@ -115,7 +116,7 @@ def with_image_shares(draws: EpochDraws, batch: int) -> EpochDraws:
     return draws._replace(share=draws.share.repeat_interleave(batch)[: len(draws.order)])
 
 
-def batch_on_device(images: Images, index: Tensor, target: Tensor, rows: EpochDraws) -> ProxyBatch:
+def batch_on_device(images: Images, index: Tensor, target: Probabilities, rows: EpochDraws) -> ProxyBatch:
     """Returns the batch of some rows of `with_image_shares`, for a CUDA graph. Everything is on the device.
 
     index, target: as for `epoch_batches`.
@@ -125,4 +126,4 @@ def batch_on_device(images: Images, index: Tensor, target: Tensor, rows: EpochDr
         unlabelled = images[rows.others]
         views = tuple(augment.apply(unlabelled, drawn) for drawn in rows.views)
     share = None if rows.share is None else rows.share[0]
-    return ProxyBatch(x, target[rows.order], share, rows.pair, *views)
+    return ProxyBatch(x, dense_rows(target, rows.order), share, rows.pair, *views)

@@ -9,17 +9,24 @@ from torch import Tensor
 
 from tadperf.data.dataset import describe_tensor
 from tadperf.trust.proxies import MAX_FEATURES, ProxyOutputs, compact_features
+from tadperf.trust.top_classes import Probabilities, dense_rows
 
 MIN_PROBABILITY = 1e-3  # smaller probabilities are raised to this one; not tuned
 MAX_PARTITION_LOSS = -math.log(MIN_PROBABILITY)  # nats
 
 
-def check_evidence(evidence: tuple[Tensor, ...], count: int, classes: int, device: torch.device) -> list[Tensor]:
+def check_evidence(evidence: tuple[Probabilities, ...], count: int, classes: int, device: torch.device) -> list[Tensor]:
     """Returns the probabilities [N, C] of each source, float32 on the device. Raises ValueError for a wrong shape."""
+    check_shapes(evidence, count, classes)
+    return [dense_rows(source, slice(None)).to(device, torch.float32) for source in evidence]
+
+
+def check_shapes(evidence: tuple[Probabilities, ...], count: int, classes: int) -> None:
+    """Raises ValueError if a source has a wrong shape."""
     for number, source in enumerate(evidence):
-        if source.shape != (count, classes):
-            raise ValueError(f"evidence: {describe_tensor(source)} of source {number}: must be [{count}, {classes}]")
-    return [source.to(device, torch.float32) for source in evidence]
+        if tuple(source.shape) != (count, classes):
+            name = describe_tensor(source) if isinstance(source, Tensor) else str(list(source.shape))
+            raise ValueError(f"evidence: {name} of source {number}: must be [{count}, {classes}]")
 
 
 def join_features(outputs: ProxyOutputs, features: Tensor | None, seed: int) -> ProxyOutputs:

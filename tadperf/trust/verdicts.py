@@ -10,6 +10,7 @@ learned noisy labels predict the errors, too, and the pool then believes wrong l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from tadperf.compute.transfer import upload_all
 from tadperf.config import TrustConfig
 from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
+from tadperf.trust.large_pool import TopPool, pool_large_sources
 from tadperf.trust.neighbours import estimate_from_neighbours
 from tadperf.trust.partition import MIN_THRESHOLD, budget_threshold, partition
 from tadperf.trust.posterior import ClassPool, pool_classes, without_own_label
@@ -27,6 +29,7 @@ from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.recalibrate import recalibrate
 from tadperf.trust.signals import MAX_PARTITION_LOSS, check_evidence, join_features, label_loss
 from tadperf.trust.state import RECALLED, RELABELLED, TRUSTED, UNTRUSTED, TrustState
+from tadperf.trust.top_classes import Probabilities, TopClasses, is_large, largest, likeliest
 
 # What remembers earlier rounds: the score (`memory`), not the partition. On 3000 CIFAR-10 images with CIFAR-10N's worse
 # labels, the average precision of the score after two rounds is 0.64 with memory and 0.60 without. On digits with
@@ -39,7 +42,7 @@ BUDGET = 0.05  # expected share of wrong labels in the view, by class; not tuned
 class Sources(NamedTuple):
     """The pooled classes, and the loss [N] of the given labels: the sources' mean loss by the weights of the pool."""
 
-    pool: ClassPool
+    pool: ClassPool | TopPool
     losses: Tensor
 
 
@@ -50,7 +53,7 @@ class Judgement(NamedTuple):
     """
 
     state: TrustState
-    targets: Tensor
+    targets: Probabilities
 
 
 def assign_verdicts(
@@ -60,7 +63,7 @@ def assign_verdicts(
     config: TrustConfig,
     seed: int,
     progress: Progress = silent,
-    evidence: tuple[Tensor, ...] = (),
+    evidence: tuple[Probabilities, ...] = (),
     features: Tensor | None = None,
 ) -> TrustState:
     """Returns one round's verdicts: a pure function of the proxies' losses, probabilities and features.
@@ -78,7 +81,7 @@ def judge(
     config: TrustConfig,
     seed: int,
     progress: Progress,
-    evidence: tuple[Tensor, ...],
+    evidence: tuple[Probabilities, ...],
     features: Tensor | None,
 ) -> Judgement:
     """Returns one round's verdicts, and the soft labels for the next round.
@@ -97,20 +100,20 @@ def judge(
     verdict, candidate, strength = decide(outputs.features, given, pool, losses, config, _named(evidence, given))
     working = torch.where(verdict == RELABELLED, candidate, given)
     unchanged = (verdict == old_verdict) & (working == old_working) & (number > 1)
-    loss = -pool.posterior.gather(1, given.unsqueeze(1)).squeeze(1).log()
+    loss = -pool.given_probability(given).log()
     share = 1 / number if config.memory else 1.0
-    targets = pool.posterior.mul_(strength.unsqueeze(1))  # in place: [N, C] is large
+    targets = pool.take_targets(strength)
     state = TrustState(
         given=before.given.cpu(),
         working=working.cpu(),
         verdict=verdict.cpu(),
-        reliability=torch.where(verdict == UNTRUSTED, 0.0, targets.amax(1)).clamp(0, 1).float().cpu(),
+        reliability=torch.where(verdict == UNTRUSTED, 0.0, largest(targets)).clamp(0, 1).float().cpu(),
         decided=torch.where(unchanged, old_decided, number).to(torch.int16).cpu(),
         score=loss_to_score(torch.lerp(score_to_loss(old_score), loss.clamp(max=MAX_LOSS), share)).cpu(),
         suggested=torch.where(verdict == UNTRUSTED, candidate, working).cpu(),
         class_names=before.class_names,
     )
-    return Judgement(state, targets.cpu())
+    return Judgement(state, targets.cpu() if isinstance(targets, Tensor) else targets.map(Tensor.cpu))
 
 
 def weigh_sources(
@@ -120,13 +123,18 @@ def weigh_sources(
     seed: int,
     config: TrustConfig,
     progress: Progress,
-    evidence: tuple[Tensor, ...],
+    evidence: tuple[Probabilities, ...],
 ) -> Sources:
     """Pools the proxies, the neighbours (with `config.graph`) and the evidence by weights that are estimated.
 
     Proxies that have seen the labels they judge (`config.held_out` false, or a single proxy) explain these labels too
     well, so then all sources have the same weight.
     """
+    blind = config.held_out and config.proxies > 1
+    if is_large(len(given), classes):
+        sources = pool_large_sources(outputs, given, classes, seed, config, progress, evidence, blind)
+        return Sources(sources.pool, _mean_loss(sources.losses, sources.pool.weights))
+    assert isinstance(outputs.probabilities, Tensor)
     further = check_evidence(evidence, len(given), classes, given.device)
     logs = [p.clamp(min=1e-13).log_() for p in (outputs.probabilities, *further)]
     losses = [outputs.losses, *(label_loss(p, given) for p in further)]
@@ -135,14 +143,17 @@ def weigh_sources(
         logs.append(without_own_label(estimate, given))
         losses.append(label_loss(estimate.posterior, given))
         del estimate
-    blind = config.held_out and config.proxies > 1
     pool = pool_classes(logs, given, seed, config.transition, fitted=blind)
-    total = sum(pool.weights)
-    weights = [w / total if total else 1 / len(losses) for w in pool.weights]
-    loss = torch.zeros_like(outputs.losses)
+    return Sources(pool, _mean_loss(losses, pool.weights))
+
+
+def _mean_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Returns the mean of the sources' losses [N] by the weights of the pool."""
+    total = sum(weights)
+    loss = torch.zeros_like(losses[0])
     for part, weight in zip(losses, weights, strict=True):
-        loss.add_(part.clamp(max=MAX_PARTITION_LOSS), alpha=weight)
-    return Sources(pool, loss)
+        loss.add_(part.clamp(max=MAX_PARTITION_LOSS), alpha=weight / total if total else 1 / len(losses))
+    return loss
 
 
 class Decision(NamedTuple):
@@ -156,7 +167,7 @@ class Decision(NamedTuple):
 def decide(
     features: Tensor,
     given: Tensor,
-    pool: ClassPool,
+    pool: ClassPool | TopPool,
     losses: Tensor,
     config: TrustConfig,
     named: Tensor | None = None,
@@ -166,11 +177,11 @@ def decide(
     named: bool [N], the labels that may be recalled; None means all.
     """
     classes = pool.posterior.shape[1]
-    probability, candidate = pool.posterior.max(1)
+    probability, candidate = largest(pool.posterior), likeliest(pool.posterior)
     outer = partition(losses, given, classes, class_wise=config.class_wise, dynamic_threshold=config.dynamic_threshold)
     supported = outer.trusted & (candidate == given)
     confident = probability >= _thresholds(probability, candidate, classes, config)
-    blind = pool.blind.argmax(1)
+    blind = pool.blind_class()
     inner = recalibrate(features, given, probability * (supported & confident), candidate, blind, confident, classes)
     confidence = probability * inner.strength
     accepted = torch.where(supported, probability, confidence)
@@ -186,11 +197,11 @@ def decide(
     return Decision(verdict, candidate, inner.strength)
 
 
-def _named(evidence: tuple[Tensor, ...], given: Tensor) -> Tensor | None:
+def _named(evidence: tuple[Probabilities, ...], given: Tensor) -> Tensor | None:
     """Returns the given labels that are the likeliest class of every source of the user, bool [N]; None without any."""
     if not evidence:
         return None
-    return torch.stack([p.argmax(1).to(given.device) == given for p in evidence]).all(0)
+    return torch.stack([likeliest(p).to(given.device) == given for p in evidence]).all(0)
 
 
 def _thresholds(probability: Tensor, candidate: Tensor, classes: int, config: TrustConfig) -> Tensor:
@@ -203,8 +214,8 @@ def _thresholds(probability: Tensor, candidate: Tensor, classes: int, config: Tr
 
 
 def _refuse_diverged(outputs: ProxyOutputs, config: TrustConfig) -> None:
-    diverged = torch.stack([values.isnan().any() for values in outputs]).cpu().tolist()
-    for name, is_nan in zip(outputs._fields, diverged, strict=True):
+    diverged = torch.stack([(x.values if isinstance(x, TopClasses) else x).isnan().any() for x in outputs])
+    for name, is_nan in zip(outputs._fields, diverged.cpu().tolist(), strict=True):
         if is_nan:
             raise UserError("trust.lr", config.lr, f"the proxies have diverged ({name}: NaN); use a lower value")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from tadperf.trust import approximate_neighbours, evidence, large_audit, neighbours, probe
+from tadperf.trust import approximate_neighbours, large_audit, neighbours, probe, top_classes
 from tadperf.trust.channel import noise_channel
 from tadperf.trust.evidence import audit_labels
 from tadperf.trust.large_audit import neighbour_votes, suspicion_of_labels, two_steps
@@ -90,7 +90,7 @@ def test_part_of_the_samples_fits_the_channel(monkeypatch: pytest.MonkeyPatch, s
 def test_a_large_audit_gives_the_verdicts_of_a_small_one(monkeypatch: pytest.MonkeyPatch):
     features, true, given = data()
     small = audit_labels(given, features=features)
-    monkeypatch.setattr(evidence, "LARGE", 0)
+    monkeypatch.setattr(top_classes, "LARGE", 0)
     large = audit_labels(given, features=features)
     assert (small.issues == large.issues).float().mean() > 0.95
     assert large.class_names == small.class_names

@@ -12,9 +12,9 @@ from tadperf.trust.posterior import (
     PRIOR_WEIGHT,
     _likelihood,
     _newton_step,
-    _posterior,
     fit_weights,
     pool_classes,
+    posterior_of,
     without_own_label,
 )
 
@@ -99,7 +99,7 @@ def test_the_newton_step_is_the_gradient_of_the_likelihood_over_its_curvature():
     detached = weights.detach()
     blind, value = _likelihood(sources, labels, detached, t)
     assert value == pytest.approx(float(total.detach()) / COUNT, rel=1e-6)
-    step = _newton_step(sources, detached, blind, _posterior(blind, t, labels))
+    step = _newton_step(sources, detached, blind, posterior_of(blind, t, labels))
     assert (step * gradient).sum() > 0
     better, _ = fit_weights(sources.float(), labels, PRIOR)
     worse = _likelihood(sources.float(), labels, better + torch.tensor([0.3, 0.0]), t.float())
