@@ -1,4 +1,4 @@
-"""Every example runs, and what it prints shows that it does its work. Together they take about 25 s of CPU time."""
+"""Every example runs, and what it prints shows that it does its work."""
 
 from __future__ import annotations
 
