@@ -36,7 +36,7 @@ Verify = Annotated[
 ]
 
 
-@command("file DATA protocol verify --network --repeats --seed --device --devices --json --quiet --debug")
+@command("file DATA protocol verify --network --optimizer --repeats --seed --device --devices --json --quiet --debug")
 def evaluate(options: SharedOptions, file: File, protocol: Protocol = None, verify: Verify = False) -> None:
     """Train new networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
     from tadperf.cli.progress import display
@@ -54,6 +54,7 @@ def evaluate(options: SharedOptions, file: File, protocol: Protocol = None, veri
                 data=given.get("data.path"),
                 networks=settings.evaluate.networks if "evaluate.networks" in given else None,
                 repeats=settings.evaluate.repeats if "evaluate.repeats" in given else None,
+                optimizer=settings.evaluate.optimizer if "evaluate.optimizer" in given else None,
                 seed=settings.seed,
                 device=settings.device,
                 progress=progress,

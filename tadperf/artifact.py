@@ -109,7 +109,9 @@ class DistilledSet:
             normaliser or normaliser_from_lists(images, mean, std),
             strategy,
             config.net,
-            Recipe(evaluate.epochs, evaluate.batch, float(lr), evaluate.momentum, evaluate.weight_decay, strategy),
+            Recipe(
+                evaluate.epochs, evaluate.batch, float(lr), evaluate.momentum, evaluate.weight_decay, strategy
+            )._replace(optimizer=evaluate.optimizer),
             config.model_dump(mode="json"),
             config.seed,
             versions(),
@@ -192,7 +194,9 @@ class DistilledSet:
         """Writes one safetensors file, atomically. Equal sets give equal bytes. Raises UserError for an invalid set."""
         self.validate()
         values = {name: getattr(self, name) for name in SECTIONS}
-        values["net"], values["recipe"] = self.net.model_dump(mode="json"), self.recipe._asdict()
+        # SGD has no entry, so the recipe of earlier versions keeps its bytes.
+        recipe = {name: v for name, v in self.recipe._asdict().items() if (name, v) != ("optimizer", "sgd")}
+        values["net"], values["recipe"] = self.net.model_dump(mode="json"), recipe
         values |= {"schema": SCHEMA, "written_by": self.versions.get("tadperf", "unknown")}
         tensors = {"images": self.images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
         tensors |= {f"normaliser.{name}": tensor for name, tensor in self.normaliser.tensors().items()}

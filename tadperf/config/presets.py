@@ -178,8 +178,16 @@ SUMMARIES = {  # preset -> one line for `tadperf config --list`
 }
 
 METHODS: dict[str, dict[str, Sections]] = {  # preset -> method -> what the method changes
-    "digits": {"ftd": {"match": {"ema": 0.9}}, "tgdd": {"match": {"batch": None, "lr_img": 3.0}}},
-    "digits-ipc1": {"ftd": {"match": {"ema": 0.9}}, "tgdd": {"match": {"lr_img": 1.0}}},
+    "digits": {
+        "ftd": {"match": {"ema": 0.9}},
+        "tgdd": {"match": {"batch": None, "lr_img": 3.0}},
+        "infmatch": {"match": {"batch": None, "lr_img": 3.0}},
+    },
+    "digits-ipc1": {
+        "ftd": {"match": {"ema": 0.9}},
+        "tgdd": {"match": {"lr_img": 1.0}},
+        "infmatch": {"match": {"lr_img": 1.0}},
+    },
     "quick": {"ftd": {"match": {"ema": 0.99}}},  # FTD's 0.9995 is for ten times as many iterations
     "cifar10-ipc1": {
         "ftd": _ftd_method(0.3, 0.9999),
@@ -240,5 +248,6 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
             "momentum_label": 0.9,
         },
     },
+    "infmatch": {"match": {"cross_entropy": 0.1}},  # not tuned
     "tgdd": {"experts": {"count": 5}, "match": {"expert_epochs": 6}},  # as in TGDD's public code
 }

@@ -161,10 +161,10 @@ class ExpertConfig(Section):
 class MatchConfig(Section):
     """Trajectory matching: the synthetic images and how they are optimised."""
 
-    method: Literal["mtt", "ftd", "datm", "tgdd"] = Field(
+    method: Literal["mtt", "ftd", "datm", "tgdd", "infmatch"] = Field(
         default="mtt",
-        description="distillation method: trajectory matching (mtt, ftd, datm) or feature matching (tgdd); all but "
-        "mtt have their own defaults for several fields",
+        description="distillation method: trajectory matching (mtt, ftd, datm), feature matching (tgdd) or influence "
+        "matching (infmatch); all but mtt have their own defaults for several fields",
     )
     ipc: int = Field(default=10, ge=1, description="synthetic images per class")
     iterations: int = Field(default=5000, ge=1, description="outer steps")
@@ -172,7 +172,8 @@ class MatchConfig(Section):
     expert_epochs: int = Field(
         default=2,
         ge=1,
-        description="expert epochs that T inner steps must match; tgdd: at most this far apart are its two snapshots",
+        description="expert epochs that T inner steps must match; tgdd, infmatch: their two snapshots are at most this "
+        "far apart",
     )
     trajectories: int = Field(
         default=1, ge=1, description="expert trajectories averaged per outer step; several processes share them"
@@ -187,7 +188,7 @@ class MatchConfig(Section):
     )
     batch: int | None = Field(default=None, ge=1, description="synthetic images per inner step; by default all")
     cross_entropy: float = Field(
-        default=1.0, ge=0, description="tgdd: weight of the cross-entropy of the images under a later snapshot"
+        default=1.0, ge=0, description="tgdd, infmatch: weight of the images' cross-entropy under a later snapshot"
     )
     lr_img: float = Field(default=100.0, gt=0, description="learning rate of the images")
     lr_lr: float = Field(
@@ -319,6 +320,7 @@ class EvalConfig(Section):
     repeats: int = Field(default=5, ge=1, description="students per network")
     epochs: int = Field(default=1000, ge=1, description="epochs on the distilled set")
     batch: int = Field(default=256, ge=1, description="batch size")
+    optimizer: Literal["sgd", "muon"] = Field(default="sgd", description="optimiser of the students and baselines")
     lr: float | None = Field(default=None, gt=0, description="learning rate; by default the one learned by matching")
     real_lr: float = Field(default=0.01, gt=0, description="learning rate of the baselines trained on real images")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")

@@ -6,6 +6,7 @@ from tadperf.config import MatchConfig
 from tadperf.errors import UserError
 from tadperf.matching.base import Base
 from tadperf.matching.features import FeatureMatching
+from tadperf.matching.influence import InfluenceMatching
 from tadperf.matching.trajectories import TrajectoryMatching
 
 BASES: dict[str, type[Base]] = {
@@ -13,12 +14,13 @@ BASES: dict[str, type[Base]] = {
     "ftd": TrajectoryMatching,
     "datm": TrajectoryMatching,
     "tgdd": FeatureMatching,
+    "infmatch": InfluenceMatching,
 }
 
 
 def check_match_config(config: MatchConfig, num_classes: int) -> None:
     """Raises UserError for settings that the method cannot use."""
-    if BASES[config.method] is not FeatureMatching:
+    if BASES[config.method] not in (FeatureMatching, InfluenceMatching):
         return
     if config.gradient != "adjoint":
         remedy = f"{config.method} has no inner steps to differentiate; leave match.gradient out"

@@ -33,7 +33,7 @@ class FeatureNet:
         last = module[-1] if type(module) is nn.Sequential and len(module) > 1 else None
         if not (isinstance(module, nn.Sequential) and isinstance(last, nn.Linear)):
             raise UserError("network", type(module).__name__, "has unknown features; end a Sequential with a Linear")
-        self.net, self.body = net, _Body(module[:-1], fused)
+        self.net, self.body = net, Body(module[:-1], fused)
         self.num_classes, self.width = last.out_features, last.in_features
         self._last, self._biased = list(module._modules)[-1], last.bias is not None
 
@@ -49,7 +49,7 @@ class FeatureNet:
         return F.linear(features, views[f"{self._last}.weight"], views[f"{self._last}.bias"] if self._biased else None)
 
 
-class _Body(nn.Module):
+class Body(nn.Module):
     """All layers but the last one. Parameters that replace those of `layers` also act in their fused form."""
 
     def __init__(self, layers: nn.Module, fused: bool) -> None:

@@ -71,14 +71,21 @@ def feature_losses(
     features = net.features(first, x).to(means.dtype)
     synthetic = features.view(len(means), -1, features.shape[1]).mean(1)
     distance = (synthetic - means).square().sum(1).mean() / scatter
-    divergence = torch.zeros_like(distance)
+    further = torch.zeros_like(distance)
     if weight:
-        log_q = F.log_softmax(net.logits(later, net.features(later, x)).to(means.dtype), 1)
-        if y.is_floating_point():
-            divergence = F.kl_div(log_q, F.log_softmax(y, 1), reduction="batchmean", log_target=True)
-        else:
-            divergence = F.nll_loss(log_q, y)
-    return distance + weight / scatter * divergence, torch.stack([distance, divergence])
+        further = divergence(net.logits(later, net.features(later, x)).to(means.dtype), y)
+    return distance + weight / scatter * further, torch.stack([distance, further])
+
+
+def divergence(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns the mean KL divergence from labels to predictions; for hard labels it is the cross-entropy.
+
+    logits: predictions [B, K]. y: labels int64 [B], or label logits [B, K].
+    """
+    log_q = F.log_softmax(logits, 1)
+    if y.is_floating_point():
+        return F.kl_div(log_q, F.log_softmax(y, 1), reduction="batchmean", log_target=True)
+    return F.nll_loss(log_q, y)
 
 
 def eager_gradient(net: FeatureNet, weight: float, precision: torch.dtype) -> FeatureGradient:

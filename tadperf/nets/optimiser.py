@@ -1,12 +1,16 @@
-"""The rules by which training changes the weights: SGD, and the gradient of GSAM for flat minima."""
+"""The rules by which training changes the weights: SGD, Muon, and the gradient of GSAM for flat minima."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# The defaults of torch.optim.Muon.
+MUON_EPS, MUON_STEPS, MUON_COEFFICIENTS = 1e-7, 5, (3.4445, -4.7750, 2.0315)
 
 
 @torch.no_grad()
@@ -50,6 +54,52 @@ def fused_sgd_step(
     options: dict[str, Any] = {"dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
     options |= {"weight_decay": weight_decay, "momentum": momentum, "lr": lr}
     torch._fused_sgd_(parameters, gradients, buffers, **options)
+
+
+@torch.no_grad()
+def muon_step(
+    parameters: tuple[Tensor, ...],
+    velocity: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """Updates matrices and kernels in place by Muon (Jordan et al., 2024), and all other parameters by `sgd_step`.
+
+    Muon takes the rule of torch.optim.Muon with its defaults: Nesterov momentum, and the step of a matrix [A, B] scaled
+    by sqrt(max(1, A / B)). A kernel [A, C, H, W] is a matrix [A, C H W]. Biases, norms and the last matrix, the
+    classifier, take SGD. Both have the same learning rate, momentum and factor of weight decay (tadperf).
+    """
+    matrices = [number for number, parameter in enumerate(parameters) if parameter.ndim > 1][:-1]
+    for number in matrices:
+        parameter, gradient, average = parameters[number], gradients[number], velocity[number]
+        average.lerp_(gradient, 1 - momentum)
+        update = orthogonalise(gradient.lerp(average, momentum).flatten(1)).view(parameter.shape)
+        scale = math.sqrt(max(1, parameter.shape[0] / parameter[0].numel()))
+        parameter.mul_(1 - lr * weight_decay)
+        if isinstance(lr, Tensor):
+            parameter.sub_(update * (lr * scale))
+        else:
+            parameter.add_(update, alpha=-lr * scale)
+    others = sorted(set(range(len(parameters))) - set(matrices))
+    rest, slow, slopes = (tuple(v[number] for number in others) for v in (parameters, velocity, gradients))
+    sgd_step(rest, slow, slopes, lr, momentum, weight_decay)
+
+
+def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Returns U f(S) V^T of a matrix U S V^T [A, B]: five Newton-Schulz steps bring singular values to 0.7 to 1.2.
+
+    Each step is X -> a X + (b X X^T + c (X X^T)^2) X, from X = matrix / |matrix|, as in torch.optim.Muon.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix.to(dtype) if wide else matrix.to(dtype).T
+    x = x / x.norm().clamp(min=MUON_EPS)
+    a, b, c = MUON_COEFFICIENTS
+    for _ in range(MUON_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
 
 
 def gsam_gradient(
@@ -103,3 +153,6 @@ def gsam_gradient_foreach(
         result = torch._foreach_mul(perturbed, 1 + alpha * share)
         torch._foreach_add_(result, initial, alpha=-alpha)
         return tuple(result)
+
+
+UPDATES = {"sgd": sgd_step, "muon": muon_step}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby, repeat
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from tadperf.kernels import implementations, per_sample, per_sample_linear
 from tadperf.kernels.ops.per_sample import loss_gradient
 from tadperf.nets.device_batches import STEPS_PER_GRAPH, DeviceBatches, batch_sizes, graph_steps
 from tadperf.nets.fused import fused_forward, has_hooks
-from tadperf.nets.optimiser import gsam_gradient, sgd_step
+from tadperf.nets.optimiser import UPDATES, gsam_gradient
 
 # Activations of the widest layer that fit into the CPU's caches: 32 images at width 128 and 32 x 32 pixels, which gives
 # 1.7 times the images per second of whole batches of 256 (see `cache_batch_size`). Other values were not tried.
@@ -39,6 +39,7 @@ WIDE_HEAD = 1000
 DEVICE_DRAWS = 1 << 14  # images whose draws are uploaded to CUDA in one copy of at most 0.9 MB; not tuned
 
 
+Optimizer = Literal["sgd", "muon"]
 Step = Callable[[Tensor, Tensor, float | Tensor], None]  # indices [B], augmented images [B, C, H, W], learning rate
 
 
@@ -56,8 +57,9 @@ def to_device(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 class Recipe(NamedTuple):
-    """The settings of a training with SGD.
+    """The settings of a training.
 
+    optimizer: sgd, or muon for `muon_step`.
     decay: divides the learning rate by 10 after half of the epochs. rho, alpha: arguments of `gsam_gradient`, which is
     used if rho > 0 and costs a second pass.
     """
@@ -71,6 +73,7 @@ class Recipe(NamedTuple):
     decay: bool = True
     rho: float = 0.0
     alpha: float = 0.0
+    optimizer: Optimizer = "sgd"
 
     def rate(self, epoch: int) -> float:
         """Returns the learning rate of an epoch."""
@@ -290,14 +293,14 @@ def _spans(recipe: Recipe, start: int, stop: int, every_epoch: bool) -> Iterator
 def training_step(
     module: nn.Module, target: Tensor, share: Tensor | None, recipe: Recipe, precision: torch.dtype
 ) -> Step:
-    """Returns the function that takes one step of SGD on `module` in place: (index [B], x [B, C, H, W], lr) -> None.
+    """Returns the function that trains `module` in place by one step: (index [B], x [B, C, H, W], lr) -> None.
 
     target: the labels of all images, int64 [N], or probabilities [N, K]. share: their weights, float32 [N].
     index: rows of target and share. x: the augmented images.
     """
     if target.is_cuda:
         cast(Any, module).to(memory_format=torch.channels_last)  # PyTorch does not declare this argument
-    predict, parameters = fused_forward(module.train()), tuple(module.parameters())
+    predict, parameters, update = fused_forward(module.train()), tuple(module.parameters()), UPDATES[recipe.optimizer]
     velocity = tuple(map(torch.zeros_like, parameters))
 
     # A CPU keeps autograd's order of operations, and with it the bits. Plain PyTorch would copy the labels to the CPU.
@@ -325,7 +328,7 @@ def training_step(
     def step(index: Tensor, x: Tensor, lr: float | Tensor) -> None:
         compute = partial(gradient, x, target[index], None if share is None else share[index])
         gradients = gsam_gradient(compute, parameters, recipe.rho, recipe.alpha) if recipe.rho else compute()
-        sgd_step(parameters, velocity, gradients, lr, recipe.momentum, recipe.weight_decay)
+        update(parameters, velocity, gradients, lr, recipe.momentum, recipe.weight_decay)
 
     return step
 

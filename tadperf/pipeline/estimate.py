@@ -201,10 +201,11 @@ class _Estimate:
         checks = -(-config.iterations // config.check_every)
         student = self.student(self.config.net.name, self.synthetic, self.config.evaluate.epochs, held_out)
         seconds = config.iterations * probes.matching_seconds(self.task, self.workers.trajectories)
-        if config.method == "tgdd":
+        if config.method in ("tgdd", "infmatch"):
             snapshots = self.config.experts.count * (config.max_start - config.min_start + 1)
             drawn = min(snapshots, config.iterations * self.workers.trajectories)
-            seconds += drawn * self.kept * self.tested
+            # infmatch takes three gradients of all samples; a gradient takes about three times as long as a test.
+            seconds += drawn * self.kept * self.tested * (9 if config.method == "infmatch" else 1)
         return seconds + checks * makespan([student] * CHECK_STUDENTS, self.workers.tasks)
 
     @property

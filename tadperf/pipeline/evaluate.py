@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.work_progress import reporting
 from tadperf.config import Config, NetConfig
 from tadperf.data.images import normalise_images
+from tadperf.errors import UserError
 from tadperf.nets.students import Examples, Student, StudentScorer, score_students, summarise
+from tadperf.nets.training import Optimizer
 from tadperf.pipeline.protocol import (
     PROTOCOL_REPEATS,
     ProtocolRun,
@@ -43,6 +46,7 @@ def evaluate_protocol(
     seed: int = 0,
     device: str = "auto",
     progress: Progress = silent,
+    optimizer: Optimizer | None = None,
 ) -> dict[str, Any]:
     """Compares a distilled file with random images and coresets of its trusted view, paired by repeat (tadperf).
 
@@ -52,7 +56,9 @@ def evaluate_protocol(
     Raises UserError for an unknown protocol, or if the training images or the trusted labels are missing.
     """
     check_protocol(protocol)
-    distilled, folder = artifact.load(path), path.parent
+    if protocol == "rd3" and optimizer:
+        raise UserError("--optimizer", optimizer, "the protocol rd3 always trains with Adam; leave it out")
+    distilled, folder = _load(path, optimizer), path.parent
     target = resolve_device(device)
     test = distilled.test_split(data, progress)
     config = Config.model_validate(distilled.config)
@@ -78,6 +84,12 @@ def evaluate_protocol(
         results = {name: measure(run, _student_net(protocol, distilled, name)) for name in names}
     head = {"file": str(path), "data": test.name, "protocol": protocol, "ipc": distilled.ipc, "repeats": run.repeats}
     return {**head, "accuracy": {name: r["rows"]["distilled"] for name, r in results.items()}, "networks": results}
+
+
+def _load(path: Path, optimizer: Optimizer | None) -> DistilledSet:
+    """Loads a file, with another optimiser in its recipe if one is given."""
+    distilled = artifact.load(path)
+    return replace(distilled, recipe=distilled.recipe._replace(optimizer=optimizer)) if optimizer else distilled
 
 
 def _student_net(protocol: str, distilled: DistilledSet, name: str) -> NetConfig:
@@ -107,13 +119,14 @@ def evaluate_file(
     seed: int = 0,
     device: str = "auto",
     progress: Progress = silent,
+    optimizer: Optimizer | None = None,
 ) -> dict[str, Any]:
     """Returns the test accuracy of a distilled file. Needs the file and its test data, and no run folder.
 
     data: a data set with a test split; by default the one that was distilled. networks, repeats: by default those of
-    the file's config.
+    the file's config. optimizer: sgd or muon; by default that of the file's recipe.
     """
-    distilled = artifact.load(path)
+    distilled = _load(path, optimizer)
     target = resolve_device(device)
     test = distilled.test_split(data, progress)
     config = Config.model_validate(distilled.config)

@@ -29,6 +29,7 @@ def student_recipe(config: Config, lr: float) -> Recipe:
         evaluate.momentum,
         evaluate.weight_decay,
         config.data.augment,
+        optimizer=evaluate.optimizer,
     )
 
 

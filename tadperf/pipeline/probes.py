@@ -127,7 +127,7 @@ def matching_seconds(task: Task, trajectories: int) -> float:
     long adjoint (T > 40, at most 10 %) and the time of torch.compile are left out.
     """
     config, (channels, side, _) = task.config.match, task.train.shape
-    if config.method == "tgdd":
+    if config.method in ("tgdd", "infmatch"):
         return _feature_seconds(task) * trajectories
     count = config.ipc * task.train.num_classes
     batch = min(config.batch or count, count)
@@ -144,7 +144,7 @@ def matching_seconds(task: Task, trajectories: int) -> float:
 
 
 def _feature_seconds(task: Task) -> float:
-    """Returns the seconds of one draw of feature matching, without the real features, whose snapshots are few.
+    """Returns the seconds of one draw of a base without inner steps, without the real side of its few snapshots.
 
     On a CPU, times about 64 images; the time is proportional to them.
     """

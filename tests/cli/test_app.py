@@ -76,6 +76,7 @@ FROZEN = {  # a change here is a change for every user: add names, do not rename
         "--protocol",
         "--verify",
         "--network",
+        "--optimizer",
         "--repeats",
         "--seed",
         "--device",

@@ -134,7 +134,7 @@ def test_a_method_changes_its_preset_and_later_sources_win(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("method", ["mtt", "ftd", "datm", "tgdd"])
+@pytest.mark.parametrize("method", ["mtt", "ftd", "datm", "tgdd", "infmatch"])
 def test_every_preset_accepts_every_method(name, method):
     config = merge(name, options={"match.method": method})
     assert config.match.method == method

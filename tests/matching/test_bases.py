@@ -27,7 +27,7 @@ def test_every_method_has_a_base_and_defaults():
     methods = set(get_args(MatchConfig.model_fields["method"].annotation))
     assert set(BASES) == methods
     assert set(DEFAULTS) == methods
-    assert [name for name, base in BASES.items() if not base.learns_lr] == ["tgdd"]
+    assert [name for name, base in BASES.items() if not base.learns_lr] == ["tgdd", "infmatch"]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,13 @@ def test_every_method_has_a_base_and_defaults():
         ({"batch": 9}, "match.batch: 9: tgdd needs an image of each class in every iteration; use at least 10"),
     ],
 )
-def test_settings_that_feature_matching_cannot_use_are_refused(values, message):
+@pytest.mark.parametrize("method", ["tgdd", "infmatch"])
+def test_settings_that_bases_without_inner_steps_cannot_use_are_refused(values, message, method):
     with pytest.raises(UserError) as refused:
-        check_match_config(MatchConfig.model_validate({"method": "tgdd", **values}), 10)
-    assert str(refused.value).startswith(message)
+        check_match_config(MatchConfig.model_validate({"method": method, **values}), 10)
+    assert str(refused.value).startswith(message.replace("tgdd", method))
     check_match_config(MatchConfig.model_validate(values), 10)  # trajectory matching can
-    check_match_config(MatchConfig(method="tgdd", batch=10), 10)
+    check_match_config(MatchConfig.model_validate({"method": method, "batch": 10}), 10)
 
 
 class TowardsATarget(Base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from tadperf import artifact
 from tadperf.errors import UserError
+from tadperf.files import load_tensors
 from tadperf.nets import students as students_module
 from tadperf.nets.students import Examples, Student, score_students
 from tadperf.pipeline import evaluate as evaluate_module
@@ -193,6 +195,30 @@ def test_every_protocol_returns_all_rows_and_a_verdict(folder, protocol, monkeyp
     if protocol == "hard":
         assert measured["rows"]["distilled_hard"]["runs"] == measured["rows"]["distilled"]["runs"]
         assert evaluate_protocol(file, protocol, networks=["convnet"], repeats=6) == result
+
+
+def test_all_rows_train_with_the_given_optimizer(folder, monkeypatch):
+    seen: list[Student] = []
+
+    def record(run: ProtocolRun, net: Any) -> dict[str, Any]:
+        seen.extend(protocol_module.protocol_students(run, net, row_recipes(run, net)))
+        return {"rows": {"distilled": {}}}
+
+    monkeypatch.setattr(evaluate_module, "measure", record)
+    evaluate_protocol(folder / "distilled.safetensors", "published", repeats=1, optimizer="muon")
+    assert {student.recipe.optimizer for student in seen} == {"muon"}
+    assert {"distilled", "random", "k_means", "full"} <= {student.row for student in seen}
+    with pytest.raises(UserError, match="--optimizer: muon: the protocol rd3 always trains with Adam"):
+        evaluate_protocol(folder / "distilled.safetensors", "rd3", optimizer="muon")
+
+
+def test_the_file_keeps_an_optimizer_that_is_not_sgd(folder, tmp_path):
+    given = artifact.load(folder)
+    assert given.recipe.optimizer == "sgd"
+    replace(given, recipe=given.recipe._replace(optimizer="muon")).save(tmp_path / "muon.safetensors")
+    assert artifact.load(tmp_path / "muon.safetensors").recipe.optimizer == "muon"
+    given.save(tmp_path / "sgd.safetensors")
+    assert "optimizer" not in json.loads(load_tensors(tmp_path / "sgd.safetensors")[1]["tadperf"])["recipe"]
 
 
 def test_an_unknown_protocol_is_refused_before_anything_is_opened(tmp_path):
