@@ -1,4 +1,4 @@
-"""Runs with match.method = tgdd: the whole pipeline, resumed runs, shared experts, and the estimate."""
+"""Runs with match.method = tgdd: the whole pipeline, resumed runs, shared experts; the estimate, also of infmatch."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def test_wrong_settings_are_refused_before_any_work(tiny_config):
         prepare(tiny_config(match__method="tgdd", match__batch=5))
 
 
-def test_the_estimate_counts_the_real_features(tiny_config, monkeypatch):
+@pytest.mark.parametrize(("method", "passes"), [("tgdd", 1), ("infmatch", 9)])
+def test_the_estimate_counts_the_real_side_of_a_snapshot(tiny_config, monkeypatch, method, passes):
     monkeypatch.setattr("tadperf.pipeline.probes.matching_seconds", lambda *_: 0.0)
     monkeypatch.setattr("tadperf.pipeline.estimate._Estimate.student", lambda *_, **__: 0.0)
-    task = prepare(tiny_config(match__method="tgdd", trust__mode="off"))
+    task = prepare(tiny_config(match__method=method, trust__mode="off"))
     monkeypatch.setattr("tadperf.pipeline.probes.testing_seconds", lambda *_: 0.5)  # of one image
     kept = len(task.train) * (1 - task.config.data.holdout)
     snapshots = 2  # of one expert: max_start is 1
     found = estimate_distill(task)["stages"]["matching"]
-    assert found == pytest.approx(snapshots * kept * 0.5, rel=0.02)
+    assert found == pytest.approx(passes * snapshots * kept * 0.5, rel=0.02)
