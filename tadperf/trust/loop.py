@@ -24,7 +24,7 @@ from tadperf.nets.problem import Problem
 from tadperf.progress import Progress, silent
 from tadperf.trust.proxies import SoftView, train_proxies
 from tadperf.trust.state import TrustState, as_given
-from tadperf.trust.top_classes import Probabilities, TopClasses
+from tadperf.trust.top_classes import Probabilities, TopClasses, from_tensors
 from tadperf.trust.verdicts import Judgement, judge
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _stored_round(
 
 
 def _save_targets(file: Path, targets: Probabilities) -> None:
-    tensors = {"targets": targets} if isinstance(targets, Tensor) else dict(zip(TOP_FIELDS, targets, strict=False))
+    tensors = {"targets": targets} if isinstance(targets, Tensor) else dict(zip(TOP_FIELDS, targets[:3], strict=True))
     files.save_tensors(file, tensors, {})
 
 
@@ -147,7 +147,7 @@ def _load_targets(file: Path, num_classes: int) -> Probabilities:
     tensors = files.load_tensors(file)[0]
     if "targets" in tensors:
         return tensors["targets"]
-    return TopClasses(*(tensors[name] for name in TOP_FIELDS), num_classes)
+    return from_tensors((tensors[name] for name in TOP_FIELDS), num_classes)
 
 
 def one_round(

@@ -45,6 +45,7 @@ from tadperf.trust.top_classes import (
     Probabilities,
     TopClasses,
     concatenate,
+    from_tensors,
     is_large,
     mean_of,
     no_classes,
@@ -176,7 +177,7 @@ def _as_numpy(p: Probabilities) -> Any:
 def _as_tensors(values: Any) -> Any:
     """Returns the tensors of NumPy arrays; values that are tensors already stay as they are."""
     if isinstance(values, tuple):
-        return TopClasses(*map(torch.as_tensor, values[:3]), values[3])
+        return from_tensors(map(torch.as_tensor, values[:3]), values[3])
     return torch.as_tensor(values)
 
 

@@ -98,10 +98,16 @@ def from_blocks(
     return result
 
 
+def from_tensors(tensors: Iterable[Tensor], num_classes: int) -> TopClasses:
+    """Returns the TopClasses of its three tensors."""
+    classes, values, rest = tensors
+    return TopClasses(classes, values, rest, num_classes)
+
+
 def concatenate(parts: Sequence[TopClasses]) -> TopClasses:
     """Returns the rows of all parts, one after the other."""
     fields = (torch.cat(values) for values in zip(*(part[:3] for part in parts), strict=True))
-    return TopClasses(*fields, parts[0].num_classes)
+    return from_tensors(fields, parts[0].num_classes)
 
 
 def mean_of(parts: Sequence[TopClasses]) -> TopClasses:
