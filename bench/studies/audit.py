@@ -110,6 +110,7 @@ def quality(data: Dataset, config: Config) -> list[str]:
     ]
     begun = time.perf_counter()
     for number, (outputs, state) in enumerate(dual_loop_rounds(data, config), 1):
+        assert isinstance(outputs.probabilities, torch.Tensor), "the data of this study are small"
         precision = cleanlab_precision(labels, outputs.probabilities.double().numpy(), wrong)
         figures = compare_with_clean(state, data.clean_labels)
         cells = [

@@ -29,6 +29,7 @@ from tadperf.matching import cuda_graph_sweep, gradient, step_backends
 from tadperf.nets import fused, training
 from tadperf.nets.architectures import build
 from tadperf.nets.fused import fused_forward
+from tadperf.nets.optimiser import sgd_step
 
 Facts = dict[str, Any]
 T = TypeVar("T")
@@ -285,7 +286,7 @@ def measure_step(case: experts.Case, x: Tensor, y: Tensor, device: torch.device)
 
     def step(x: Tensor, y: Tensor) -> None:
         loss = training.batch_loss(predict, x, y, None)
-        training.sgd_step(parameters, velocity, training.summed_gradient([loss], parameters), 0.01, 0.0, 0.0)
+        sgd_step(parameters, velocity, training.summed_gradient([loss], parameters), 0.01, 0.0, 0.0)
 
     row: Facts = {"eager_ms": round(milliseconds(lambda: step(x, y), device), 4)}
     if device.type == "cuda":

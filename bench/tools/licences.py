@@ -64,7 +64,9 @@ def licence(metadata: dict[str, Any]) -> str:
     """Returns the licence of a package: its SPDX expression, else its classifiers, else the first line of its text."""
     if expression := metadata.get("license_expression"):
         return expression
-    names = [text.rpartition(" :: ")[2] for text in metadata.get("classifier", []) if text.startswith("License :: ")]
+    names: list[str] = [
+        text.rpartition(" :: ")[2] for text in metadata.get("classifier", []) if text.startswith("License :: ")
+    ]
     names = [name for name in names if name not in ("OSI Approved", "Other/Proprietary License")]
     if not names and (text := metadata.get("license", "").strip()):
         names = [text.splitlines()[0][:80]]
@@ -74,7 +76,7 @@ def licence(metadata: dict[str, Any]) -> str:
 def read_reports(paths: list[str]) -> Packages:
     """Returns the metadata of all packages in pip's reports."""
     items = (item for path in paths for item in json.loads(Path(path).read_text())["install"])
-    packages = {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in items}
+    packages: Packages = {str(canonicalize_name(item["metadata"]["name"])): item["metadata"] for item in items}
     if not any("license_expression" in metadata for metadata in packages.values()):
         sys.exit("the reports hold no SPDX expressions: this pip is too old; install the newest one")
     return packages

@@ -52,7 +52,9 @@ def events_of_two_streams() -> dict[str, Any]:
 def proxy_outputs() -> list[Tensor]:
     p = problem("plain", "cuda")
     config = TrustConfig.model_validate({"proxies": 3, "epochs": 3, "batch": 36})
-    return list(train_proxies(p, as_given(p.labels, p.class_names).view(), config, silent))
+    outputs = train_proxies(p, as_given(p.labels, p.class_names).view(), config, silent)
+    assert isinstance(outputs.probabilities, Tensor)
+    return [outputs.losses, outputs.probabilities, outputs.features]
 
 
 def student_weights() -> list[Tensor]:

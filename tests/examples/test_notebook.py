@@ -15,8 +15,7 @@ NUMBER = r"([\d.]+)"
 def test_the_notebook(tmp_path):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    import nbformat
-
+    nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=at(tmp_path)).execute()
     out = printed(notebook)

@@ -21,6 +21,7 @@ from tadperf.nets import students, training
 from tadperf.nets.architectures import build
 from tadperf.nets.flat import FlatNet
 from tadperf.nets.fused import fused_forward
+from tadperf.nets.optimiser import sgd_step
 from tadperf.nets.problem import Problem
 from tadperf.nets.students import Examples, Student, StudentScorer
 from tadperf.nets.training import Recipe
@@ -78,7 +79,7 @@ def use_steps(tmp_path: Path, module: nn.Module) -> None:
         return training.summed_gradient(losses, parameters)
 
     velocity = tuple(map(torch.zeros_like, parameters))
-    training.sgd_step(parameters, velocity, training.gsam_gradient(gradient, parameters, 0.1, 0.1), 0.1, 0.9, 0.0)
+    sgd_step(parameters, velocity, training.gsam_gradient(gradient, parameters, 0.1, 0.1), 0.1, 0.9, 0.0)
     for epoch in training.epochs(IMAGES, RECIPE, 0, CPU):
         list(epoch)
 

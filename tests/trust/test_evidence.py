@@ -100,6 +100,7 @@ def test_signals_of_the_dual_loop_are_probabilities_and_features():
     assert [tuple(part.shape) for part in probabilities] == [(600, 4), (600, 4)]
     assert features is not None
     assert features.dtype == torch.float32
+    assert isinstance(probabilities[1], torch.Tensor)
     assert (probabilities[1].argmax(1) == clean).float().mean() > 0.9
     assert loop_signals(Evidence(), labels, 4) == ((), None)
 

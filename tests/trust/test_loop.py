@@ -245,7 +245,8 @@ def test_a_class_of_five_is_split_with_the_other_classes():
     outputs, labels, clean = clouds(4, 100, 0.2)
     keep = torch.ones(400, dtype=torch.bool)
     keep[5:100] = False
-    part = ProxyOutputs(*(field[keep] for field in outputs))
+    assert isinstance(outputs.probabilities, torch.Tensor)
+    part = ProxyOutputs(outputs.losses[keep], outputs.probabilities[keep], outputs.features[keep])
     state = assign_verdicts(part, as_given(labels[keep], ("a", "b", "c", "d")), 1, trust_config(), 0)
     assert compare_with_clean(state, clean[keep])["view_accuracy"] > 0.95
 

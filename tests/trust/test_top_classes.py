@@ -39,7 +39,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def top(p: Tensor, kept: int = 16) -> TopClasses:
-    result = from_blocks([(slice(None), p)], *p.shape, CPU)
+    result = from_blocks([(slice(None), p)], len(p), p.shape[1], CPU)
     return result._replace(classes=result.classes[:, :kept], values=result.values[:, :kept])
 
 

@@ -141,6 +141,7 @@ def test_soft_targets_are_the_posterior_times_the_strength_of_the_votes():
     features, labels, clean = clouds()
     before = as_given(labels, ("a", "b", "c"))
     state, targets = judge(outputs(clean, labels, features), before, 1, TrustConfig(), 0, silent, (), None)
+    assert isinstance(targets, torch.Tensor)
     assert targets.shape == (300, CLASSES)
     assert ((targets >= 0) & (targets.sum(1, keepdim=True) <= 1.0001)).all()
     assert (targets.argmax(1) == clean).float().mean() > 0.95
