@@ -20,7 +20,6 @@ from tadperf.nets.problem import Problem
 from tadperf.progress import silent
 from tadperf.trust import proxies, proxy_batches
 from tadperf.trust.proxies import (
-    ProxyOutputs,
     Rate,
     learning_rates,
     proxy_loss,
@@ -30,6 +29,7 @@ from tadperf.trust.proxies import (
 )
 from tadperf.trust.proxy_batches import EpochDraws, batch_on_device, draw_epoch, epoch_batches, with_image_shares
 from tadperf.trust.state import TrustedView
+from tadperf.trust.top_classes import Probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,10 +45,11 @@ def trust_config(**values: Any) -> TrustConfig:
     return TrustConfig.model_validate({"epochs": 2, "proxies": 2, "batch": 4, "mixup": False, **values})
 
 
-def tensors(outputs: ProxyOutputs) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(outputs: tuple[Tensor, Probabilities, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the losses, the probabilities and the features; a small set has all its probabilities."""
-    assert isinstance(outputs.probabilities, Tensor)
-    return outputs.losses, outputs.probabilities, outputs.features
+    losses, probabilities, features = outputs
+    assert isinstance(probabilities, Tensor)
+    return losses, probabilities, features
 
 
 def test_the_loss_of_a_batch_is_the_weighted_mean_cross_entropy():
