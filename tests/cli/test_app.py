@@ -288,6 +288,7 @@ WRONG = {  # a wrong value for every option that sets a field of the config
     "--trust": "maybe",
     "--synthesis": "magic",
     "--experts": "none",
+    "--optimizer": "adam",
     "--repeats": "0",
     "--network": "resnet19",
     "--seed": "x",

@@ -68,11 +68,18 @@ app.main()
 """
 
 
-def start(script: str) -> subprocess.Popen[str]:
-    def hear_interrupts() -> None:  # a shell starts its background jobs with Ctrl-C ignored
-        for name in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(name, signal.SIG_DFL)
+def hear_interrupts() -> None:
+    """A shell starts its background jobs with Ctrl-C ignored."""
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
 
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=hear_interrupts)
+
+
+def start(script: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, preexec_fn=hear_interrupts, **pipes)
@@ -85,7 +92,7 @@ def read_until(process: subprocess.Popen[str], word: str) -> None:
 
 def test_an_interrupt_that_python_swallows_is_raised_again():
     """Python swallows an interrupt inside a destructor or a callback of a fork."""
-    process = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=60)
+    process = run(SWALLOWED)
     assert "Exception ignored" in process.stderr
     assert process.returncode == 130
     assert process.stderr.splitlines()[-1] == "tadperf: interrupted"
@@ -95,8 +102,7 @@ def test_an_interrupt_that_python_swallows_is_raised_again():
 def test_an_interrupt_that_compiled_code_replaces_by_its_own_error_is_an_interrupt(in_a_run, tmp_path):
     """torch.tensor turns an interrupt into a ValueError, because it asks its argument for a length."""
     context = f"resumable('distill', pathlib.Path({str(tmp_path)!r}))" if in_a_run else "contextlib.nullcontext()"
-    script = REPLACED.replace("CONTEXT", context)
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    process = run(REPLACED.replace("CONTEXT", context))
     hint = f"; continue with: tadperf distill --resume --out {tmp_path}" if in_a_run else ""
     assert (process.returncode, process.stderr) == (130, f"tadperf: interrupted{hint}\n")
 
