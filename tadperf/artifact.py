@@ -254,7 +254,8 @@ class DistilledSet:
         options = {name: value for name, value in source.items() if name in known}
         test = open_test_split(path, ReadOptions(format=format, progress=progress, **options))
         if test is None:
-            raise UserError("test", path, "has no test split; choose a data set with one")
+            remedy = "has no test split, and one is drawn for the data of the set only; choose data with a test split"
+            raise UserError("test", path, remedy)
         return self._check_test(test)
 
     def _check_test(self, test: Dataset) -> Dataset:
