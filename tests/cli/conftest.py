@@ -22,6 +22,7 @@ TINY = [
             "net.width=8",
             "net.depth=1",
             "experts.count=2",
+            "experts.epochs=3",
             "match.iterations=6",
             "match.check_every=3",
             "match.steps=2",
