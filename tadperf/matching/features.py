@@ -36,7 +36,7 @@ from tadperf.data.image_draws import ImageDraws
 from tadperf.matching.base import Base, MatchProblem, draw_generator, image_gradient
 from tadperf.matching.class_features import ClassMeans, FeatureNet, RealFeatures
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.starts import start_range
+from tadperf.matching.starts import draw_snapshots
 from tadperf.matching.state import EXPLODED, MatchState
 
 
@@ -236,10 +236,7 @@ class FeatureMatching(Base):
         """Draws an expert, two of its snapshots, and the images with their augmentations."""
         problem, config, device = self.problem, self.problem.config, state.images.device
         generator = draw_generator(problem, state, number)
-        expert = int(torch.randint(len(problem.experts), (), generator=generator))
-        low, high = start_range(config, state.iteration)
-        start = int(torch.randint(low, high + 1, (), generator=generator))
-        end = start + int(torch.randint(config.expert_epochs + 1, (), generator=generator))
+        expert, start, end = draw_snapshots(len(problem.experts), config, state.iteration, generator)
         rows = draw_rows(len(state.images), self.net.num_classes, config.batch, generator)
         drawn = augment.draw(problem.augment, len(rows), state.images.shape[-1], generator)
         first, later = upload_all([problem.experts.snapshot(expert, epoch) for epoch in (start, end)], device)

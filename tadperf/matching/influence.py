@@ -41,7 +41,7 @@ from tadperf.matching.base import Base, MatchProblem, draw_generator, image_grad
 from tadperf.matching.class_features import BLOCK, KEPT_BYTES, Body
 from tadperf.matching.features import divergence, draw_rows
 from tadperf.matching.gradient import Gradient
-from tadperf.matching.starts import start_range
+from tadperf.matching.starts import draw_snapshots
 from tadperf.matching.state import EXPLODED, MatchState
 from tadperf.matching.step_backends import StepBackend, choose_step_backend
 from tadperf.nets.training import cache_batch_size
@@ -232,10 +232,7 @@ class InfluenceMatching(Base):
         """Draws an expert, two of its snapshots, and the synthetic and real images with their augmentations."""
         problem, config, device = self.problem, self.problem.config, state.images.device
         generator = draw_generator(problem, state, number)
-        expert = int(torch.randint(len(problem.experts), (), generator=generator))
-        low, high = start_range(config, state.iteration)
-        start = int(torch.randint(low, high + 1, (), generator=generator))
-        end = start + int(torch.randint(config.expert_epochs + 1, (), generator=generator))
+        expert, start, end = draw_snapshots(len(problem.experts), config, state.iteration, generator)
         rows = draw_rows(len(state.images), self.num_classes, config.batch, generator)
         drawn = augment.draw(problem.augment, len(rows), state.images.shape[-1], generator)
         x, y = self.real.batch(REAL_BATCH, generator)

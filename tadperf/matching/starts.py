@@ -57,3 +57,13 @@ def correctly_classified(
         if not short.any():
             break
     return correct | (allowed & short[labels.clamp(min=0)])
+
+
+def draw_snapshots(
+    experts: int, config: MatchConfig, iteration: int, generator: torch.Generator
+) -> tuple[int, int, int]:
+    """Draws an expert, the epoch t of a snapshot, and that of a later one, at most `expert_epochs` after t."""
+    expert = int(torch.randint(experts, (), generator=generator))
+    low, high = start_range(config, iteration)
+    start = int(torch.randint(low, high + 1, (), generator=generator))
+    return expert, start, start + int(torch.randint(config.expert_epochs + 1, (), generator=generator))
