@@ -63,7 +63,9 @@ def test_the_matching_loss_of_mtt(tmp_path):
     lines = output_of("mtt_matching_loss", tmp_path).splitlines()
     assert [line.split(":")[0] for line in lines] == [" 1 x 320010", "16 x 320010"]
     for line in lines:  # the example itself asserts that values and gradients agree
-        before, after, gain = map(float, re.findall(rf"before {NUMBER} ms, after {NUMBER} ms, before / after {NUMBER}", line)[0])
+        before, after, gain = map(
+            float, re.findall(rf"before {NUMBER} ms, after {NUMBER} ms, before / after {NUMBER}", line)[0]
+        )
         assert gain == pytest.approx(before / after, rel=0.1, abs=0.1)
 
 
