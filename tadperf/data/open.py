@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ ENDINGS = {
     ".csv": "table",
     ".tsv": "table",
 }
+ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".xz", ".bz2", ".zst")
 
 
 DEFAULTS = ReadOptions()
@@ -235,6 +237,9 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
     """
     if (name := hub_name(path)) is not None and kind in (None, "hub"):
         return "hub", Path(name)
+    if re.match("[a-z0-9+]+://", str(path)):
+        remedy = "is a URL, and tadperf opens files; download the data and name their folder"
+        raise UserError("data", path, f"{remedy}, or name a hub data set such as ylecun/mnist")
     path = Path(path).expanduser()
     if not path.exists() and is_pattern(path) and kind in (None, "webdataset"):
         return "webdataset", path.absolute()
@@ -245,6 +250,8 @@ def _locate(path: str | Path, kind: str | None) -> tuple[str, Path]:
         return kind, path
     if path.is_file():
         known = next((kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)), None)
+        if known is None and path.name.lower().endswith(ARCHIVES):
+            raise UserError("data", path, "is an archive; unpack it, and name the folder")
         if known is None:
             raise UserError("data", path, f"unknown format; choose one with --format: {', '.join(READERS)}")
         return "webdataset" if known == "cifar" and is_shard(path) else known, path

@@ -30,7 +30,8 @@ def split_off_test(whole: Dataset, share: float, labels: str | None = None) -> t
     if not drawn.any():
         raise UserError("data", whole.source.get("path", whole.name), "has too few images for a test split; add some")
     part = f"{int(drawn.sum())} of {len(whole)} images ({100 * share:.3g} % of each class, data.test_share)"
-    warn_user(f"data: {whole.name}: has no test split; {part} are drawn as the test split")
+    wrong = "" if whole.clean_labels is not None else "; its labels may be wrong, which makes accuracies too low"
+    warn_user(f"data: {whole.name}: has no test split; {part} are drawn as the test split{wrong}")
     whole = replace(whole, source={**whole.source, "test_share": share})
     if labels is not None and count_labels(labels) > int((~drawn).sum()) + 1:  # one row may be the header
         whole = replace_labels(whole, labels)

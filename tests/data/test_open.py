@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tadperf.data.open import open_data, open_test_split
-from tadperf.errors import UserError
+from tadperf.errors import DataWarning, UserError
 
 
 def test_digits_are_those_of_scikit_learn_scaled_to_bytes_in_a_fixed_split():
@@ -62,6 +62,7 @@ def test_source_reopens_the_same_set(tmp_path, monkeypatch, pixels, classes):
     ("call", "field", "words"),
     [
         ({"path": "/nowhere/at/all"}, "data", "no such file"),
+        ({"path": "https://example.com/photos.zip"}, "data", "is a URL, and tadperf opens files; download the data"),
         ({"format": "tfrecord"}, "--format", "choose one of digits, parquet, .*folder, table, .*npz, safetensors, idx"),
         ({"image_size": 0}, "--image-size", "at least 1"),
     ],
@@ -77,6 +78,24 @@ def test_a_file_of_unknown_kind_names_the_formats(tmp_path):
     (tmp_path / "set.h5").write_bytes(b"x")
     with pytest.raises(UserError, match="unknown format; choose one with --format: digits, parquet"):
         open_data(tmp_path / "set.h5")
+
+
+def test_an_archive_of_images_is_to_be_unpacked(tmp_path):
+    (tmp_path / "photos.ZIP").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is an archive; unpack it, and name the folder"):
+        open_data(tmp_path / "photos.ZIP")
+
+
+def test_folders_without_images_beside_the_classes_are_skipped(tmp_path, pixels):
+    for k, name in enumerate(("pizza", "soup")):  # as Food-101 comes: images/<class>/*.jpg and meta/train.txt
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(pixels[k]).save(tmp_path / "images" / name / f"{k}.png")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "train.txt").write_text("pizza/0")
+    with pytest.warns(DataWarning, match="1 folders without images are not used: meta"):
+        train = open_data(tmp_path).train
+    assert train.class_names == ("pizza", "soup")
+    assert train.file_names == ("images/pizza/0.png", "images/soup/1.png")
 
 
 def cifar100(folder, count=200):

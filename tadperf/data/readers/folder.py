@@ -108,9 +108,20 @@ def _split_roots(path: Path, descent: int = 0) -> dict[str, Path]:
     suspects = look_like_splits(folder.name for folder in folders)
     if suspects and all(_is_split_folder(path / name) for name in suspects):
         raise UserError("data", path, f"{', '.join(suspects)} look like splits; rename them to train and test")
-    if len(folders) == 1 and descent < MAX_DESCENT and visible_folders(folders[0]):
-        return _split_roots(folders[0], descent + 1)
-    return {"train": path}
+    only = _only_with_images(folders) if descent < MAX_DESCENT else None
+    if only is None or not visible_folders(only):
+        return {"train": path}
+    if len(folders) > 1:
+        listed = ", ".join([folder.name for folder in folders if folder != only][:LISTED])
+        warn_user(f"data: {path}: {len(folders) - 1} folders without images are not used: {listed}")
+    return _split_roots(only, descent + 1)
+
+
+def _only_with_images(folders: list[Path]) -> Path | None:
+    """Returns the folder that has images at any depth, if there is just one: Food-101 has images/ and meta/."""
+    with_images = (folder for folder in folders if any(is_image(file.name) for file in walk(folder)))
+    first, second = next(with_images, None), next(with_images, None)
+    return first if second is None else None
 
 
 def _is_split_folder(folder: Path) -> bool:
