@@ -19,10 +19,11 @@ from tadperf.data.matrix import check_features, check_probabilities, open_featur
 from tadperf.errors import UserError, warn_user
 from tadperf.progress import Progress, silent
 from tadperf.trust.channel import most_suspicious, noise_channel
+from tadperf.trust.correction import fit_pool, sure_classes
 from tadperf.trust.label_issues import leave_enough
-from tadperf.trust.large_audit import feature_probabilities, suspicion_of_labels
+from tadperf.trust.large_audit import Suspicion, feature_probabilities, suspicion_of, suspicion_of_labels
 from tadperf.trust.probe import pool_features
-from tadperf.trust.state import UNTRUSTED, TrustState
+from tadperf.trust.state import RELABELLED, UNTRUSTED, TrustState
 from tadperf.trust.top_classes import Probabilities, is_large
 
 MAX_ODDS = 9.0  # float32 has 2070 numbers between its probability and 1
@@ -36,20 +37,24 @@ def audit_labels(
     class_names: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> TrustState:
-    """Gives every label a verdict without images: trusted, or untrusted if `find_label_issues` returns it (tadperf).
+    """Gives every label a verdict without images (tadperf).
+
+    A label that `find_label_issues` returns is relabelled if another class is sure (`tadperf.trust.correction`), else
+    untrusted. All other labels are trusted.
 
     labels: integers [N] in 0..C-1. pred_probs: [N, C], out of fold: from models that have not seen the label of the
     sample. features: floats [N, D], also memory-mapped. One of the two is enough; from features, `pool_features` makes
     probabilities out of fold. class_names: C names; by default "0".."C-1".
-    The state's reliability is `label_quality_scores`, its score 1 - reliability (`rankable`). It suggests the likeliest
-    other class for an untrusted label. Large sets (`is_large`) are audited in blocks of samples, which several ranks
-    share (`large_audit`); others by rank 0 alone.
+    The state's score is 1 - `label_quality_scores` (`rankable`). It suggests the likeliest other class for an issue.
+    The reliability of a new label is its probability; that of the other labels is `label_quality_scores`.
+    Large sets (`is_large`) are audited in blocks of samples, which several ranks share (`large_audit`); others by rank
+    0 alone.
     Raises ValueError for wrong shapes, types, labels or probabilities.
     """
     given, p, z, names = _check(labels, pred_probs, features, class_names)
     if is_large(len(given), len(names)):
         found = suspicion_of_labels(z, given, len(names), p, progress)
-        return _state(given, found.odds, found.other, names)
+        return _state(given, found, names)
     return ranks.once(lambda: _audit(given, p, z, names, progress))
 
 
@@ -59,22 +64,21 @@ def _audit(given: Tensor, p: Tensor | None, z: Tensor | None, names: tuple[str, 
         p = pool_features(z, given, len(names), p, progress)
     assert p is not None
     p = p.float()
-    return _state(given, noise_channel(p, given).odds, p.scatter(1, given.unsqueeze(1), -1.0).argmax(1), names)
+    return _state(given, suspicion_of(p, given, noise_channel(p, given).odds, fit_pool(p, given)), names)
 
 
-def _state(given: Tensor, odds: Tensor, other: Tensor, names: tuple[str, ...]) -> TrustState:
-    """Returns the state of an audit.
-
-    odds: log odds [N] that the label is wrong. other: int64 [N], the likeliest class that is not given.
-    The verdicts are those of `find_label_issues`.
-    """
+def _state(given: Tensor, found: Suspicion, names: tuple[str, ...]) -> TrustState:
+    """Returns the state of an audit. Its issues are those of `find_label_issues`."""
+    odds, other = found.odds, found.other
     order = leave_enough(most_suspicious(odds), given, 1)
     issues = torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True)
+    relabelled = issues & (found.likeliest.candidate == other) & sure_classes(found.likeliest, len(names))
+    right = (-odds.double()).sigmoid().float()
     return TrustState(
         given=given,
-        working=given,
-        verdict=(issues * UNTRUSTED).to(torch.uint8),
-        reliability=(-odds.double()).sigmoid().float(),
+        working=torch.where(relabelled, other, given),
+        verdict=(issues * UNTRUSTED).to(torch.uint8).masked_fill_(relabelled, RELABELLED),
+        reliability=torch.where(relabelled, found.likeliest.probability.clamp(0, 1), right),
         decided=torch.ones(len(given), dtype=torch.int16),
         score=rankable(odds),
         suggested=torch.where(issues, other, given),

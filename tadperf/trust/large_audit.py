@@ -21,7 +21,8 @@ from tadperf.compute import ranks
 from tadperf.progress import Progress, silent
 from tadperf.trust import probe
 from tadperf.trust.approximate_neighbours import FeatureRows, Rows, approximate_neighbours, is_available
-from tadperf.trust.channel import FittedChannel, channel_odds, fit_channel
+from tadperf.trust.channel import channel_odds, fit_channel
+from tadperf.trust.correction import FittedPool, Likeliest, fit_pool, likeliest_class
 from tadperf.trust.neighbours import NEIGHBOURS, REACHES, affinity, affinity_of, block_starts, nearest_in_block
 from tadperf.trust.probe import Standardised
 from tadperf.trust.top_classes import TopClasses, blocks_of, from_blocks
@@ -34,10 +35,11 @@ FITTED = 2**25  # samples x classes on which the channel is fitted: 128 MB; not 
 
 
 class Suspicion(NamedTuple):
-    """Log odds [N] that each label is wrong, and the likeliest other class int64 [N]."""
+    """Log odds [N] that each label is wrong, the likeliest other class int64 [N], and the likeliest class."""
 
     odds: Tensor
     other: Tensor
+    likeliest: Likeliest
 
 
 class Votes(NamedTuple):
@@ -63,8 +65,14 @@ def suspicion_of_labels(
     weights = sources.weights(order[: min(count, WEIGHTED)])
     fitted = order[: min(count, max(FITTED // num_classes, 2 * num_classes))]
     mixed = torch.cat([probe.mix(sources.rows(rows), weights) for rows in fitted.split(sources.step)])
-    channel = fit_channel(mixed, labels[fitted])
-    return _apply(lambda rows: probe.mix(sources.rows(rows), weights), channel, labels, num_classes, progress)
+    channel, pool = fit_channel(mixed, labels[fitted]), fit_pool(mixed, labels[fitted])
+    del mixed
+
+    def judge(rows: Tensor) -> Suspicion:
+        p = probe.mix(sources.rows(rows), weights)
+        return suspicion_of(p, labels[rows], channel_odds(channel, p, labels[rows]), pool)
+
+    return _apply(judge, labels, num_classes, progress)
 
 
 def feature_probabilities(
@@ -78,28 +86,29 @@ def feature_probabilities(
     return from_blocks(blocks, count, num_classes, labels.device)
 
 
-def _apply(
-    mixture: Callable[[Tensor], Tensor], channel: FittedChannel, labels: Tensor, num_classes: int, progress: Progress
-) -> Suspicion:
-    """Runs the channel on every block; the ranks share the blocks."""
+def _apply(judge: Callable[[Tensor], Suspicion], labels: Tensor, num_classes: int, progress: Progress) -> Suspicion:
+    """Judges every block of samples; the ranks share the blocks."""
     count, step = len(labels), max(BLOCK // num_classes, 1)
     blocks = [torch.arange(start, min(start + step, count)) for start in range(0, count, step)]
 
     def work(assigned: Sequence[int]) -> Iterator[tuple[int, Suspicion]]:
         for place, number in enumerate(assigned):
-            yield place, _judge(mixture(blocks[number]), labels[blocks[number]], channel)
+            yield place, judge(blocks[number])
 
     parts: dict[int, Suspicion] = {}
     progress("trust:labels", 0, len(blocks))
     for number, part in ranks.divide_work(work, len(blocks)):
         parts[number] = part
         progress("trust:labels", len(parts), len(blocks))
-    return Suspicion(*(torch.cat([parts[n][field] for n in range(len(blocks))]) for field in range(2)))
+    ordered = [parts[n] for n in range(len(blocks))]
+    likeliest = Likeliest(*map(torch.cat, zip(*(part.likeliest for part in ordered), strict=True)))
+    return Suspicion(torch.cat([part.odds for part in ordered]), torch.cat([part.other for part in ordered]), likeliest)
 
 
-def _judge(p: Tensor, labels: Tensor, channel: FittedChannel) -> Suspicion:
-    odds = channel_odds(channel, p, labels)
-    return Suspicion(odds, p.scatter(1, labels.unsqueeze(1), -1.0).argmax(1))
+def suspicion_of(p: Tensor, labels: Tensor, odds: Tensor, pool: FittedPool) -> Suspicion:
+    """Returns the suspicion of labels int64 [n] with probabilities p [n, C] and log odds [n] that they are wrong."""
+    other = p.scatter(1, labels.unsqueeze(1), -1.0).argmax(1)
+    return Suspicion(odds, other, likeliest_class(pool, p, labels))
 
 
 class _Sources:

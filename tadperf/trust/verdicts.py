@@ -23,7 +23,7 @@ from tadperf.errors import UserError
 from tadperf.progress import Progress, silent
 from tadperf.trust.large_pool import TopPool, pool_large_sources
 from tadperf.trust.neighbours import estimate_from_neighbours
-from tadperf.trust.partition import MIN_THRESHOLD, budget_threshold, partition
+from tadperf.trust.partition import BUDGET, MIN_THRESHOLD, budget_threshold, partition
 from tadperf.trust.posterior import ClassPool, pool_classes, without_own_label
 from tadperf.trust.proxies import ProxyOutputs
 from tadperf.trust.recalibrate import recalibrate
@@ -36,7 +36,6 @@ from tadperf.trust.top_classes import Probabilities, TopClasses, is_large, large
 # symmetric:0.8, 91 % of the labels in the view are right at 61 % coverage if the partition uses this round's losses;
 # with the mean loss, 83 % at 41 % (2 seeds). Measured before the sources were weighted by estimate.
 MAX_LOSS = 15.0  # nats; a float32 score, 1 - exp(-loss), cannot tell larger losses apart
-BUDGET = 0.05  # expected share of wrong labels in the view, by class; not tuned
 
 
 class Sources(NamedTuple):

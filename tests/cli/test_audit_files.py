@@ -43,7 +43,7 @@ def test_an_audit_without_images(tadperf, tmp_path, files, options):
     found = np.zeros(600, bool)
     for row in rows:
         assert row["file"] == f"doc {row['index']}"
-        found[int(row["index"])] = row["verdict"] == "untrusted"
+        found[int(row["index"])] = row["verdict"] in ("untrusted", "relabelled")
     assert found.sum() == result["issues"] == sum(pair["samples"] for pair in result["pairs"])
     assert (found & files).sum() / found.sum() > 0.9
     assert (found & files).sum() / files.sum() > 0.9
@@ -63,7 +63,9 @@ def test_the_list_can_be_given_back_and_leaves_out_what_it_does_not_trust(tadper
     assert code == 0
     assert "samples have an empty label and are left out" in err
     table = pq.read_table(tmp_path / "kept.parquet")
-    assert 450 < table.num_rows == json.loads(out)["samples"] < 560
+    empty = sum(row["label"] == "" for row in csv.DictReader((tmp_path / "list.csv").read_text().splitlines()))
+    assert 0 < empty == 600 - table.num_rows
+    assert table.num_rows == json.loads(out)["samples"]
     assert table.column_names[:3] == ["file", "index", "verdict"]
 
 

@@ -93,6 +93,7 @@ def test_a_large_audit_gives_the_verdicts_of_a_small_one(monkeypatch: pytest.Mon
     monkeypatch.setattr(top_classes, "LARGE", 0)
     large = audit_labels(given, features=features)
     assert (small.issues == large.issues).float().mean() > 0.95
+    assert (small.verdict == large.verdict).float().mean() > 0.9
     assert large.class_names == small.class_names
     assert (large.suggested[~large.issues] == given[~large.issues]).all()
     hits = (large.issues & (given != true)).sum() / (given != true).sum()
