@@ -102,13 +102,14 @@ class TrustConfig(Section):
     mixup: bool = Field(default=True, description="train proxies on mixed pairs of images")
     consistency: float = Field(default=0.0, ge=0, description="weight of the KL divergence between two augmented views")
     class_wise: bool = Field(default=True, description="one mixture of losses per class; false: one for all classes")
+    budget: float = Field(
+        default=0.05, gt=0, lt=0.5, description="expected share of wrong labels among those that are used, by class"
+    )
     dynamic_threshold: bool = Field(default=True, description="a threshold per class and round; false: posterior 0.5")
     recall: bool = Field(default=True, description="let untrusted samples return with their given label")
     relabel: bool = Field(default=True, description="let untrusted samples return with another label")
     graph: bool = Field(default=True, description="use labels propagated over neighbours in feature space")
-    transition: bool = Field(
-        default=True, description="correct the neighbours' labels by the estimated confusion matrix"
-    )
+    transition: bool = Field(default=True, description="correct the neighbours' labels by estimated confusions")
     held_out: bool = Field(default=True, description="score each sample with the proxy that was not trained on it")
     memory: bool = Field(default=True, description="score each sample by its mean loss over all rounds so far")
     features: str | None = Field(

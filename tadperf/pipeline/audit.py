@@ -69,7 +69,7 @@ def audit_files(config: Config, progress: Progress = silent) -> tuple[Dataset | 
     count = len(p) if p is not None else len(z) if z is not None else None
     labels = open_label_file(config.data.labels, count, None if p is None else p.shape[1])
     evidence = open_evidence(trust, labels, torch.device("cpu"), progress)
-    return labels, audit_labels(labels.labels, *evidence, labels.class_names, progress)
+    return labels, audit_labels(labels.labels, *evidence, labels.class_names, progress, trust.budget)
 
 
 def broken_file(path: Path) -> Path:

@@ -36,7 +36,8 @@ def audit(
     with torch_settings(tf32=config.tf32):
         evidence = open_evidence(config.trust, dataset, device, progress)
         if not networks:
-            return audit_labels(dataset.labels, *evidence, dataset.class_names, progress)
+            names, wrong = dataset.class_names, config.trust.budget
+            return audit_labels(dataset.labels, *evidence, names, progress, wrong)
         probabilities, features = loop_signals(evidence, dataset.labels, dataset.num_classes, progress)
         pixels, kind = device_pixels(dataset.images, device), config.data.normalise
         with reporting(progress, "data:normalise", normalise_work(kind, len(dataset), 0, math.prod(dataset.shape))):

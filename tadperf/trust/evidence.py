@@ -26,6 +26,7 @@ from tadperf.trust.probe import pool_features
 from tadperf.trust.state import RELABELLED, UNTRUSTED, TrustState
 from tadperf.trust.top_classes import Probabilities, is_large
 
+BUDGET: float = TrustConfig.model_fields["budget"].default
 MAX_ODDS = 9.0  # float32 has 2070 numbers between its probability and 1
 MIN_KAPPA = 0.05  # between the likeliest classes and the given labels; less looks like another order; not tuned
 
@@ -36,6 +37,7 @@ def audit_labels(
     features: ArrayLike | Tensor | None = None,
     class_names: Sequence[str] | None = None,
     progress: Progress = silent,
+    budget: float = BUDGET,
 ) -> TrustState:
     """Gives every label a verdict without images (tadperf).
 
@@ -44,7 +46,7 @@ def audit_labels(
 
     labels: integers [N] in 0..C-1. pred_probs: [N, C], out of fold: from models that have not seen the label of the
     sample. features: floats [N, D], also memory-mapped. One of the two is enough; from features, `pool_features` makes
-    probabilities out of fold. class_names: C names; by default "0".."C-1".
+    probabilities out of fold. class_names: C names; by default "0".."C-1". budget: `trust.budget`.
     The state's score is 1 - `label_quality_scores` (`rankable`). It suggests the likeliest other class for an issue.
     The reliability of a new label is its probability; that of the other labels is `label_quality_scores`.
     Large sets (`is_large`) are audited in blocks of samples, which several ranks share (`large_audit`); others by rank
@@ -54,25 +56,26 @@ def audit_labels(
     given, p, z, names = _check(labels, pred_probs, features, class_names)
     if is_large(len(given), len(names)):
         found = suspicion_of_labels(z, given, len(names), p, progress)
-        return _state(given, found, names)
-    return ranks.once(lambda: _audit(given, p, z, names, progress))
+    else:
+        found = ranks.once(lambda: _suspicion(given, p, z, len(names), progress))
+    return _state(given, found, names, budget)
 
 
-def _audit(given: Tensor, p: Tensor | None, z: Tensor | None, names: tuple[str, ...], progress: Progress) -> TrustState:
-    """Audits labels whose probabilities [N, C] fit in memory."""
+def _suspicion(given: Tensor, p: Tensor | None, z: Tensor | None, classes: int, progress: Progress) -> Suspicion:
+    """Judges labels whose probabilities [N, C] fit in memory."""
     if z is not None:
-        p = pool_features(z, given, len(names), p, progress)
+        p = pool_features(z, given, classes, p, progress)
     assert p is not None
     p = p.float()
-    return _state(given, suspicion_of(p, given, noise_channel(p, given).odds, fit_pool(p, given)), names)
+    return suspicion_of(p, given, noise_channel(p, given).odds, fit_pool(p, given))
 
 
-def _state(given: Tensor, found: Suspicion, names: tuple[str, ...]) -> TrustState:
+def _state(given: Tensor, found: Suspicion, names: tuple[str, ...], budget: float) -> TrustState:
     """Returns the state of an audit. Its issues are those of `find_label_issues`."""
     odds, other = found.odds, found.other
     order = leave_enough(most_suspicious(odds), given, 1)
     issues = torch.zeros(len(given), dtype=torch.bool).index_fill_(0, order, True)
-    relabelled = issues & (found.likeliest.candidate == other) & sure_classes(found.likeliest, len(names))
+    relabelled = issues & (found.likeliest.candidate == other) & sure_classes(found.likeliest, len(names), budget)
     right = (-odds.double()).sigmoid().float()
     return TrustState(
         given=given,

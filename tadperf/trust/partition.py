@@ -34,7 +34,6 @@ FLOOR = 0.01  # of the variances, as a share of the class's; DivideMix's is 0.01
 MIN_WEIGHT_GAIN = 0.05  # weight that the floor adds to a shrunken Gaussian; it adds 0.1 or more there, 0.00 on digits
 MIN_ASHMAN_D = 2.0  # above 2 the two modes are clearly separated (Ashman, Bird and Zepf, 1994)
 MIN_THRESHOLD = 0.5
-BUDGET = 0.05  # expected share of wrong labels in the view, by class; not tuned
 KEEP_ONE_IN = 10  # a class keeps the best tenth of its posteriors >= 0.5, even above the budget; not tuned
 
 

@@ -34,7 +34,7 @@ def test_the_class_and_its_probability_are_those_of_bayes_rule(classes):
     found = likeliest_class(fit_pool(probabilities, given), probabilities, given)
     assert (found.candidate.numpy() == exact.argmax(1)).mean() > 0.995
     assert np.abs(found.probability.numpy() - exact.max(1)).mean() < 0.01
-    sure = sure_classes(found, classes).numpy()
+    sure = sure_classes(found, classes, 0.05).numpy()
     assert (found.candidate.numpy() == clean)[sure].mean() > 0.94
     assert sure.mean() > 0.9
 
@@ -79,3 +79,18 @@ def test_any_probabilities_give_a_valid_state(classes, count, seed):
     untrusted = state.verdict == UNTRUSTED
     assert torch.equal(state.issues, untrusted | (state.verdict == RELABELLED))
     assert ((state.working != state.given) == (state.verdict == RELABELLED)).all()
+
+
+def test_a_larger_budget_relabels_more_and_keeps_it():
+    """The expected share of errors is that of an exact model, so the errors of the view stay within the budget."""
+    labels, p, _, clean = simulated_labels(8000, 3)
+    p = 0.7 * p + 0.3 * np.random.default_rng(1).dirichlet(np.ones(3), len(p))
+    counts = []
+    for budget in (0.01, 0.05, 0.2):
+        given, probabilities = torch.from_numpy(labels), torch.from_numpy(p)
+        sure = sure_classes(found := likeliest_class(fit_pool(probabilities, given), probabilities, given), 3, budget)
+        assert (found.candidate.numpy() != clean)[sure].mean() < budget + 0.03
+        state = audit_labels(labels, p, budget=budget)
+        counts.append(int((state.verdict == RELABELLED).sum()))
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]

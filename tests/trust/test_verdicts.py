@@ -198,3 +198,15 @@ def test_a_round_holds_few_matrices_of_all_samples_and_classes(monkeypatch: pyte
     with LargeTensors(matrix // 2) as tensors:
         judge(outputs, state, 1, TrustConfig(proxies=2), 0, silent, (), None)
     assert 2 * matrix < tensors.peak < 4.6 * matrix  # beside the proxies' probabilities
+
+
+def test_a_larger_budget_trusts_more():
+    confidence = torch.linspace(0.5, 1, 300)
+    values = {"dynamic_threshold": True}
+    sizes = []
+    for budget in (0.01, 0.05, 0.2):
+        verdict = verdicts(confidence, budget=budget, **values).verdict
+        inside = verdict != UNTRUSTED
+        assert (1 - confidence)[inside].mean() <= budget + 0.02
+        sizes.append(int(inside.sum()))
+    assert sizes[0] < sizes[1] < sizes[2]
