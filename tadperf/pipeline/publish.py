@@ -133,7 +133,10 @@ def _accuracy_table(figures: Mapping[str, Any]) -> list[str]:
 def _origin(distilled: DistilledSet, source: str) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in distilled.versions.items() if version)
     if "imported" in distilled.data:
-        return [f"Imported from the files of another program ({versions}).", ""]
+        accuracy = ""
+        if published := distilled.data.get("published"):
+            accuracy = f" Its published accuracy is {100 * published['mean']:.1f} ± {100 * published['std']:.1f} %."
+        return [f"Imported from the files of another program ({versions}).{accuracy}", ""]
     command = f"    tadperf distill {_inline(source)} --config {SETTINGS}"
     return [f"## Command ({versions})", "", command, ""]
 

@@ -95,6 +95,9 @@ def test_a_set_without_figures_has_a_card_too(tmp_path):
     assert "tadperf distill" not in text
     assert "18, 19, ...." in text
     assert "# na\\nme\n" in text
+    assert "published accuracy" not in text
+    known = replace(imported, data={**imported.data, "published": {"mean": 0.283, "std": 0.002}})
+    assert "Its published accuracy is 28.3 ± 0.2 %." in card(known, {}, "mit", "x")
 
 
 class Hub:
