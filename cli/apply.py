@@ -21,7 +21,7 @@ Copy = Annotated[Path, typer.Argument(metavar="OUT", help="The new folder of the
 
 @command("run_or_data copy --labels --skip-broken --json --quiet --debug")
 def apply(options: SharedOptions, run_or_data: RunOrData, copy: Copy) -> None:
-    """Write a cleaned copy of an image folder: wrong labels corrected, untrusted images left out.
+    """Write a cleaned copy of an image folder. Wrong labels are corrected, and untrusted images are left out.
 
     For a RUN, its verdicts are used. For DATA, --labels names a list such as labels.csv of an audit, as it is or with
     corrections in its column label. The copy holds symbolic links, or hard links or copies where the file system has no

@@ -46,7 +46,10 @@ def bench(
     tune: Tune = False,
     list_only: ListOnly = False,
 ) -> None:
-    """Compare operators with eager PyTorch, torch.compile and other libraries, and stages with published code."""
+    """Measure operators and stages beside other implementations.
+
+    For operators these are eager PyTorch, torch.compile and other libraries. For stages it is published code.
+    """
     from tadperf.bench import session
     from tadperf.cli.tables import print_text
 

@@ -30,7 +30,7 @@ Compare = Annotated[bool, typer.Option("--compare", help="Also distil with trust
     "dry_run --estimate --json --quiet --debug"
 )
 def distill(options: SharedOptions, compare: Compare = False, dry_run: DryRun = False) -> None:
-    """Distil DATA into a few synthetic images per class, and measure how well they train networks."""
+    """Distil DATA into a few synthetic images per class. Then measure how well they train networks."""
     from tadperf.pipeline.run_config import choose_run, distill_folder
 
     if options.estimate and not dry_run:

@@ -38,7 +38,7 @@ Verify = Annotated[
 
 @command("file DATA protocol verify --network --optimizer --repeats --seed --device --devices --json --quiet --debug")
 def evaluate(options: SharedOptions, file: File, protocol: Protocol = None, verify: Verify = False) -> None:
-    """Train new networks on FILE and test them on DATA; by default on the data that FILE was distilled from."""
+    """Train new networks on FILE and test them on DATA. By default, DATA is what FILE was distilled from."""
     from tadperf.cli.progress import display
     from tadperf.pipeline.evaluate import evaluate_file, evaluate_protocol
 

@@ -97,7 +97,7 @@ def import_(
     zca: Zca = False,
     accuracy: Accuracy = None,
 ) -> None:
-    """Read a set of another program into one distilled file, for `evaluate`, `show` and Python.
+    """Read a set of another program into one distilled file. `evaluate`, `show` and Python open this file.
 
     Mean and deviation are those that the images were normalised by; without them, those of --data.
     """
@@ -125,7 +125,7 @@ def import_(
 
 @command("file target license --json --debug")
 def push(options: SharedOptions, file: File, target: Target, license: License = "unknown") -> None:
-    """Publish the set of FILE with its figures, settings and a card (README.md)."""
+    """Publish the set of FILE with its figures and settings. A card (README.md) describes it."""
     from tadperf.pipeline.publish import push as push_set
 
     facts = push_set(common.distilled_file(file), target, license)
@@ -137,7 +137,7 @@ def push(options: SharedOptions, file: File, target: Target, license: License = 
 
 @command("source out --json --debug")
 def pull(options: SharedOptions, source: Source, out: Pulled = None) -> None:
-    """Get a published set, for `evaluate --verify`, `show` and Python."""
+    """Get a published set. `evaluate --verify`, `show` and Python open it."""
     from tadperf.pipeline.publish import pull as pull_set
 
     facts = pull_set(source, out or Path(Path(source).name))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     "--preset --config --set --out --resume --json --quiet --debug"
 )
 def experts(options: SharedOptions) -> None:
-    """Train the experts whose trajectories `distill --experts DIR` matches."""
+    """Train the experts that `distill --experts DIR` matches."""
     from tadperf.pipeline.run_config import choose_run, experts_folder
 
     config, out = choose_run(options.sources, options.out, options.resume, experts_folder)

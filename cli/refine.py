@@ -30,7 +30,7 @@ Evaluate = Annotated[bool, typer.Option("--evaluate", help="Also train networks 
     "--skip-broken --format --preset --config --set --out --resume --json --quiet --debug"
 )
 def refine(options: SharedOptions, run_or_data: RunOrData = None, evaluate: Evaluate = False) -> None:
-    """Generate or refine images: a diffusion model replaces those that a detector rejects.
+    """Generate or refine images with a diffusion model. It replaces those that a detector rejects.
 
     For DATA, this finds the trusted samples, trains the detector and the diffusion model, and generates the first
     images. For a RUN, finished or killed, it uses that run's trusted samples and images, and its detector and diffusion

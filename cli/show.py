@@ -19,7 +19,7 @@ Out = Annotated[
 
 @command("target out --json --debug")
 def show(options: SharedOptions, target: Target, out: Out = None) -> None:
-    """Write the images of FILE as a PNG: a row per class, a column per image."""
+    """Write the images of FILE as a PNG, with a row for each class."""
     from tadperf.artifact import load
     from tadperf.errors import UserError
     from tadperf.report.grid import save_grid
