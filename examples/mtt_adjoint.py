@@ -1,8 +1,8 @@
 """The unrolled inner loop of trajectory matching, as in MTT's scripts, and one call that replaces it.
 
 The scripts keep the graph of all T inner steps, so memory grows with T. `tadperf.matching.adjoint` keeps at most 40
-weight vectors and the activations of one step, and uses formulas for the second derivatives of a ConvNet. `python
-examples/mtt_adjoint.py` runs both on the same ConvNet, images and augmentations, and checks that the gradients agree.
+weight vectors and the activations of one step, and uses formulas for the second derivatives of a ConvNet.
+This program runs both on the same ConvNet, images and augmentations, and checks that the gradients agree.
 It prints the processor time of both, and the bytes that autograd stores for the unrolled steps.
 """
 
