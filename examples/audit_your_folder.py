@@ -5,6 +5,8 @@ python audit_your_folder.py                    makes a folder of digits with 10 
 
 The same on the command line, with a page for a browser:
     tadperf audit photos/ --out wrong.csv --apply cleaned/
+
+If your images differ in size, add --image-size 32 to either command.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ def make_folder(folder: Path, count: int) -> set[str]:
     return {name for name, is_wrong in zip(names, wrong, strict=True) if is_wrong}
 
 
-def audit(folder: Path, copy: Path, preset: str | None = None) -> set[str]:
+def audit(folder: Path, copy: Path, preset: str | None = None, image_size: int | None = None) -> set[str]:
     """Prints the most suspicious images, writes the list and the cleaned copy, and returns the suspected names."""
-    data = tadperf.open_data(folder).train
-    state = tadperf.audit(folder, merge(preset, options={"data.path": str(folder)}))
+    data = tadperf.open_data(folder, image_size=image_size).train
+    state = tadperf.audit(folder, merge(preset, options={"data.path": str(folder), "data.image_size": image_size}))
     assert data.file_names is not None  # a folder has names; other formats may have none
 
     state.export(copy.with_suffix(".csv"), data.file_names)  # open it in a spreadsheet, correct its column label
@@ -57,10 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", type=Path, help="folder with one folder of images per class")
     parser.add_argument("copy", nargs="?", type=Path, default=Path("cleaned"), help="new folder (default: cleaned)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="scale the shorter side to N, crop the centre")
     parser.add_argument("--quick", action="store_true", help="800 digits instead of 1797")
     options = parser.parse_args()
     if options.data:
-        audit(options.data, options.copy)
+        audit(options.data, options.copy, image_size=options.image_size)
         return
     with tempfile.TemporaryDirectory() as parent:
         data, copy = Path(parent) / "digits", Path(parent) / "cleaned"
