@@ -35,9 +35,12 @@ MIN_CHANNELS, MAX_CHANNELS = 32, 256
 
 def covers(x: Tensor, channels_in: int, channels_out: int) -> bool:
     """Returns whether compiled code supports these maps: float32 on a CPU, 32 to 256 channels, in multiples of 16."""
+    return is_direct(x) and _covers(x, channels_in, channels_out)
+
+
+def _covers(x: Tensor, channels_in: int, channels_out: int) -> bool:
     return (
-        is_direct(x)
-        and x.is_cpu
+        x.is_cpu
         and x.dtype == torch.float32
         and min(channels_in, channels_out) >= MIN_CHANNELS
         and max(channels_in, channels_out) <= MAX_CHANNELS
@@ -54,7 +57,7 @@ def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     Raises ValueError for wrong shapes or types, and RuntimeError for a second derivative of compiled code.
     """
     _check(x, kernel, kernel.shape[1:2])
-    compiled = is_direct(kernel) and covers(x, kernel.shape[1], kernel.shape[0])
+    compiled = _has_memory(x=x, kernel=kernel) and _covers(x, kernel.shape[1], kernel.shape[0])
     record_call("conv3x3", "cpu" if compiled else None)
     if not compiled:
         return torch.conv2d(x, kernel, padding=1)
@@ -63,8 +66,15 @@ def conv3x3(x: Tensor, kernel: Tensor) -> Tensor:
     return _forward(x, kernel)
 
 
+def _has_memory(**tensors: Tensor) -> bool:
+    """Returns whether compiled code may read the tensors. Raises ValueError if the storage of one was freed."""
+    if not is_direct(*tensors.values()):
+        return False
+    check_memory(**tensors)  # plain PyTorch may crash on it, too
+    return True
+
+
 def _forward(x: Tensor, kernel: Tensor) -> Tensor:
-    check_memory(x=x, kernel=kernel)
     return _product(x, _transformed(kernel.detach(), rotated=False), len(kernel))
 
 
@@ -99,11 +109,10 @@ class _Conv3x3(torch.autograd.Function):
 def conv3x3_input(grad: Tensor, kernel: Tensor) -> Tensor:
     """Returns the gradient of x, given the gradient of y [N, K, H, W]. Raises ValueError for wrong shapes or types."""
     _check(grad, kernel, kernel.shape[:1])
-    compiled = is_direct(kernel) and covers(grad, kernel.shape[1], kernel.shape[0])
+    compiled = _has_memory(grad=grad, kernel=kernel) and _covers(grad, kernel.shape[1], kernel.shape[0])
     record_call("conv3x3_input", "cpu" if compiled else None)
     if not compiled:
         return _backward(grad, grad[:, :1].expand(-1, kernel.shape[1], -1, -1), kernel, 0)
-    check_memory(grad=grad, kernel=kernel)
     return _product(grad, _transformed(kernel.detach(), rotated=True), kernel.shape[1])
 
 
@@ -118,11 +127,10 @@ def conv3x3_kernel(grad: Tensor, x: Tensor) -> Tensor:
     if x.device != grad.device:
         raise ValueError(f"x: on {x.device}: expected {grad.device}, like grad")
     (images, channels, height, width), out = x.shape, grad.shape[1]
-    compiled = is_direct(grad) and covers(x, channels, out) and images > 0
+    compiled = _has_memory(grad=grad, x=x) and _covers(x, channels, out) and images > 0
     record_call("conv3x3_kernel", "cpu" if compiled else None)
     if not compiled:
         return _backward(grad, x, x.new_empty(out, channels, 3, 3), 1)
-    check_memory(grad=grad, x=x)
     tiles = images * -(-height // 2) * -(-width // 2)
     parts = 1 << max(0, min(MAX_PARTS, images, tiles // MIN_TILES).bit_length() - 1)
     partial = torch.empty((parts, 16, channels * out), dtype=torch.float32, device=x.device)

@@ -65,7 +65,6 @@ def norm_relu_pool_dual(x: Dual, affine: Affine, eps: float = 1e-5, pool: bool =
     record_call("norm_relu_pool_dual", device)
     if device is None:
         return norm_relu_pool_dual_reference(x, affine, eps, pool)
-    _check_memory(x, affine)
     memory_format = torch.channels_last if device == "cpu" else _format(x.value)
     x, shape = _both(x, memory_format), _pooled_shape(x.value, pool)
     y = Dual(*_halves(shape, x.value, memory_format))
@@ -89,12 +88,10 @@ def norm_relu_pool_dual_gradient(
     """
     _check(x, affine, 1, pool)
     _check_gradient(grad, x, moments, pool)
-    device = _compiled(x, affine, *grad, moments)
+    device = _compiled(x, affine, grad_value=grad.value, grad_dot=grad.dot, moments=moments)
     record_call("norm_relu_pool_dual_gradient", device)
     if device is None:
         return norm_relu_pool_dual_gradient_reference(grad, x, affine, moments, pool)
-    _check_memory(x, affine)
-    check_memory(grad_value=grad.value, grad_dot=grad.dot, moments=moments)
     memory_format = torch.channels_last if device == "cpu" else _format(x.value)
     x, affine, moments = _both(x, memory_format), _contiguous(affine), moments.contiguous()
     dot, value = _halves(x.value.shape, x.value, memory_format)
@@ -209,15 +206,12 @@ def _check_gradient(grad: Dual, x: Dual, moments: Tensor, pool: bool) -> None:
     check_like("moments", moments, (4, *value.shape[:2]), _accumulator(value), value.device)
 
 
-def _check_memory(x: Dual, affine: Affine) -> None:
-    check_memory(x_value=x.value, x_dot=x.dot, **affine._asdict())
-
-
-def _compiled(x: Dual, affine: Affine, *others: Tensor) -> str | None:
-    """Returns the device type whose compiled code supports the inputs, or None."""
+def _compiled(x: Dual, affine: Affine, **others: Tensor) -> str | None:
+    """Returns the device type whose compiled code supports the inputs, or None. Raises ValueError for freed storage."""
     value = x.value
-    if not is_direct(*x, *affine, *others):
+    if not is_direct(*x, *affine, *others.values()):
         return None
+    check_memory(x_value=value, x_dot=x.dot, **affine._asdict(), **others)  # plain PyTorch may crash on it, too
     if value.is_cuda:
         return "cuda" if gpu.available() and value.dtype in (*ELEMENT_TYPES, torch.float64) else None
     covered = native.available() and all(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tadperf.kernels import gpu, native, registry
 from tadperf.kernels.checks import check_dense, check_like, check_memory
-from tadperf.kernels.dispatch import Route, record_call, route
+from tadperf.kernels.dispatch import Route, is_direct, record_call, route
 from tadperf.kernels.native import ELEMENT_TYPES
 from tadperf.kernels.ops.per_sample import (
     PerSample,
@@ -54,6 +54,8 @@ def per_sample_linear(features: Tensor, weight: Tensor, labels: Tensor, bias: Te
         flat = per_sample_linear(features.reshape(-1, features.shape[-1]), weight, labels.reshape(-1), bias)
         return PerSample(*(result.view(labels.shape) for result in flat))
     if features.dtype not in ELEMENT_TYPES:
+        if is_direct(features, weight, labels, bias):
+            check_memory(features=features, weight=weight, labels=labels, bias=bias)
         record_call("per_sample_linear", None)
         return per_sample(_all_logits(features, weight, bias), labels)
     chosen = route("per_sample_linear", features, weight, labels, bias)
