@@ -22,6 +22,8 @@ def as_tensor(name: str, values: Tensor | ArrayLike) -> Tensor:
         array = np.asarray(values)
     except ValueError as error:
         raise UserError(name, type(values).__name__, f"must be a rectangular array of numbers ({error})") from None
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:  # PyTorch has no long double
+        array = array.astype(np.float64)
     if array.dtype.kind not in "biuf":
         raise UserError(name, f"{array.dtype} {list(array.shape)}", "must be an array of numbers")
     shared = array.flags.writeable and array.dtype.isnative and min(array.strides, default=0) >= 0

@@ -44,7 +44,8 @@ def find_label_issues(
     filter_by: the default estimates the rates of label noise with `noise_channel` and returns the labels that maximise
     the expected F1 (`most_suspicious`). The others are the filters of confident learning.
     confident_joint: counts [C, C] (given, true) for the filters that prune; each row is scaled to its number of labels.
-    num_to_remove_per_class: errors in each class. With one of these two, the default prunes by confident learning, too.
+    num_to_remove_per_class: errors in each class [C], or one number for all classes. With one of these two, the default
+    prunes by confident learning, too.
     frac_noise: share of the issues to return, for the filters that prune. min_examples_per_class: this number of
     samples of a class are no issues, with every filter. verbose: logs the number of issues. n_jobs changes nothing.
     Raises ValueError for wrong shapes, types, labels or probabilities, and for values or combinations of the arguments
@@ -134,8 +135,9 @@ def _check_remove(remove: ArrayLike | None, labels: Tensor, classes: int) -> Ten
     if remove is None:
         return None
     counts = as_tensor("num_to_remove_per_class", remove).cpu()
-    if counts.shape != (classes,) or counts.is_floating_point():
+    if counts.shape not in ((), (classes,)) or counts.is_floating_point():
         raise ValueError(f"num_to_remove_per_class: {describe_tensor(counts)}: must be integers [{classes}]")
+    counts = counts.expand(classes)
     size = labels.bincount(minlength=classes)
     wrong = ((counts < 0) | (counts > size)).nonzero().flatten()
     if len(wrong):

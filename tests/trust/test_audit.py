@@ -93,6 +93,7 @@ def test_arguments_are_those_of_cleanlab():
             "confident_joint: does not work with filter_by predicted",
         ),
         ({"num_to_remove_per_class": [9, 0]}, r"num_to_remove_per_class: 9 for class 0: must be in 0..1"),
+        ({"num_to_remove_per_class": 2}, r"num_to_remove_per_class: 2 for class 0: must be in 0..1"),
         ({"num_to_remove_per_class": [1]}, r"num_to_remove_per_class: int64 \[1\]: must be integers \[2\]"),
         ({"rank_by_kwargs": {"typo": 1}}, "rank_by_kwargs: typo: only adjust_pred_probs is supported"),
         ({"rank_by_kwargs": {"adjust_pred_probs": True}}, "adjust_pred_probs: needs ranking by self_confidence or"),
@@ -163,6 +164,14 @@ def test_numbers_to_remove_from_each_class():
     assert set(np.flatnonzero(by_class & (labels == 0))) == set(
         np.flatnonzero(labels == 0)[own[labels == 0].argsort()[:5]]
     )
+    same = find_label_issues(labels, p, filter_by="prune_by_class", num_to_remove_per_class=5)  # one number for all
+    assert np.bincount(labels[same], minlength=4).tolist() == [5, 5, 5, 5]
+
+
+def test_long_doubles_are_taken_as_doubles():
+    labels, p, _, _ = simulated_labels()
+    mask = find_label_issues(labels, p.astype(np.longdouble))
+    assert mask.tolist() == find_label_issues(labels, p.astype(np.float64)).tolist()
 
 
 def test_filters_of_confident_learning():
