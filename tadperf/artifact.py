@@ -299,6 +299,8 @@ def load(path: Path | str) -> DistilledSet:
     path = Path(path)
     if path.is_dir():
         path = path / "distilled.safetensors"
+    if path.suffix in (".pt", ".pth") and path.is_file():
+        raise UserError("file", path, "is a PyTorch file; make a distilled set of it with: tadperf import")
     tensors, metadata = load_tensors(path)
     values = _metadata(path, metadata)
     try:

@@ -262,6 +262,9 @@ def test_other_files_are_refused(tmp_path):
         file.write_bytes(content[:length])
         with pytest.raises(UserError, match="truncated, or not a safetensors file"):
             load(file)
+    torch.save(torch.zeros(1), tmp_path / "images_best.pt")
+    with pytest.raises(UserError, match="is a PyTorch file; make a distilled set of it with: tadperf import"):
+        load(tmp_path / "images_best.pt")
     save_tensors(file, {"images": torch.zeros(1)})
     with pytest.raises(UserError, match="no tadperf metadata, so it is not a distilled set"):
         load(file)

@@ -21,7 +21,7 @@ class BrokenImage(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """One split of an image classification set.
 
@@ -46,6 +46,10 @@ class Dataset:
     broken: tuple[BrokenImage, ...] = ()
     rows: Tensor | None = None
     opened: int = 0
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.images.shape[1:]))
+        return f"Dataset({self.name}: {len(self.images)} images of {size}, {self.num_classes} classes)"
 
     def __post_init__(self) -> None:
         if (self.images.dtype, self.images.ndim) != (torch.uint8, 4):

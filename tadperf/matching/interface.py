@@ -39,6 +39,7 @@ def adjoint(
 
     net: any module whose forward takes images and returns logits. A ConvNet with instance norm (tadperf's, or one with
     `features` and `classifier` as in published code) uses explicit second derivatives, other networks use autograd.
+    It has its own parameters: give the network itself, not the ReparamModule that MTT's scripts wrap it in.
     start, target: the parameters theta_0 and the expert's later ones, in the order of `net.parameters()`: one vector
     [P], or a list of tensors. images: float [M, C, H, W]. labels: int64 [M], or float [M, K]. lr: scalar.
     steps: the T inner steps; `Step(rows)` or `Step(rows, augmentation)`. See `repeatable` for random augmentations.

@@ -39,7 +39,7 @@ class TrustedView(NamedTuple):
     weights: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrustState:
     """The state of all N samples after a round of the dual loop, in the order of the data.
 
@@ -75,6 +75,11 @@ class TrustState:
 
     def __len__(self) -> int:
         return len(self.given)
+
+    def __repr__(self) -> str:
+        counts = zip(VERDICTS, self.verdict.bincount(minlength=len(VERDICTS)).tolist(), strict=True)
+        verdicts = ", ".join(f"{count} {name}" for name, count in counts)
+        return f"TrustState({len(self)} labels of {len(self.class_names)} classes: {verdicts})"
 
     @property
     def trusted(self) -> Tensor:

@@ -31,6 +31,11 @@ def test_fingerprint_depends_on_images_labels_and_names_but_not_on_clean_labels(
     assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
+def test_a_set_is_shown_in_one_line():
+    dataset = Dataset(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ("a", "b"), "tiny")
+    assert repr(dataset) == "Dataset(tiny: 3 images of 1 x 2 x 2, 2 classes)"
+
+
 @pytest.mark.parametrize(
     ("labels", "words"), [([0, 2], r"label: 2: must be in 0\.\.1"), ([-1, 0], "label: -1"), ([], "no image")]
 )

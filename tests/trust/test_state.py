@@ -48,6 +48,7 @@ def test_view_counts_and_pairs_by_hand():
     }
     assert sorted(state().pairs()) == [("cat", "it's, a bird", 1), ("it's, a bird", "dog", 1)]
     assert state().worst().tolist() == [2, 3, 1, 0, 4]
+    assert repr(state()) == "TrustState(5 labels of 3 classes: 2 trusted, 1 recalled, 1 relabelled, 1 untrusted)"
 
 
 def test_saved_and_loaded(tmp_path):
