@@ -164,8 +164,8 @@ def on_startup(**_: Any) -> None:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fills the marked places of a page. Called by mkdocs."""
-    return fill(markdown)
+    """Fills the marked places of a page, and finds its figures in the site. Called by mkdocs."""
+    return fill(markdown.replace("](../bench/results/", "](results/"))
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:

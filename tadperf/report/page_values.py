@@ -96,7 +96,12 @@ def audit_values(result: Mapping[str, Any], class_names: Sequence[str], has_imag
         if clean
         else None,
         "use": (AUDIT_USE if has_images else TABLE_USE).format(data=source, labels=csv),
-        "commands": [shlex.join(["tadperf", "distill", source, "--labels", csv])] if has_images else [],
+        "commands": [
+            shlex.join(["tadperf", *words, "--labels", csv])
+            for words in (["apply", source, "cleaned"], ["distill", source])
+        ]
+        if has_images
+        else [],
         "columns": COLUMNS,
         "facts": {
             "data": source,

@@ -138,7 +138,7 @@ def test_a_page_is_in_the_menu_and_names_files_that_exist(page):
     for address in re.findall(rf"{REPOSITORY}([^)#\s]+)", text):
         assert (ROOT / address).exists(), address
     for target in re.findall(r"\]\(([\w./-]+\.(?:md|png))", text):
-        place = ROOT / ("bench" if target.startswith("results/") else "docs") / target
+        place = ROOT / "docs" / target
         assert place.is_file(), target
     fields = flatten_sections(Config().model_dump())
     sections = {name.partition(".")[0] for name in fields if "." in name}
