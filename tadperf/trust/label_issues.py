@@ -45,8 +45,8 @@ def find_label_issues(
     the expected F1 (`most_suspicious`). The others are the filters of confident learning.
     confident_joint: counts [C, C] (given, true) for the filters that prune; each row is scaled to its number of labels.
     num_to_remove_per_class: errors in each class, [C] or one number. With one of these two, the default prunes by
-    confident learning, too. frac_noise: share of the issues to return, for the filters that prune.
-    min_examples_per_class: this number of samples of a class are no issues. verbose: logs their number. n_jobs: not used.
+    confident learning, too. frac_noise: share of the issues to return, for the filters that prune. n_jobs: not used.
+    min_examples_per_class: this number of samples of a class are no issues. verbose: logs their number.
     Raises ValueError for wrong shapes, types, labels or probabilities, and for values or combinations of the arguments
     that are not supported.
     """
