@@ -21,8 +21,13 @@ class UserError(ValueError):
     """
 
     def __init__(self, field: str, value: object, remedy: str, topic: str | None = None) -> None:
-        self.field, self.value, self.remedy, self.topic = field, value, remedy, topic
-        super().__init__(printable(f"{field}: {value}: {remedy}"))
+        self.value, self.topic = value, topic
+        self.rename(field, remedy)
+
+    def rename(self, field: str, remedy: str) -> None:
+        """Replaces the names in the message."""
+        self.field, self.remedy = field, remedy
+        self.args = (printable(f"{field}: {self.value}: {remedy}"),)
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str | None]]:
         return type(self), (self.field, self.value, self.remedy, self.topic)

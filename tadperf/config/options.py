@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from tadperf.errors import UserError
 
 
 class Option(NamedTuple):
@@ -44,8 +49,30 @@ CONFIG_OPTIONS = (
     Option("--backend", "NAME", "auto, eager, inductor, cudagraphs or tensorrt.", "refine.backend"),
 )
 _BY_FIELD = {option.field: option for option in CONFIG_OPTIONS}
+_PYTHON_NAMES = {option.name: option.field for option in CONFIG_OPTIONS} | {"--out": "out", "--resume": "resume=True"}
+_OPTION = re.compile(r"--set (?=\w)(?:data\.)?|(?<!\S)--[a-z]+(?:-[a-z]+)*")
 
 
 def option_name(field: str) -> str:
     """Returns the option that sets a dotted field of the config, or the field itself if no option sets it."""
     return _BY_FIELD[field].name if field in _BY_FIELD else field
+
+
+@contextmanager
+def python_names(keywords: bool = False) -> Iterator[None]:
+    """Replaces options in the text of a UserError by fields of the config, for functions that users call from Python.
+
+    keywords: the function takes the fields of the section "data" as arguments: image_size, not data.image_size.
+    """
+
+    def python_name(found: re.Match[str]) -> str:
+        if found[0].startswith("--set "):
+            return "" if keywords else found[0].removeprefix("--set ")
+        name = _PYTHON_NAMES.get(found[0], found[0])
+        return name.removeprefix("data.") if keywords else name
+
+    try:
+        yield
+    except UserError as error:
+        error.rename(*(_OPTION.sub(python_name, text) for text in (error.field, error.remedy)))
+        raise

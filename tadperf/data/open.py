@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tadperf.config.options import python_names
 from tadperf.data.dataset import Dataset
 from tadperf.data.labels import replace_labels, require_every_class
 from tadperf.data.layout import Layout, ReadOptions
@@ -59,6 +60,7 @@ class Splits(NamedTuple):
     test: Dataset | None
 
 
+@python_names(keywords=True)
 def open_data(
     path: str | Path | object = "digits",
     *,

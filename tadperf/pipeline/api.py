@@ -8,6 +8,7 @@ from tadperf import artifact
 from tadperf.artifact import DistilledSet
 from tadperf.config import Config
 from tadperf.config.merge import merge
+from tadperf.config.options import python_names
 from tadperf.config.presets import DIGITS_NOISE
 from tadperf.data.noise import add_noise
 from tadperf.data.objects import object_name
@@ -21,6 +22,7 @@ from tadperf.trust.audit import audit as audit_labels
 from tadperf.trust.state import TrustState
 
 
+@python_names()
 def distill(
     config: Config | None = None,
     out: Path | str | None = None,
@@ -46,6 +48,7 @@ def distill(
     return artifact.load(Path(out) / "distilled.safetensors")
 
 
+@python_names()
 def audit(data: object = None, config: Config | None = None, progress: Progress = silent) -> TrustState:
     """Finds the wrong labels of a training split: the verdict, score and suggested label of every sample.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tadperf.config import Config
-from tadperf.config.options import CONFIG_OPTIONS, option_name
+from tadperf.config.options import CONFIG_OPTIONS, option_name, python_names
 from tadperf.config.presets import PRESETS, SUMMARIES
 from tadperf.config.schema import flatten_sections
 from tadperf.config.sources import ConfigSources
@@ -32,6 +32,19 @@ def test_a_field_without_an_option_keeps_its_name():
     with pytest.raises(UserError) as error:
         ConfigSources(options={"match.steps": 0}).config()
     assert error.value.field == "match.steps"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "remedy"),
+    [
+        (False, "use data.image_root=/a--b, data.image_size or resume=True; see --help"),
+        (True, "use image_root=/a--b, image_size or resume=True; see --help"),
+    ],
+)
+def test_in_python_an_error_names_fields_instead_of_options(keywords, remedy):
+    with pytest.raises(UserError) as error, python_names(keywords):
+        raise UserError("--ipc", "--ipc.png", "use --set data.image_root=/a--b, --image-size or --resume; see --help")
+    assert str(error.value) == f"match.ipc: --ipc.png: {remedy}"
 
 
 def test_sources_are_merged_and_name_their_preset(tmp_path):

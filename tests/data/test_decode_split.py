@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def test_without_the_option_all_broken_images_are_counted(folder):
-    with pytest.raises(UserError, match=r"2 images: cannot be decoded: .*1\.png \(unknown format\).*--skip-broken"):
+    with pytest.raises(UserError, match=r"2 images: cannot be decoded: .*1\.png \(unknown format\).*skip_broken"):
         open_data(folder)
 
 

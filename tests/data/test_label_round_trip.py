@@ -119,7 +119,7 @@ def test_lists_that_leave_too_much_out_are_refused(tmp_path, arrays, monkeypatch
         edit(file, change)
         with pytest.raises(UserError, match=words) as caught:
             open_data(arrays, labels=str(file))
-        assert caught.value.field == "--labels"
+        assert caught.value.field == "labels"
 
     refuse("all labels are empty", lambda row: row.update(label=""))
     with pytest.warns(DataWarning, match="4 of 12"):

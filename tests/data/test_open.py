@@ -63,8 +63,8 @@ def test_source_reopens_the_same_set(tmp_path, monkeypatch, pixels, classes):
     [
         ({"path": "/nowhere/at/all"}, "data", "no such file"),
         ({"path": "https://example.com/photos.zip"}, "data", "is a URL, and tadperf opens files; download the data"),
-        ({"format": "tfrecord"}, "--format", "choose one of digits, parquet, .*folder, table, .*npz, safetensors, idx"),
-        ({"image_size": 0}, "--image-size", "at least 1"),
+        ({"format": "tfrecord"}, "format", "choose one of digits, parquet, .*folder, table, .*npz, safetensors, idx"),
+        ({"image_size": 0}, "image_size", "at least 1"),
     ],
 )
 def test_wrong_calls(call, field, words):
@@ -76,7 +76,7 @@ def test_wrong_calls(call, field, words):
 
 def test_a_file_of_unknown_kind_names_the_formats(tmp_path):
     (tmp_path / "set.h5").write_bytes(b"x")
-    with pytest.raises(UserError, match="unknown format; choose one with --format: digits, parquet"):
+    with pytest.raises(UserError, match="unknown format; choose one with format: digits, parquet"):
         open_data(tmp_path / "set.h5")
 
 
@@ -198,7 +198,7 @@ def test_a_set_with_only_a_test_split(tmp_path, pixels, classes):
 def test_splits_of_two_sizes(tmp_path, pixels, classes):
     path = tmp_path / "set.npz"
     np.savez(path, x_train=pixels, y_train=classes, x_test=pixels[:, :6], y_test=classes)
-    with pytest.raises(UserError, match="8 x 8 and 6 x 8; give --image-size"):
+    with pytest.raises(UserError, match="8 x 8 and 6 x 8; give image_size"):
         open_data(path)
     test = open_data(path, image_size=6).test
     assert test is not None

@@ -60,6 +60,14 @@ def test_a_class_of_one_sample_is_refused_before_trust(tmp_path, tiny_config):
     prepare(tiny_config(data__path=path, data__noise="none", trust__mode="off"))
 
 
+def test_from_python_an_existing_run_names_arguments(tmp_path, tiny_config):
+    with pytest.raises(UserError) as error:
+        tadperf.distill(tiny_config(), tmp_path)
+    assert str(error.value) == (
+        f"out: {tmp_path}: exists already; continue that run with resume=True, or choose another folder"
+    )
+
+
 def test_too_few_samples_after_holdout(tmp_path, tiny_config):
     path = data_with_rare_class(tmp_path / "a.npz", 6)
     with pytest.raises(UserError) as error:
@@ -78,4 +86,4 @@ def test_a_class_that_trust_empties_is_explained(tmp_path, tiny_config):
         tadperf.distill(config, tmp_path / "run")
     assert "class 'cat' has only" in str(error.value)
     assert "of its 2 labels are confirmed" in str(error.value)
-    assert "--trust off" in str(error.value)
+    assert "trust.mode off" in str(error.value)

@@ -112,7 +112,7 @@ def test_rows_with_a_path_are_read_below_the_folder_of_the_file(tmp_path, pixels
     assert torch.equal(open_data(tmp_path / "set.parquet").train.images, expected)
     assert torch.equal(open_data(write_stream(tmp_path / "set.arrow", rows)).train.images, expected)
     elsewhere = write_stream(tmp_path / "tables" / "set.arrow", table(paths, classes.tolist()))
-    remedy = rf"row 0: '.*/0\.png' lies outside of .*; allow it with --set data\.image_root={tmp_path}/images"
+    remedy = rf"row 0: '.*/0\.png' lies outside of .*; allow it with image_root={tmp_path}/images"
     with pytest.raises(UserError, match=remedy):
         open_data(elsewhere)
     assert torch.equal(open_data(elsewhere, image_root=str(tmp_path)).train.images, expected)

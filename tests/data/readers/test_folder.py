@@ -98,7 +98,7 @@ def test_errors(tmp_path, pixels):
         open_data(tmp_path / "other")
     save(pixels[0], tmp_path / "sizes/a/0.png")
     save(pixels[0, :, :7], tmp_path / "sizes/a/1.png")
-    with pytest.raises(UserError, match=r"1\.png: images of two sizes, 8 x 8 .*0\.png\) and 8 x 7; give --image-size"):
+    with pytest.raises(UserError, match=r"1\.png: images of two sizes, 8 x 8 .*0\.png\) and 8 x 7; give image_size"):
         open_data(tmp_path / "sizes")
 
 

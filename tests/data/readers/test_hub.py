@@ -110,7 +110,7 @@ def test_a_parquet_file_and_a_folder_that_the_library_writes(datasets, folder, t
     loaded = datasets.load_dataset(str(folder))
     loaded["train"].to_parquet(tmp_path / "tables" / "train.parquet")
     loaded.save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match=rf"allow it with --set data\.image_root={folder}/train/a"):
+    with pytest.raises(UserError, match=rf"allow it with image_root={folder}/train/a"):
         open_data(tmp_path / "tables")
     assert values(open_data(tmp_path / "tables", image_root=str(folder)).train) == [0, 1, 2, 10, 11, 12]
     train, test = open_data(tmp_path / "saved")

@@ -92,7 +92,7 @@ def test_validation_replaces_a_test_split_with_secret_labels(tmp_path, classes, 
 
 def test_mixed_sizes_are_named_and_accepted_with_image_size(tmp_path, pixels, encoded, png):
     path = write(tmp_path / "set.parquet", [*encoded[:2], png(pixels[2, :5])], [0, 1, 0])
-    with pytest.raises(UserError, match=r"8 x 8 .* and 5 x 8; give --image-size"):
+    with pytest.raises(UserError, match=r"8 x 8 .* and 5 x 8; give image_size"):
         open_data(path)
     assert open_data(path, image_size=4).train.shape == (3, 4, 4)
 
@@ -143,7 +143,7 @@ def test_errors_name_the_row_the_shard_and_the_columns(tmp_path, classes, encode
     with pytest.raises(UserError, match=r"no column of encoded images.*a \(int64\), b \(int64\)"):
         open_data(tmp_path / "f.parquet")
     pq.write_table(pa.table({"i": encoded[:2], "a": [1, 2], "b": [1, 2]}), tmp_path / "g.parquet")
-    with pytest.raises(UserError, match=r"which column holds the labels, a or b\? Use --set data.label_column=NAME"):
+    with pytest.raises(UserError, match=r"which column holds the labels, a or b\? Use label_column=NAME"):
         open_data(tmp_path / "g.parquet")
 
 

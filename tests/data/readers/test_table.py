@@ -97,7 +97,7 @@ def test_columns_can_be_named(write):
         (["path,label,label", "i/0.png,a,b"], "two columns named 'label'"),
         (["i/0.png,a", "i/1.png,b"], "has no header; begin it with a line such as path,label"),
         (["path,label,split", "i/0.png,a,fold1"], "line 2: split 'fold1' is unknown; write train, test or validation"),
-        (["path,label", "i/0.png,a", "i/9.png,b"], "line 3: 'i/9.png': no such image in .*data.image_root=FOLDER"),
+        (["path,label", "i/0.png,a", "i/9.png,b"], "line 3: 'i/9.png': no such image in .*image_root=FOLDER"),
         (["path,label", "i/0.png,a", f"{'x' * 5000},b"], "line 3: 'x{40}...' has 5000 characters"),
         (["path,label", "i/0.png,a", "http://x/1.png,b"], "line 3: 'http://x/1.png' is a URL; download"),
     ],
@@ -123,7 +123,7 @@ def test_a_wrong_folder_is_never_replaced_by_another_one(write):
 def test_images_elsewhere_need_image_root(write, tmp_path, monkeypatch):
     (tmp_path / "tables").mkdir()
     path = write("path,label", *rows("a b a b a b", start=f"{tmp_path}/i/"), name="tables/set.csv")
-    with pytest.raises(UserError, match=rf"lies outside of .*; allow it with --set data.image_root={tmp_path}/i"):
+    with pytest.raises(UserError, match=rf"lies outside of .*; allow it with image_root={tmp_path}/i"):
         open_data(path)
     monkeypatch.chdir(tmp_path)
     train = open_data(path, image_root="i").train

@@ -120,7 +120,7 @@ def test_two_images_of_a_sample(tmp_path):
 
 def test_broken_images_and_other_labels(shards, tmp_path):
     write(shards / "train-0001.tar", {**samples(3, 4), "003.png": b"junk"})
-    with pytest.raises(UserError, match=r"train-0001\.tar: 003\.png: cannot be decoded .*--skip-broken"):
+    with pytest.raises(UserError, match=r"train-0001\.tar: 003\.png: cannot be decoded .*skip_broken"):
         open_data(shards)
     (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f"{k:03}.png,{k // 2 % 2}\n" for k in range(5)))
     train = open_data(shards, skip_broken=True, labels=str(tmp_path / "labels.csv")).train
