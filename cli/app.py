@@ -184,6 +184,9 @@ def _report_failure(error: Exception) -> int:
         help_command = f"{context.command_path if context else 'tadperf'} --help"
         common.print_error(f"{format_message()} See: {help_command}")
         return exit_code
+    if isinstance(error, ValueError) and str(error).startswith("TADPERF_"):  # a wrong environment variable
+        common.print_error(error)
+        return 2
     if options.invocation.debug:
         import traceback
 

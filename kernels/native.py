@@ -22,8 +22,11 @@ _num_threads = torch.get_num_threads
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
-    """Returns the module, or None and the reason."""
-    if os.environ.get("TADPERF_KERNELS") == "reference":
+    """Returns the module, or None and the reason. Raises ValueError if TADPERF_KERNELS has an unknown value."""
+    wanted = os.environ.get("TADPERF_KERNELS", "")
+    if wanted not in ("", "reference"):
+        raise ValueError(f"TADPERF_KERNELS: {wanted}: must be reference, or not set")
+    if wanted:
         return None, "switched off by TADPERF_KERNELS=reference"
     try:
         native = importlib.import_module("tadperf.kernels._native")

@@ -336,6 +336,14 @@ def test_an_error_about_a_field_that_no_option_has_set_names_the_field(tadperf):
     assert tadperf("refine", "nowhere").err.startswith("tadperf: DATA: nowhere: ")
 
 
+def test_a_wrong_environment_variable_is_one_line_of_a_user(tmp_path):
+    command = [sys.executable, "-m", "tadperf", "info"]
+    env = {**os.environ, "TADPERF_KERNELS": "refrence"}
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    expected = "tadperf: TADPERF_KERNELS: refrence: must be reference, or not set\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+
+
 def test_an_unexpected_failure_is_one_line_unless_debugged(tadperf, monkeypatch):
     from tadperf.cli.options import invocation
     from tadperf.config import merge
