@@ -68,7 +68,7 @@ def audit(
     dual_loop: DualLoop = False,
     near_duplicates: Near = False,
 ) -> None:
-    """List labels that are probably wrong, the worst first. It audits DATA's training split.
+    """List labels that are probably wrong, the worst first. The labels are those of DATA's training split.
 
     The list has a row for each sample. Its columns are file (for sets of files), index, verdict, score, given_label,
     suggested_label, label (empty if untrusted), reliability, round, and the class numbers given_number,

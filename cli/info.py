@@ -18,7 +18,7 @@ RunFolder = Annotated[
 
 @command("run --json --debug")
 def info(options: SharedOptions, run: RunFolder = None) -> None:
-    """Print versions, devices and the code that each operator runs. It is native, Triton or reference code."""
+    """Print versions, devices and the code that each operator runs. The code is native, Triton or reference."""
     facts = gather()
     if run is not None:
         facts["stages"] = operators_by_stage(run)
