@@ -29,7 +29,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the sweep in th
     "--preset --config --set out resume --json --quiet --debug"
 )
 def sweep(options: SharedOptions, axes: Axes = None, out: Out = None, resume: Resume = False) -> None:
-    """Distil once for every combination of values. Each job runs as `tadperf distill` would. Then compare the results."""
+    """Distil once for every combination of values. Then compare the results."""
     from tadperf.pipeline.sweep_plan import plan_sweep
 
     plan = plan_sweep(axes or [], options.sources, out, resume)
