@@ -25,7 +25,8 @@ from PIL import Image
 import tadperf
 from tadperf.cli.app import COMMANDS, app
 from tadperf.config.merge import merge, to_toml
-from tadperf.config.schema import Config, flatten_sections
+from tadperf.config.schema import Config, DiffusionConfig, flatten_sections
+from tadperf.refine.models import unet
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -73,6 +74,8 @@ def prepared(tmp_path_factory, tiny_config) -> Path:
     (folder / "tiny.toml").write_text(to_toml(config))
     tadperf.distill(config, folder / "runs/digits")
     shutil.copy(folder / "runs/digits/distilled.safetensors", folder)
+    network = unet.build(DiffusionConfig(width=8, layers=1), (1, 8, 8), 10, seed=0)
+    unet.save(folder / "runs/digits/diffusion", network, unet.schedulers()[1])
     train = tadperf.open_data("digits").train
     np.save(folder / "features.npy", train.images.flatten(1).float().numpy())
     np.save(folder / "probs.npy", np.eye(10, dtype=np.float32)[train.labels.numpy()] * 0.9 + 0.01)
