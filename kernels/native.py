@@ -88,6 +88,13 @@ def call(operator: str, *arguments: Any, isa: int | None = None, threads: int | 
     types and shapes, and makes no copies. isa: index of the instruction set; threads: how many to use. The defaults are
     `isa_index()` and `torch.get_num_threads()`.
     """
+    if torch.autograd._profiler_enabled():  # a profiler sees no call of C++ by itself
+        with torch.autograd.profiler.record_function(f"tadperf::{operator}"):
+            return _call(operator, arguments, isa, threads)
+    return _call(operator, arguments, isa, threads)
+
+
+def _call(operator: str, arguments: Sequence[Any], isa: int | None, threads: int | None) -> Any:
     native = module()
     assert native is not None
     # DLPack does not support lazily negated views (x.conj().imag). A capsule carries no gradient, so results have none.

@@ -40,7 +40,8 @@ def test_the_share_of_every_class_is_drawn():
 
 def test_the_split_is_said_and_divides_the_set(folder):
     assert open_data(folder).test is None
-    with pytest.warns(DataWarning, match=r"no test split; 3 of 15 images \(20 % of each class, data\.test_share\).*may be wrong"):
+    words = r"no test split; 3 of 15 images \(20 % of each class, data\.test_share\).*may be wrong"
+    with pytest.warns(DataWarning, match=words):
         train, test = open_data(folder, test_share=0.2)
     assert test is not None
     assert sorted(values(train) + values(test)) == [*range(10), *range(50, 55)]

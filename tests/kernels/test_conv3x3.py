@@ -134,3 +134,11 @@ def test_inputs_that_do_not_fit_are_refused():
     for other in (grad[:1], grad[:, :, :2], grad.double(), grad[0]):
         with pytest.raises(ValueError, match="grad: "):
             conv3x3_kernel(other, x)
+
+
+@compiled
+def test_a_profiler_sees_compiled_calls():
+    x, kernel = last(torch.randn(3, 64, 8, 8)), last(torch.randn(32, 64, 3, 3))
+    with torch.profiler.profile() as profile:
+        conv3x3(x, kernel)
+    assert any(event.key.startswith("tadperf::conv3x3") for event in profile.key_averages())

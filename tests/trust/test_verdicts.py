@@ -202,10 +202,9 @@ def test_a_round_holds_few_matrices_of_all_samples_and_classes(monkeypatch: pyte
 
 def test_a_larger_budget_trusts_more():
     confidence = torch.linspace(0.5, 1, 300)
-    values = {"dynamic_threshold": True}
     sizes = []
     for budget in (0.01, 0.05, 0.2):
-        verdict = verdicts(confidence, budget=budget, **values).verdict
+        verdict = verdicts(confidence, budget=budget).verdict
         inside = verdict != UNTRUSTED
         assert (1 - confidence)[inside].mean() <= budget + 0.02
         sizes.append(int(inside.sum()))
