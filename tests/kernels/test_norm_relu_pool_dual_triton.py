@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 4e-3, tor
 def on_triton(monkeypatch) -> Iterator[None]:
     """Makes both operators run their Triton kernels on CPU tensors, in chunks of 16 windows of 2 x 2 pixels."""
     monkeypatch.setattr(norm_relu_pool, "_compiled", lambda x: "cuda")
-    monkeypatch.setattr(norm_relu_pool_dual, "_compiled", lambda x, affine, *others: "cuda")
+    monkeypatch.setattr(norm_relu_pool_dual, "_compiled", lambda x, affine, **others: "cuda")
     small = {"block": 64, "tile": 1024, "num_warps": 4}
     with launch_configs.override(lambda operator, size, config: small), np.errstate(all="ignore"):
         yield
