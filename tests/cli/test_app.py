@@ -338,9 +338,9 @@ def test_an_error_about_a_field_that_no_option_has_set_names_the_field(tadperf):
 
 def test_a_wrong_environment_variable_is_one_line_of_a_user(tmp_path):
     command = [sys.executable, "-m", "tadperf", "info"]
-    env = {**os.environ, "TADPERF_KERNELS": "refrence"}
+    env = {**os.environ, "TADPERF_KERNELS": "plain"}
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    expected = "tadperf: TADPERF_KERNELS: refrence: must be reference, or not set\n"
+    expected = "tadperf: TADPERF_KERNELS: plain: must be reference, or not set\n"
     assert (result.returncode, result.stderr) == (2, expected)
 
 

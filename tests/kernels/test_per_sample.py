@@ -166,13 +166,13 @@ def test_instruction_set_and_reference_can_be_forced():
     with ThreadPoolExecutor() as pool:  # each process takes seconds to import torch
         baseline = pool.submit(run, TADPERF_ISA="baseline")
         reference = pool.submit(run, TADPERF_KERNELS="reference")
-        unknown = pool.submit(run, TADPERF_KERNELS="refrence")
+        unknown = pool.submit(run, TADPERF_KERNELS="plain")
         wrong = pool.submit(run, TADPERF_ISA="mmx").result()
     assert baseline.result().stdout.split() == ["baseline", "native"]
     assert reference.result().stdout.split() == ["None", "reference"]
     assert wrong.returncode != 0
     assert "TADPERF_ISA: mmx: this machine supports baseline" in wrong.stderr
-    assert "TADPERF_KERNELS: refrence: must be reference, or not set" in unknown.result().stderr
+    assert "TADPERF_KERNELS: plain: must be reference, or not set" in unknown.result().stderr
 
 
 @settings(max_examples=60, deadline=None)
