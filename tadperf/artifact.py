@@ -19,10 +19,11 @@ from tadperf.compute.versions import tadperf_version, versions
 from tadperf.config import Config, NetConfig
 from tadperf.config.schema import Network
 from tadperf.data import augment
-from tadperf.data.convert import as_tensor
+from tadperf.data.convert import as_tensor, label_logits, number_names
 from tadperf.data.dataset import Dataset, describe_tensor
+from tadperf.data.enlarge import enlarge
 from tadperf.data.layout import ReadOptions
-from tadperf.data.normalise import Normaliser
+from tadperf.data.normalise import Normaliser, normaliser_from_lists
 from tadperf.data.objects import FORMAT
 from tadperf.data.open import open_test_split
 from tadperf.errors import UserError
@@ -31,7 +32,8 @@ from tadperf.nets.students import Examples, train_student
 from tadperf.nets.training import Recipe, accuracy
 from tadperf.progress import Progress, silent
 
-SCHEMA = 1  # version of the metadata; increased when older versions of tadperf would misread a new file
+# Version of the metadata, increased when older versions of tadperf would misread a new file: 2 for small images.
+SCHEMA, SCHEMA_SMALL = 1, 2
 SECTIONS = {  # the sections of the metadata, and their JSON types
     "class_names": list,
     "augment": str,
@@ -43,7 +45,7 @@ SECTIONS = {  # the sections of the metadata, and their JSON types
     "data": dict,
 }
 UNNAMED = "unnamed_classes"  # in `data`: the classes are known by their numbers only
-MAX_UNNAMED = 100_000  # classes without names; one damaged label would ask for any number of names
+MAX_SIDE = 4096  # pixels to which a file may ask to enlarge its images
 CHUNK = 8192  # test images normalised at a time; not tuned
 
 
@@ -58,6 +60,7 @@ class DistilledSet:
     augment: the differentiable augmentations used to learn the images.
     recipe: how to train a student on the images.
     data: name, source and fingerprint of the set that was distilled.
+    stored: the images as the file has them, [M, channels, h, w], if they are smaller: `images` are these enlarged.
     """
 
     images: Tensor
@@ -72,6 +75,7 @@ class DistilledSet:
     seed: int
     versions: dict[str, str]
     data: dict[str, Any]
+    stored: Tensor | None = None
 
     @classmethod
     def from_tensors(
@@ -124,6 +128,7 @@ class DistilledSet:
         size = " x ".join(map(str, self.images.shape[1:]))
         kind = "soft" if self.labels.is_floating_point() else "hard"
         name = self.data.get("name", "unknown data")
+        size += "" if self.stored is None else f" (stored {self.stored.shape[2]} x {self.stored.shape[3]})"
         counts = f"{len(self.images)} images of {size}, {self.num_classes} classes, {kind} labels"
         return f"DistilledSet({name}: {counts}, lr {self.lr:.3g}, seed {self.seed})"
 
@@ -133,8 +138,9 @@ class DistilledSet:
 
     @property
     def ipc(self) -> int:
-        """Images per class."""
-        return len(self.images) // self.num_classes
+        """Images per class; if they are stored small, the number of full images per class with as much memory."""
+        full = len(self.images) if self.stored is None else self.stored.numel() // self.images[0].numel()
+        return full // self.num_classes
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -157,12 +163,23 @@ class DistilledSet:
         if images.dtype != torch.float32 or images.ndim != 4 or 0 in images.shape:
             raise UserError("images", describe_tensor(images), "must be float32 [M, channels, H, W] with M > 0")
         _refuse_nonfinite("images", images)
+        self._check_stored()
         self._check_labels()
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError("lr", self.lr, "must be a finite number above 0")
         self._check_normaliser()
         for strategy in (self.augment, self.recipe.augment):
             augment.parse(strategy)
+
+    def _check_stored(self) -> None:
+        stored, (count, channels, height, width) = self.stored, self.images.shape
+        if stored is None:
+            return
+        fits = stored.ndim == 4 and stored.shape[:2] == (count, channels) and stored.shape[2] == stored.shape[3]
+        if not (fits and stored.dtype == torch.float32 and 0 < stored.shape[2] <= height == width):
+            remedy = f"must be float32 [{count}, {channels}, h, h] with h in 1..{height}, and the images square"
+            raise UserError("stored", describe_tensor(stored), remedy)
+        _refuse_nonfinite("stored", stored)
 
     def _check_labels(self) -> None:
         labels, images, classes = self.labels, len(self.images), self.num_classes
@@ -198,7 +215,9 @@ class DistilledSet:
         recipe = {name: v for name, v in self.recipe._asdict().items() if (name, v) != ("optimizer", "sgd")}
         values["net"], values["recipe"] = self.net.model_dump(mode="json"), recipe
         values |= {"schema": SCHEMA, "written_by": self.versions.get("tadperf", "unknown")}
-        tensors = {"images": self.images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        images = self.images if self.stored is None else self.stored
+        values |= {} if self.stored is None else {"schema": SCHEMA_SMALL, "side": self.images.shape[-1]}
+        tensors = {"images": images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
         tensors |= {f"normaliser.{name}": tensor for name, tensor in self.normaliser.tensors().items()}
         text = json.dumps(to_json_value(values), sort_keys=True, ensure_ascii=False, allow_nan=False)
         save_tensors(path, tensors, {"tadperf": text})
@@ -327,9 +346,9 @@ def _metadata(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
         schema = values["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError("file", path, "its tadperf metadata is damaged; write it again") from None
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, SCHEMA_SMALL):
         writer = values.get("written_by", "unknown")
-        remedy = f"upgrade tadperf (this is {tadperf_version()}, which reads schema {SCHEMA})"
+        remedy = f"upgrade tadperf (this is {tadperf_version()}, which reads schema {SCHEMA} and {SCHEMA_SMALL})"
         raise UserError("file", path, f"has schema {schema}, written by tadperf {writer}; {remedy}")
     return values
 
@@ -347,45 +366,17 @@ def _assemble(tensors: dict[str, Tensor], values: dict[str, Any]) -> DistilledSe
         "net": NetConfig.model_validate(values["net"]),
         "recipe": TypeAdapter(Recipe).validate_python(values["recipe"]),
     }
-    normaliser = Normaliser.from_tensors(scales)
-    return DistilledSet(tensors["images"], tensors["labels"], tensors["lr"].item(), normaliser=normaliser, **sections)
+    sections["normaliser"], images = Normaliser.from_tensors(scales), tensors["images"]
+    if values["schema"] == SCHEMA_SMALL:
+        sections["stored"] = images
+        images = _enlarged(images, values["side"])
+    return DistilledSet(images, tensors["labels"], tensors["lr"].item(), **sections)
 
 
-def label_logits(labels: Tensor, probabilities: bool) -> Tensor:
-    """Returns float labels as float32 logits. Probabilities [M, C] become their logarithms; 0 becomes the smallest one.
-
-    Raises UserError if probabilities are negative or do not sum to 1.
-    """
-    if labels.ndim != 2:
-        raise UserError("labels", describe_tensor(labels), "must be int64 [M], or float [M, C] for soft labels")
-    if not probabilities:
-        return labels.float()
-    sums = labels.double().sum(-1)
-    if not len(labels) or not (sums - 1).abs().max() < 1e-3 or labels.min() < 0:
-        total = float(sums.flatten()[0]) if sums.numel() else 0.0
-        raise UserError("labels", f"the first row sums to {total:.4g}", "probabilities must be at least 0 and sum to 1")
-    return labels.double().clamp_min(torch.finfo(torch.float32).tiny).log().float()
-
-
-def number_names(labels: Tensor) -> tuple[str, ...]:
-    """Returns "0", "1", ... for the classes that labels [M] or [M, C] tell. Raises UserError for an absurd label."""
-    count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if labels.numel() else 0
-    if count > MAX_UNNAMED:
-        raise UserError("labels", count - 1, f"is above {MAX_UNNAMED}; give class_names for this many classes")
-    return tuple(map(str, range(max(1, count))))
-
-
-def normaliser_from_lists(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normaliser:
-    """Returns the normaliser with this mean and deviation, a number for each channel of the images [M, channels, H, W].
-
-    Raises UserError if one is missing or has another length.
-    """
-    channels = images.shape[1] if images.ndim == 4 else 0
-    for name, values in (("mean", mean), ("std", std)):
-        if values is None or len(values) != channels:
-            given = "missing" if values is None else f"{len(values)} numbers"
-            raise UserError(name, given, f"must have a number for each of the {channels} channels, of pixels in 0..1")
-    return Normaliser(*(torch.as_tensor(values, dtype=torch.float32) for values in (mean, std)))
+def _enlarged(stored: Tensor, side: Any) -> Tensor:
+    if type(side) is not int or not 0 < side <= MAX_SIDE or stored.ndim != 4 or stored.shape[2] != stored.shape[3]:
+        raise ValueError(f"side = {side} does not fit {describe_tensor(stored)}")
+    return enlarge(stored, side)
 
 
 def _refuse_nonfinite(field: str, tensor: Tensor) -> None:

@@ -16,6 +16,7 @@ from tadperf.artifact import DistilledSet, load
 from tadperf.config import NetConfig
 from tadperf.config.merge import merge
 from tadperf.data.dataset import Dataset
+from tadperf.data.enlarge import enlarge, shrink
 from tadperf.data.normalise import fit_normaliser
 from tadperf.errors import UserError
 from tadperf.files import load_tensors, save_tensors
@@ -69,6 +70,56 @@ def test_a_set_loads_as_it_was_saved(tmp_path, kind, soft):
         assert torch.equal(tensor, getattr(two.normaliser, name))
     assert torch.equal(two.pixels(), photos(60, 0).images[:6])
     assert (two.ipc, two.num_classes, two.shape, two.hard_labels.tolist()) == (2, 3, (3, 8, 8), [0, 1, 2, 0, 1, 2])
+
+
+def small() -> DistilledSet:
+    one = distilled()
+    stored = shrink(one.images, 2)
+    return replace(one, images=enlarge(stored, 8), stored=stored)
+
+
+def test_a_set_of_small_images_is_stored_small_and_loaded_enlarged(tmp_path):
+    one = small()
+    one.save(tmp_path / "small")
+    distilled().save(tmp_path / "full")
+    two = load(tmp_path / "small")
+    assert torch.equal(two.images, one.images)
+    assert two.stored is not None
+    assert one.stored is not None
+    assert torch.equal(two.stored, one.stored)
+    assert (two.ipc, two.shape, repr(two)[:64]) == (
+        0,
+        (3, 8, 8),
+        "DistilledSet(colours: 6 images of 3 x 8 x 8 (stored 4 x 4), 3 cl",
+    )
+    four = replace(one, images=one.images.repeat(4, 1, 1, 1), stored=one.stored.repeat(4, 1, 1, 1))
+    assert four.ipc == distilled().ipc
+    saved = (tmp_path / "full").stat().st_size - (tmp_path / "small").stat().st_size
+    assert saved > 0.9 * 4 * (one.images.numel() - one.stored.numel())
+    # An earlier version must not take the small images for the set.
+    _, metadata = load_tensors(tmp_path / "small")
+    assert json.loads(metadata["tadperf"])["schema"] == 2
+
+
+@pytest.mark.parametrize("side", [0, -8, 5000, 8.0, "8", None, True])
+def test_a_wrong_side_of_small_images_is_refused(tmp_path, side):
+    small().save(tmp_path / "d")
+    tensors, metadata = load_tensors(tmp_path / "d")
+    values = json.loads(metadata["tadperf"]) | {"side": side}
+    save_tensors(tmp_path / "d", tensors, {"tadperf": json.dumps(values)})
+    with pytest.raises(UserError, match=r"is damaged \(side = .* does not fit"):
+        load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (6, 1, 4, 4), (6, 3, 4, 5), (6, 3, 9, 9), (6, 3, 0, 0), (6, 48)])
+def test_small_images_that_do_not_fit_are_refused(shape):
+    with pytest.raises(UserError, match="stored: "):
+        replace(small(), stored=torch.zeros(shape)).validate()
+    fitting = torch.zeros(6, 3, 4, 4)
+    with pytest.raises(UserError, match="stored: "):
+        replace(small(), stored=fitting.double()).validate()
+    with pytest.raises(UserError, match="stored: 288 of 288 values"):
+        replace(small(), stored=fitting * torch.nan).validate()
 
 
 def test_equal_sets_give_equal_bytes(tmp_path):
@@ -245,7 +296,7 @@ def modified(path: Path, tensors: dict | None = None, values: dict | None = None
         ({"values": {"net": {"name": "transformer"}}}, "file: .*is damaged .*name"),
         ({"values": {"class_names": [1, 2, 3]}}, "file: .*class_names are not"),
         ({"values": {"seed": "x"}}, "file: .*seed is not a int"),
-        ({"values": {"schema": 2, "written_by": "9.9.0"}}, "file: .*has schema 2, written by tadperf 9.9.0; upgrade"),
+        ({"values": {"schema": 3, "written_by": "9.9.0"}}, "file: .*has schema 3, written by tadperf 9.9.0; upgrade"),
     ],
 )
 def test_a_modified_file_is_refused(tmp_path, changes, expected):

@@ -168,6 +168,12 @@ class MatchConfig(Section):
         "matching (infmatch); all but mtt have their own defaults for several fields",
     )
     ipc: int = Field(default=10, ge=1, description="synthetic images per class")
+    factor: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="in the memory of an image, stores factor^2 small ones, enlarged for networks (multi-formation)",
+    )
     iterations: int = Field(default=5000, ge=1, description="outer steps")
     steps: int = Field(default=30, ge=1, description="T: inner steps on synthetic images per outer step")
     expert_epochs: int = Field(
@@ -176,14 +182,10 @@ class MatchConfig(Section):
         description="expert epochs that T inner steps must match; tgdd, infmatch: their two snapshots are at most this "
         "far apart",
     )
-    trajectories: int = Field(
-        default=1, ge=1, description="expert trajectories averaged per outer step; several processes share them"
-    )
+    trajectories: int = Field(default=1, ge=1, description="expert trajectories averaged per outer step")
     min_start: int = Field(default=0, ge=0, description="earliest expert epoch to start from")
     max_start: int = Field(default=20, ge=0, description="latest expert epoch to start from")
-    easy: float = Field(
-        default=1.0, ge=0, le=1, description="share of the start epochs, from the earliest, that is used at first"
-    )
+    easy: float = Field(default=1.0, ge=0, le=1, description="share of the start epochs, the earliest, used at first")
     widen: float = Field(
         default=0.0, ge=0, le=1, description="share of the iterations after which all start epochs are used"
     )
@@ -192,9 +194,7 @@ class MatchConfig(Section):
         default=1.0, ge=0, description="tgdd, infmatch: weight of the images' cross-entropy under a later snapshot"
     )
     lr_img: float = Field(default=100.0, gt=0, description="learning rate of the images")
-    lr_lr: float = Field(
-        default=0.05, ge=0, description="learning rate of the logarithm of the student's learning rate"
-    )
+    lr_lr: float = Field(default=0.05, ge=0, description="learning rate of the log of the student's learning rate")
     lr_init: float = Field(default=0.01, gt=0, description="initial value of the student's learning rate")
     momentum: float = Field(default=0.5, ge=0, lt=1, description="momentum of the images' SGD")
     soft_labels: bool = Field(default=False, description="learn the labels as logits")
@@ -227,6 +227,11 @@ class MatchConfig(Section):
     )
     check_every: int = Field(default=500, ge=1, description="outer steps between checks on held-out training samples")
 
+    @property
+    def seen(self) -> int:
+        """Synthetic images per class that networks see."""
+        return self.ipc * self.factor**2
+
 
 class DetectorConfig(NetConfig):
     """The network that classifies generated images, and how it is trained."""
@@ -237,9 +242,7 @@ class DetectorConfig(NetConfig):
     )
     epochs: int = Field(default=50, ge=1, description="epochs on the trusted samples")
     batch: int = Field(default=64, ge=1, description="batch size")
-    lr: float = Field(
-        default=0.05, gt=0, description="learning rate of SGD; multiplied by 0.1 after half of the epochs"
-    )
+    lr: float = Field(default=0.05, gt=0, description="learning rate of SGD; a tenth of it after half of the epochs")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(default=5e-4, ge=0, description="weight decay of SGD")
 
@@ -257,9 +260,7 @@ class DiffusionConfig(Section):
     ema: float = Field(
         default=0.995, ge=0, lt=1, description="decay of the moving average of the weights, which is the result"
     )
-    drop: float = Field(
-        default=0.1, ge=0, lt=1, description="share of labels that is dropped, for classifier-free guidance"
-    )
+    drop: float = Field(default=0.1, ge=0, lt=1, description="share of labels dropped, for classifier-free guidance")
     weighting: Literal["draws", "loss"] = Field(default="draws", description="what the reliability of a label sets")
 
 
@@ -299,11 +300,7 @@ class RefineConfig(Section):
     )
     candidates: int = Field(default=8, ge=1, description="N: candidates for each rejected image")
     top_k: int = Field(default=3, ge=1, description="choose the least similar of this many most confident candidates")
-    weight: float | None = Field(
-        default=None,
-        ge=0,
-        description="lambda: choose by confidence + lambda * dissimilarity instead",
-    )
+    weight: float | None = Field(default=None, ge=0, description="choose by confidence + weight * dissimilarity")
     rounds: int = Field(default=5, ge=0, description="largest number of refinement rounds; 0 keeps the first images")
     soft_labels: bool = Field(default=False, description="label the images with the detector's logits")
     batch: int = Field(default=100, ge=1, description="images generated at a time; limits the memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -179,3 +180,16 @@ def _whitening(images: Tensor, mean: Tensor, std: Tensor, device: torch.device) 
     root = (values.clamp_min(0) + EPS).sqrt()
     inverse, forward = (vectors / root) @ vectors.T, (vectors * root) @ vectors.T
     return centre.cpu(), inverse.float().cpu(), forward.float().cpu()
+
+
+def normaliser_from_lists(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normaliser:
+    """Returns the normaliser with this mean and deviation, a number for each channel of the images [M, channels, H, W].
+
+    Raises UserError if one is missing or has another length.
+    """
+    channels = images.shape[1] if images.ndim == 4 else 0
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != channels:
+            given = "missing" if values is None else f"{len(values)} numbers"
+            raise UserError(name, given, f"must have a number for each of the {channels} channels, of pixels in 0..1")
+    return Normaliser(*(torch.as_tensor(values, dtype=torch.float32) for values in (mean, std)))

@@ -60,10 +60,22 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
     except (ValueError, TypeError):
         remedy = "is damaged; delete the folder to train its experts again, or choose another folder"
         raise UserError("--experts", description, remedy) from None
+    stored, identity = _used_settings(stored), _used_settings(identity)
     for name, value in identity.items():
         if stored.get(name) != value:
             remedy = f"its experts have {name} = {stored.get(name)}, this run needs {value}; choose another folder"
             raise UserError("--experts", folder, remedy)
+
+
+def _used_settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """Returns an identity without the settings of trust that the modes off and oracle do not read.
+
+    So experts still fit that a version with other such settings has trained.
+    """
+    trust = identity.get("trust")
+    if isinstance(trust, dict) and trust.get("mode") in ("off", "oracle"):
+        return identity | {"trust": {"mode": trust["mode"]}}
+    return identity
 
 
 class Experts:

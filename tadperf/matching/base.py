@@ -28,6 +28,7 @@ class MatchProblem:
 
     net: the network of experts and students. augment: the strategy of data.augment. seed: all draws derive from it.
     real: the trusted training samples with their corrected labels and weights; trajectory matching does not use them.
+    side: the side in pixels to which the state's images are enlarged for networks; None if they have it already.
     make_base: (first state, problem) -> `Base`; by default the base of match.method.
     """
 
@@ -37,6 +38,7 @@ class MatchProblem:
     augment: str
     seed: int
     real: Examples | None = None
+    side: int | None = None
     make_base: Callable[[MatchState, MatchProblem], Base] | None = None
 
 

@@ -18,6 +18,7 @@ from tadperf.matching.attempt import Attempt
 from tadperf.matching.base import Base, MatchProblem
 from tadperf.matching.bases import BASES
 from tadperf.matching.gradient import Gradient
+from tadperf.matching.multi_formation import open_base
 from tadperf.matching.state import MatchState, load_checkpoint, save_checkpoint, step_back
 from tadperf.progress import Progress, silent
 from tadperf.run.folder import Run
@@ -67,7 +68,7 @@ def match_trajectories(
     if checkpoint:
         state, previous, best, score = checkpoint
     run.rewind("matching", state.iteration)
-    base = (problem.make_base or BASES[config.method])(state, with_resident_experts(problem, device))
+    base = open_base(problem.make_base or BASES[config.method], state, with_resident_experts(problem, device))
     first, ahead = state, None
     while state.iteration < config.iterations:
         attempt = ahead or launch_iteration(state, base, config)

@@ -27,6 +27,7 @@ from tadperf.compute.device import resolve_device
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.workers import available_cores, threads_for
 from tadperf.config import Config
+from tadperf.data.enlarge import small_side
 from tadperf.data.images import MAX_NORMALISED_BYTES, normalise_images
 from tadperf.data.mapped import is_large
 from tadperf.data.normalise import fit_normaliser
@@ -210,7 +211,7 @@ class _Estimate:
 
     @property
     def synthetic(self) -> int:
-        return self.config.match.ipc * self.task.train.num_classes
+        return self.config.match.seen * self.task.train.num_classes
 
     def student(self, network: str, images: int, epochs: int, tested: int) -> float:
         """Returns epochs * images * t(trained image) + tested images * t(tested image).
@@ -314,7 +315,8 @@ def disk_bytes(task: Task, parameters: int, stages: Sequence[str]) -> dict[str, 
     """
     config, samples = task.config, len(task.train)
     image = 4 * math.prod(task.train.shape)
-    synthetic = config.match.ipc * task.train.num_classes * (image + 4 * task.train.num_classes)
+    stored = image * small_side(task.train.shape[1], config.match.factor) ** 2 // task.train.shape[1] ** 2
+    synthetic = config.match.seen * task.train.num_classes * (stored + 4 * task.train.num_classes)
     value = 2 if config.experts.dtype == "bfloat16" else 4
     images = (samples + len(task.test)) * math.prod(task.train.shape)
     sizes = {

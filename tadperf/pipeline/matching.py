@@ -12,6 +12,7 @@ from tadperf.compute import ranks
 from tadperf.compute.torch_settings import torch_settings
 from tadperf.compute.work_progress import reporting, work
 from tadperf.compute.workers import available_cores, threads_for
+from tadperf.data.enlarge import enlarge, shrink
 from tadperf.data.pick import pick_central, pick_real
 from tadperf.experts.store import Experts
 from tadperf.matching.base import Base, MatchProblem
@@ -46,14 +47,15 @@ def match(
     """
     task, config = context.task, context.task.config
     net = FlatNet(build(config.net, task.train.shape, task.train.num_classes, 0).to(task.device))
-    count = config.match.ipc * task.train.num_classes
+    count, side = config.match.seen * task.train.num_classes, task.train.shape[1]
     batch = min(config.match.batch or count, count)
-    threads = threads_for(batch * config.net.width * task.train.shape[1] * task.train.shape[2])
+    threads = threads_for(batch * config.net.width * side**2)
     real = Examples(context.samples.images, context.samples.labels, context.samples.weights)
-    problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed, real, make_base)
+    problem = MatchProblem(net, experts, config.match, config.data.augment, config.seed, real, side, make_base)
 
     def check(images: Tensor, labels: Tensor, lr: float, iteration: int) -> float:
-        return held_out_accuracy(task, context.samples, Examples(images, labels), lr, iteration, context.progress)
+        synthetic = Examples(enlarge(images, side), labels)
+        return held_out_accuracy(task, context.samples, synthetic, lr, iteration, context.progress)
 
     def report(stage: str, done: int, total: int, **values: object) -> None:
         if scoring:
@@ -73,16 +75,20 @@ def match(
 def starting_state(
     task: Task, samples: TrainingSamples, net: FlatNet, experts: Experts, refined_images: Tensor | None = None
 ) -> MatchState:
-    """Returns the state before the first iteration: refined, real or noise images, and hard or soft labels."""
+    """Returns the state before the first iteration: refined, real or noise images, and hard or soft labels.
+
+    With match.factor, the images are small ones.
+    """
     config = task.config.match
     candidates = samples.confirmed_labels
     if config.init_correct:
-        correct = correctly_classified(net, experts, samples.images, candidates, task.epochs, config.ipc)
+        correct = correctly_classified(net, experts, samples.images, candidates, task.epochs, config.seen)
         candidates = candidates.where(correct, -1)
     images = _starting_images(task, samples, candidates) if refined_images is None else refined_images.clone()
-    labels = torch.arange(task.train.num_classes, device=task.device).repeat_interleave(config.ipc)
+    labels = torch.arange(task.train.num_classes, device=task.device).repeat_interleave(config.seen)
     if config.soft_labels:
-        labels = expert_soft_labels(net, experts, images, task.epochs, labels if config.init_correct else None)
+        classes = labels if config.init_correct else None
+        labels = expert_soft_labels(net, experts, enlarge(images, task.train.shape[1]), task.epochs, classes)
     return initial_state(images, labels, config)
 
 
@@ -94,10 +100,10 @@ def _starting_images(task: Task, samples: TrainingSamples, candidates: Tensor) -
     config, seed = task.config.match, task.config.seed
     generator = seeds.generator(seed, "init")
     if config.init == "kmeans":
-        index = pick_central(samples.images, candidates, config.ipc, seeds.derive(seed, "kmeans"))
+        index = pick_central(samples.images, candidates, config.seen, seeds.derive(seed, "kmeans"))
     else:
-        index = pick_real(candidates, config.ipc, generator)
-    images = samples.images[index].clone()
+        index = pick_real(candidates, config.seen, generator)
+    images = shrink(samples.images[index], config.factor).clone()
     return torch.randn(images.shape, generator=generator).to(images) if config.init == "noise" else images
 
 

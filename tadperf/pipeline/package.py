@@ -8,6 +8,7 @@ from tadperf import artifact
 from tadperf.artifact import DistilledSet
 from tadperf.compute.versions import versions
 from tadperf.config import Config
+from tadperf.data.enlarge import enlarge
 from tadperf.data.normalise import Normaliser
 from tadperf.errors import UserError
 from tadperf.matching.state import MatchState
@@ -36,8 +37,9 @@ def student_recipe(config: Config, lr: float) -> Recipe:
 def package_set(task: Task, normaliser: Normaliser, state: MatchState, lr: float | None = None) -> DistilledSet:
     """Packs the averaged images and the labels of a state. `lr` replaces the learned learning rate."""
     config, lr = task.config, lr or float(state.log_lr.exp())
+    stored, side = state.average.cpu(), task.train.shape[1]
     return DistilledSet(
-        state.average.cpu(),
+        enlarge(stored, side),
         state.labels.cpu(),
         lr,
         task.train.class_names,
@@ -49,6 +51,7 @@ def package_set(task: Task, normaliser: Normaliser, state: MatchState, lr: float
         config.seed,
         versions(),
         {"name": task.train.name, "source": task.train.source, "fingerprint": task.train.fingerprint},
+        None if stored.shape[-1] == side else stored,
     )
 
 

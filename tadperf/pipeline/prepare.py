@@ -57,6 +57,9 @@ def check_config(config: Config) -> None:
         remedy = f"must be at least match.max_start + match.expert_epochs = {needed}"
         raise UserError("experts.epochs", epochs, remedy)
     if config.synthesis != "matching":
+        if config.match.factor > 1:
+            remedy = f"needs synthesis=matching; with synthesis={config.synthesis} use 1"
+            raise UserError("match.factor", config.match.factor, remedy)
         check_refine_config(config)
 
 

@@ -129,7 +129,7 @@ def matching_seconds(task: Task, trajectories: int) -> float:
     config, (channels, side, _) = task.config.match, task.train.shape
     if config.method in ("tgdd", "infmatch"):
         return _feature_seconds(task) * trajectories
-    count = config.ipc * task.train.num_classes
+    count = config.seen * task.train.num_classes
     batch = min(config.batch or count, count)
     small = min(batch, CPU_BATCH) if task.device.type == "cpu" else batch
     width = getattr(task.config.net, "width", 1)
@@ -149,7 +149,7 @@ def _feature_seconds(task: Task) -> float:
     On a CPU, times about 64 images; the time is proportional to them.
     """
     config, classes, (channels, side, _) = task.config.match, task.train.num_classes, task.train.shape
-    each = min(config.ipc, (config.batch or config.ipc * classes) // classes)
+    each = min(config.seen, (config.batch or config.seen * classes) // classes)
     timed = min(each, max(1, CPU_BATCH // classes)) if task.device.type == "cpu" else each
     threads = threads_for(each * classes * task.config.net.width * side * side)
     with torch_settings(threads=threads, tf32=task.config.tf32):

@@ -99,7 +99,7 @@ def class_labels(made: DistilledSet) -> Tensor:
     """
     if not made.labels.is_floating_point():
         return made.labels
-    classes = torch.arange(made.num_classes).repeat_interleave(made.ipc)
+    classes = torch.arange(made.num_classes).repeat_interleave(len(made.images) // made.num_classes)
     assert len(classes) == len(made.images)
     return classes
 

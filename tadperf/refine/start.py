@@ -22,10 +22,13 @@ UPSTREAM = ("data", "net", "trust", "seed", "device", "tf32")
 
 
 def config_of(folder: Path) -> Config:
-    """Returns the config for refining the run in `folder`. Raises UserError if that is not a run folder."""
+    """Returns the config for refining the run in `folder`. Raises UserError if it has none or small images."""
     config = stored_config(folder)
     if config is None:
         raise UserError("RUN", folder, "is not a run folder: config.json is missing; give the folder of a run")
+    if config.match.factor > 1:
+        remedy = f"its images are stored small (match.factor={config.match.factor}), and refinement needs full ones"
+        raise UserError("RUN", folder, f"{remedy}; distil with --set match.factor=1")
     experts = config.experts.model_copy(update={"path": None})  # refinement needs no experts
     refine = config.refine.model_copy(update={"start": str(folder.resolve())})
     return config.model_copy(update={"synthesis": "generative", "experts": experts, "refine": refine})

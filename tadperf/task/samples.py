@@ -58,7 +58,8 @@ def select_samples(
 ) -> SampleSelection:
     """Holds out a share of the samples, drawn within each class from the confirmed ones (bool [V]; None means all).
 
-    Raises UserError if nothing can be held out, or if a class has fewer confirmed samples left than match.ipc.
+    Raises UserError if nothing can be held out, or if a class has fewer confirmed samples left than the set
+    has images of it.
     """
     config = task.config
     confirmed = torch.ones(len(index), dtype=torch.bool) if confirmed is None else confirmed
@@ -71,7 +72,7 @@ def select_samples(
     mask[held_out] = False
     training = mask.nonzero()[:, 0]
     sizes = torch.bincount(labels[training[confirmed[training]]], minlength=task.train.num_classes)
-    if config.match.ipc > int(sizes.min()):
+    if config.match.seen > int(sizes.min()):
         label = int(sizes.argmin())
         _refuse_small_class(task, label, int((labels[candidates] == label).sum()), int(sizes[label]))
     return SampleSelection(index, labels, weights, confirmed, training, held_out)
@@ -90,7 +91,11 @@ def _refuse_small_class(task: Task, label: int, confirmed: int, left: int) -> No
         reasons.append(f"{confirmed} of its {given} labels are {change}")
     if left != confirmed:
         reasons.append(f"{confirmed - left} samples are held out (data.holdout)")
-    remedies = [f"use at most {left}"] if left else []
+    factor = config.match.factor
+    most = left // factor**2
+    if factor > 1:
+        reasons.append(f"match.factor={factor} needs {config.match.seen}")
+    remedies = [f"use at most {most}"] if most else []
     if config.trust.mode == "on" and given > confirmed:
         remedies.append("use --trust off")
     remedies.append("add images of this class, or remove the class")

@@ -77,9 +77,9 @@ def ftd(folder: Path, device: str) -> None:
 
 
 def tgdd(folder: Path, device: str) -> None:
-    """Feature matching with soft labels, two draws an iteration, and a batch that leaves images out."""
+    """Feature matching with soft labels, two draws an iteration, small images, and a batch that leaves images out."""
     fields = ("match.method=tgdd", "match.ipc=2", "match.batch=10", "match.trajectories=2", "match.soft_labels=true")
-    distill(folder, config_of(device, *fields, "match.lr_img=1", "trust.mode=off"))
+    distill(folder, config_of(device, *fields, "match.lr_img=1", "match.factor=2", "trust.mode=off"))
 
 
 def sweep(folder: Path, device: str) -> None:

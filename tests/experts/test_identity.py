@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tadperf.config.merge import merge
+from tadperf.errors import UserError
+from tadperf.experts.store import claim_folder
 from tadperf.pipeline.prepare import prepare
 from tadperf.task.task import Task, expert_identity
+
+
+@pytest.mark.parametrize("mode", ["off", "oracle"])
+def test_experts_without_trust_fit_whatever_its_other_settings_are(tmp_path, mode):
+    """Settings of trust that a later version adds must not refuse stored experts that never read them."""
+    stored = {"data": "a", "trust": {"mode": mode, "rounds": 2}}
+    claim_folder(tmp_path / "experts", stored)
+    claim_folder(tmp_path / "experts", {"data": "a", "trust": {"mode": mode, "rounds": 3, "budget": 0.05}})
+    for other in ({"data": "b", "trust": stored["trust"]}, {"data": "a", "trust": {"mode": "on", "rounds": 2}}):
+        with pytest.raises(UserError, match="its experts have"):
+            claim_folder(tmp_path / "experts", other)
+    claim_folder(tmp_path / "on", {"trust": {"mode": "on", "rounds": 2}})
+    with pytest.raises(UserError, match="its experts have trust"):
+        claim_folder(tmp_path / "on", {"trust": {"mode": "on", "rounds": 3}})
 
 
 def test_the_precision_belongs_to_the_identity_of_experts_on_cuda_only():

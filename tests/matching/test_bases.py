@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tadperf.config import Config, MatchConfig
@@ -17,6 +18,7 @@ from tadperf.matching.base import Base, MatchProblem, draw_generator, image_grad
 from tadperf.matching.bases import BASES, check_match_config
 from tadperf.matching.gradient import Gradient
 from tadperf.matching.loop import match_trajectories
+from tadperf.matching.multi_formation import open_base
 from tadperf.matching.state import MatchState, initial_state
 from tadperf.run.folder import Run
 
@@ -87,3 +89,28 @@ def test_the_loop_runs_a_base_of_other_people(tmp_path):
     resumed, again = learn(tmp_path / "cut")
     assert torch.equal(resumed, images)
     assert again == records
+
+
+def test_a_base_sees_small_images_enlarged_and_its_gradient_is_that_of_the_small_ones():
+    target = torch.randn(4, 2, 7, 7, dtype=torch.float64)
+
+    class Distance(Base):
+        layers, learns_lr, exploded = ("a",), True, 7.0
+
+        def gradient(self, state: MatchState, number: int) -> Gradient:
+            difference = state.images - target - number
+            return image_gradient(difference.square().sum(), 2 * difference)
+
+    config = Config().match
+    images = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    state = initial_state(images, torch.arange(4), config)
+    problem = MatchProblem(None, None, config, "none", 0, side=7)
+    base = open_base(Distance, state, problem)
+    assert (base.layers, base.learns_lr, base.exploded) == (("a",), True, 7.0)
+    wide = F.interpolate(images, size=(7, 7), mode="bilinear")
+    for number, found in enumerate(base.gradients(state, [0, 1])):
+        loss = (wide - target - number).square().sum()
+        (wanted,) = torch.autograd.grad(loss, images, retain_graph=True)
+        torch.testing.assert_close(found.loss, loss.detach(), check_dtype=False)
+        torch.testing.assert_close(found.images, wanted)
+    assert type(open_base(Distance, initial_state(target, torch.arange(4), config), problem)) is Distance

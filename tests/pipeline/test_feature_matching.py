@@ -17,9 +17,12 @@ from tadperf.run.folder import Run
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_feature_matching_runs_and_a_resumed_run_ends_with_the_same_bytes(tiny_config, tmp_path, soft):
-    config = tiny_config(match__method="tgdd", match__soft_labels=soft, match__lr_img=1.0, trust__mode="on")
+@pytest.mark.parametrize(
+    ("soft", "factor"), [(False, 1), (True, 1), (True, 3)], ids=["hard", "soft", "soft, small images"]
+)
+def test_feature_matching_runs_and_a_resumed_run_ends_with_the_same_bytes(tiny_config, tmp_path, soft, factor):
+    values = {"match__soft_labels": soft, "match__lr_img": 1.0, "match__factor": factor, "trust__mode": "on"}
+    config = tiny_config(match__method="tgdd", **values)
     task = prepare(config)
 
     def run(place: Path, resume: bool = False, stop: bool = False) -> bytes:
@@ -42,6 +45,8 @@ def test_feature_matching_runs_and_a_resumed_run_ends_with_the_same_bytes(tiny_c
     )
     assert not torch.equal(learned.images, initial.images)
     assert learned.labels.is_floating_point() == soft
+    assert (len(learned.images), learned.ipc) == (10 * config.match.ipc * factor**2, config.match.ipc)
+    assert [made.stored is not None and made.stored.shape[-1] for made in (learned, initial)] == [factor > 1 and 3] * 2
     assert learned.lr == pytest.approx(config.match.lr_init)
 
 
@@ -50,6 +55,10 @@ def test_wrong_settings_are_refused_before_any_work(tiny_config):
         prepare(tiny_config(match__method="tgdd", match__gradient="unroll"))
     with pytest.raises(UserError, match="use at least 10"):
         prepare(tiny_config(match__method="tgdd", match__batch=5))
+    with pytest.raises(UserError, match=r"match\.factor: 2: needs synthesis=matching; with synthesis=hybrid use 1"):
+        prepare(tiny_config(match__factor=2, synthesis="hybrid"))
+    with pytest.raises(UserError, match=r"match\.factor=8 needs 640; use at most 1,"):
+        prepare(tiny_config(match__factor=8, match__ipc=10, trust__mode="off"))
 
 
 @pytest.mark.parametrize(("method", "passes"), [("tgdd", 1), ("infmatch", 9)])
