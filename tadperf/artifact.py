@@ -180,6 +180,9 @@ class DistilledSet:
             remedy = f"must be float32 [{count}, {channels}, h, h] with h in 1..{height}, and the images square"
             raise UserError("stored", describe_tensor(stored), remedy)
         _refuse_nonfinite("stored", stored)
+        if not torch.allclose(enlarge(stored, height), self.images, rtol=1e-4, atol=1e-4):
+            remedy = "must be `images` before they are enlarged; for other images use dataclasses.replace(..., stored=None)"
+            raise UserError("stored", describe_tensor(stored), remedy)
 
     def _check_labels(self) -> None:
         labels, images, classes = self.labels, len(self.images), self.num_classes

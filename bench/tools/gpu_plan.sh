@@ -6,7 +6,7 @@
 # The most valuable facts come first. Every stage has its own time limit and keeps what it had when it is stopped.
 #   install   wheels from $FILES/whl into $SITE, without a network; builds tadperf there if no wheel fits
 #   facts     versions, copy bandwidth, matrix products and convolutions in TF32 and bfloat16
-#   first     does a CUDA run work: four tiny whole jobs and the checks of all operators, side by side; no timings
+#   first     does a CUDA run work: six tiny whole jobs and the checks of all operators, side by side; no timings
 #   matching  one iteration at CIFAR-10, IPC 10, T = 30: published unroll, formulas, compiled, bfloat16; memory; kernels
 #   experts   images per second of training, of one step alone, the longest kernels
 #   jobs      CIFAR-10 with CIFAR-10N's worse labels, IPC 10, trust off, on and oracle, with $EXPERTS experts and
@@ -102,6 +102,7 @@ stage_install() {
       "$PY" -m pip install -q --no-index --no-deps --no-build-isolation --no-cache-dir --upgrade --target "$SITE" "$ROOT" 2>&1 | tail -5
     fi
   fi
+  "$PY" -c "import tadperf" || { log "tadperf cannot be imported: no other stage can run"; exit 1; }
   [ "$DEVICE" = cuda ] && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit \
     --format=csv | tee -a "$STATE/log.txt"
   "$PY" -m tadperf info --json | cut -c1-1500 | tee -a "$STATE/log.txt"
@@ -119,6 +120,8 @@ stage_first() {
   (tiny_job formulas match.compile=off >>"$STATE/first.txt") &
   (tiny_job auto match.compile=auto >>"$STATE/first.txt") &
   (tiny_job compiled match.compile=on >>"$STATE/first.txt") &
+  (tiny_job tgdd match.method=tgdd match.compile=auto match.factor=2 match.batch=30 >>"$STATE/first.txt") &
+  (tiny_job infmatch match.method=infmatch match.compile=auto match.batch=30 >>"$STATE/first.txt") &
   (tiny_job datm match.method=datm match.compile=off match.batch=7 match.trajectories=2 experts.rho=0.01 \
     experts.alpha=0.3 >>"$STATE/first.txt") &
   if "$PY" -c "import diffusers" 2>/dev/null; then

@@ -88,6 +88,8 @@ def card(distilled: DistilledSet, figures: Mapping[str, Any], license: str, name
         "tags": ["dataset-distillation", "tadperf"],
     }
     size, kind = " x ".join(map(str, distilled.shape)), "soft" if distilled.labels.is_floating_point() else "hard"
+    if distilled.stored is not None:
+        size += f" (stored as {distilled.stored.shape[2]} x {distilled.stored.shape[3]})"
     source = str(distilled.data.get("name", "unknown data"))
     names = ", ".join(map(_inline, distilled.class_names[:CARD_CLASSES]))
     more = ", ..." if distilled.num_classes > CARD_CLASSES else ""

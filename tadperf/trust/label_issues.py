@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,11 @@ def _check_combination(
 ) -> None:
     if filter_by in COUNTED:
         return
-    arguments = {
-        "frac_noise": frac_noise != 1,
-        "num_to_remove_per_class": remove is not None,
-        "confident_joint": confident_joint is not None,
-    }
-    for name, used in arguments.items():
+    for name, used in {"frac_noise": frac_noise != 1, "num_to_remove_per_class": remove is not None}.items():
         if used:
             raise ValueError(f"{name}: does not work with filter_by {filter_by}; use {', '.join(COUNTED)}")
+    if confident_joint is not None:  # not an error: a search over filters passes it to all of them, as with cleanlab
+        warnings.warn(f"confident_joint: filter_by {filter_by} does not use it", UserWarning, stacklevel=3)
 
 
 def _check_joint(joint: ArrayLike | None, classes: int) -> Tensor | None:

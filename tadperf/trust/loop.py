@@ -79,7 +79,7 @@ def dual_loop(
         if stopped is not None:
             break
     assert stopped is not None
-    log.info("trust: stops after round %d: %s", len(rounds), stopped)
+    log.info("trust: done after round %d (%s)", len(rounds), stopped)
     if len(rounds) < config.rounds:
         progress("trust", config.rounds, config.rounds)
     return DualLoopResult(state, rounds, stopped)

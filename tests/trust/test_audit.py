@@ -88,10 +88,6 @@ def test_arguments_are_those_of_cleanlab():
         ({"frac_noise": 2.0}, r"frac_noise: 2.0: must be a share in \[0, 1\]"),
         ({"frac_noise": 0.5, "filter_by": "confident_learning"}, "frac_noise: does not work with filter_by confident"),
         ({"confident_joint": np.eye(3)}, r"confident_joint: float64 \[3, 3\]: must be counts \[2, 2\]"),
-        (
-            {"confident_joint": np.eye(2), "filter_by": "predicted_neq_given"},
-            "confident_joint: does not work with filter_by predicted",
-        ),
         ({"num_to_remove_per_class": [9, 0]}, r"num_to_remove_per_class: 9 for class 0: must be in 0..1"),
         ({"num_to_remove_per_class": 2}, r"num_to_remove_per_class: 2 for class 0: must be in 0..1"),
         ({"num_to_remove_per_class": [1]}, r"num_to_remove_per_class: int64 \[1\]: must be integers \[2\]"),
@@ -196,6 +192,9 @@ def test_filters_of_confident_learning():
     joint[0, 1] = joint[0, 0]  # half of class 0 is class 1
     rates = find_label_issues(labels, p, confident_joint=joint)
     assert set(labels[rates]) == {0}
+    with pytest.warns(UserWarning, match="confident_joint: filter_by predicted_neq_given does not use it"):
+        same = find_label_issues(labels, p, filter_by="predicted_neq_given", confident_joint=joint)
+    assert np.array_equal(same, masks["predicted_neq_given"])
     assert not (masks["both"] & ~masks["prune_by_class"]).any()
 
 

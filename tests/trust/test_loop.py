@@ -127,7 +127,7 @@ def test_the_loop_says_why_it_stops(noisy, caplog):
     assert stop_reason(small, first, 2, config) is None
     with caplog.at_level("INFO", "tadperf"):
         run(data, rounds=1, epochs=1)
-    assert "trust: stops after round 1: trust.rounds is 1" in caplog.messages
+    assert "trust: done after round 1 (trust.rounds is 1)" in caplog.messages
 
 
 def test_clean_labels_never_leak():
