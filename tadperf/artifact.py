@@ -181,7 +181,7 @@ class DistilledSet:
             raise UserError("stored", describe_tensor(stored), remedy)
         _refuse_nonfinite("stored", stored)
         if not torch.allclose(enlarge(stored, height), self.images, rtol=1e-4, atol=1e-4):
-            remedy = "must be `images` before they are enlarged; for other images use dataclasses.replace(..., stored=None)"
+            remedy = "must be `images` before they are enlarged; replace it by None for other images"
             raise UserError("stored", describe_tensor(stored), remedy)
 
     def _check_labels(self) -> None:

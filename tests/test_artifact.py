@@ -115,7 +115,9 @@ def test_a_wrong_side_of_small_images_is_refused(tmp_path, side):
 def test_small_images_that_do_not_fit_are_refused(shape):
     with pytest.raises(UserError, match="stored: "):
         replace(small(), stored=torch.zeros(shape)).validate()
-    with pytest.raises(UserError, match="stored: .* must be `images` before they are enlarged; for other images use"):
+    with pytest.raises(
+        UserError, match=r"stored: .* must be `images` before they are enlarged; replace it by None for"
+    ):
         replace(small(), images=distilled().images).validate()
     replace(small(), images=distilled().images, stored=None).validate()
     fitting = torch.zeros(6, 3, 4, 4)

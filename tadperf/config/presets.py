@@ -102,8 +102,8 @@ def _tgdd(images: int) -> Sections:
     }
 
 
-# Feature matching on any data on a CPU. On CIFAR-10 at IPC 10, factor 2 gains 13 points on held-out images, and a weight
-# of 4 for the cross-entropy 1 more (bench/results/bases.md).
+# Feature matching on any data on a CPU. On CIFAR-10 at IPC 10, factor 2 gains 13 points on held-out images; a weight
+# of 4 for the cross-entropy suits experts of 15 epochs (bench/results/bases.md).
 QUICK_TGDD: Sections = {
     "experts": {"epochs": 15, "momentum": 0.9, "weight_decay": 5e-4},
     "match": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tadperf.report.text import one_line
@@ -53,6 +54,7 @@ def run_values(result: Mapping[str, Any], class_names: Sequence[str]) -> dict[st
             shlex.join(["tadperf", "show", paths["run"]]),
         ],
         "columns": COLUMNS if trust["rounds"] else None,
+        "list_name": "labels.csv",
         "facts": {
             "data": source,
             "training images": data["train"],
@@ -103,6 +105,7 @@ def audit_values(result: Mapping[str, Any], class_names: Sequence[str], has_imag
         if has_images
         else [],
         "columns": COLUMNS,
+        "list_name": Path(csv).name,
         "facts": {
             "data": source,
             "labels": samples,
