@@ -104,7 +104,8 @@ def test_a_base_sees_small_images_enlarged_and_its_gradient_is_that_of_the_small
     config = Config().match
     images = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     state = initial_state(images, torch.arange(4), config)
-    problem = MatchProblem(None, None, config, "none", 0, side=7)
+    unused: Any = None
+    problem = MatchProblem(unused, unused, config, "none", 0, side=7)
     base = open_base(Distance, state, problem)
     assert (base.layers, base.learns_lr, base.exploded) == (("a",), True, 7.0)
     wide = F.interpolate(images, size=(7, 7), mode="bilinear")
