@@ -80,6 +80,8 @@ def _cell(distilled: DistilledSet, longest: int, classes: int) -> tuple[int, int
 def _headline(distilled: DistilledSet, columns: int, longest: int, classes: int, note: str) -> str:
     images = f"{longest} image{'s' if longest > 1 else ''} each"
     images = images if columns == longest else f"{columns} of {longest} images each"
+    if distilled.stored is not None:
+        images += f" (stored {distilled.stored.shape[2]} x {distilled.stored.shape[3]})"
     total = distilled.num_classes
     shown = f"{total} class{'es' if total > 1 else ''}" if classes == total else f"{classes} of {total} classes"
     name, method = distilled.data.get("name", ""), distilled.config.get("match", {}).get("method", "")

@@ -306,3 +306,14 @@ def test_a_gpu_that_autograd_has_not_seen_does_not_prevent_forks(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     pids = {pid for _, pid in run_parallel(lambda _: os.getpid(), [1, 2], 2)}
     assert os.getpid() not in pids
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [(None, 4), ("1", 1), ("3", 3), ("9", 4), ("2,1", 2), ("", 4), ("0", 4), ("many", 4)]
+)
+def test_a_large_step_takes_all_cores_but_no_more_threads_than_the_user_allows(monkeypatch, given, threads):
+    """Two jobs of two threads each on two cores took four times as long as two jobs of one thread."""
+    monkeypatch.setattr(workers, "available_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert workers.threads_for(workers.PARALLEL_FROM) == threads
+    assert workers.threads_for(workers.PARALLEL_FROM - 1) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +57,14 @@ def test_the_picture_of_a_large_set_has_a_limited_size():
     labels = torch.arange(200 * 20) % 200
     picture = draw_grid(distilled(torch.zeros(200 * 20, 1, 32, 32, dtype=torch.uint8), labels, 200))
     assert picture.width * picture.height < 1.2 * MEGAPIXELS * 1e6
+
+
+def test_the_headline_says_that_images_are_stored_small(monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr("tadperf.report.grid.draw_text", lambda draw, place, text, *_: written.append(text))
+    full = distilled(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), 2)
+    draw_grid(full)
+    assert written[0] == "made up: 2 classes, 2 images each, seed 0"
+    written.clear()
+    draw_grid(replace(full, stored=torch.zeros(4, 1, 4, 4)))
+    assert written[0] == "made up: 2 classes, 2 images each (stored 4 x 4), seed 0"
