@@ -45,7 +45,7 @@ SECTIONS = {  # the sections of the metadata, and their JSON types
     "data": dict,
 }
 UNNAMED = "unnamed_classes"  # in `data`: the classes are known by their numbers only
-MAX_SIDE = 4096  # pixels to which a file may ask to enlarge its images
+MAX_FACTOR = 8  # the largest match.factor: a file of others may not ask for more memory than this
 CHUNK = 8192  # test images normalised at a time; not tuned
 
 
@@ -377,7 +377,8 @@ def _assemble(tensors: dict[str, Tensor], values: dict[str, Any]) -> DistilledSe
 
 
 def _enlarged(stored: Tensor, side: Any) -> Tensor:
-    if type(side) is not int or not 0 < side <= MAX_SIDE or stored.ndim != 4 or stored.shape[2] != stored.shape[3]:
+    small = stored.shape[-1]
+    if type(side) is not int or stored.ndim != 4 or stored.shape[2] != small or not small <= side <= MAX_FACTOR * small:
         raise ValueError(f"side = {side} does not fit {describe_tensor(stored)}")
     return enlarge(stored, side)
 

@@ -101,7 +101,7 @@ def test_a_set_of_small_images_is_stored_small_and_loaded_enlarged(tmp_path):
     assert json.loads(metadata["tadperf"])["schema"] == 2
 
 
-@pytest.mark.parametrize("side", [0, -8, 5000, 8.0, "8", None, True])
+@pytest.mark.parametrize("side", [0, -8, 3, 33, 8.0, "8", None, True])
 def test_a_wrong_side_of_small_images_is_refused(tmp_path, side):
     small().save(tmp_path / "d")
     tensors, metadata = load_tensors(tmp_path / "d")
