@@ -127,8 +127,9 @@ def _run_cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         cards.append(("test accuracy", _score(first), "of networks trained on the distilled set"))
     if full := result["baselines"].get("full_data"):
         cards.append(("all images", _score(full), "accuracy of networks trained on all images, given labels"))
-    count = result["ipc"] * data["classes"]
-    cards.append(("distilled images", f"{count}", f"{result['ipc']} for each of {data['classes']} classes"))
+    count, parts = result["ipc"] * data["classes"], result.get("factor", 1) ** 2
+    small = f", each in the form of {parts} small ones" if parts > 1 else ""
+    cards.append(("distilled images", f"{count}", f"{result['ipc']} for each of {data['classes']} classes{small}"))
     if trust["rounds"]:
         cards.append(("labels kept", percent(trust["coverage"]), f"of {data['train']} training labels"))
     cards.append(("time", duration(result["seconds"]), f"on {result['device']}"))

@@ -33,6 +33,7 @@ def test_feature_matching_runs_and_a_resumed_run_ends_with_the_same_bytes(tiny_c
         with Run.create(place, config, resume) as opened:
             result = distill_task(task, opened, progress, evaluate=False)
         assert result["method"] == "tgdd"
+        assert result.get("factor", 1) == factor
         return (place / "distilled.safetensors").read_bytes()
 
     whole = run(tmp_path / "whole")

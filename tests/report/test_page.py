@@ -24,7 +24,7 @@ from tadperf.nets.training import Recipe
 from tadperf.report import page as page_module
 from tadperf.report.page import ShownPairs, save_audit_page, save_run_page
 from tadperf.report.page_images import ByteBudget, data_uri, distilled_rows, suspect_groups
-from tadperf.report.page_values import percent, shown_name, shown_path
+from tadperf.report.page_values import percent, run_values, shown_name, shown_path
 from tadperf.report.words import COLUMNS
 from tadperf.trust.state import TrustState
 
@@ -183,6 +183,14 @@ def test_a_run_has_every_section_and_names_each_file(tmp_path):
     assert "train/58.jpg: given dog, suggested owl" in alts
     assert "distilled image 1 of 1 of class owl" in alts
     assert len(alts) == 30 + 3
+
+
+@pytest.mark.parametrize(("factor", "text"), [({}, ""), ({"factor": 2}, ", each in the form of 4 small ones")])
+def test_small_images_are_counted_by_their_memory(factor, text):
+    cards = {
+        title: (value, note) for title, value, note in run_values(run_result(3, **factor), ("a", "b", "c"))["cards"]
+    }
+    assert cards["distilled images"] == ("3", f"1 for each of 3 classes{text}")
 
 
 def test_the_images_are_those_of_the_samples(tmp_path):
