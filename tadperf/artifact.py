@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tadperf.compute.device import resolve_device
 from tadperf.compute.versions import tadperf_version, versions
 from tadperf.config import Config, NetConfig
-from tadperf.config.schema import Network
+from tadperf.config.schema import MAX_FACTOR, Network
 from tadperf.data import augment
 from tadperf.data.convert import as_tensor, label_logits, number_names
 from tadperf.data.dataset import Dataset, describe_tensor
@@ -45,7 +45,6 @@ SECTIONS = {  # the sections of the metadata, and their JSON types
     "data": dict,
 }
 UNNAMED = "unnamed_classes"  # in `data`: the classes are known by their numbers only
-MAX_FACTOR = 8  # the largest match.factor: a file of others may not ask for more memory than this
 CHUNK = 8192  # test images normalised at a time; not tuned
 
 

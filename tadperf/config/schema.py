@@ -15,6 +15,7 @@ from tadperf.errors import UserError
 # Version of config.json, stored under the key "schema". Raise it when a field is removed or changes its meaning.
 # A file without the key has version 0: it was written before versions were stored.
 SCHEMA = 1
+MAX_FACTOR = 8  # of match.factor, and of the enlargement that a file may ask for
 
 Network = Literal["convnet", "resnet10", "resnet18", "resnet18bn", "alexnet", "vgg11", "vgg11bn", "densenet121"]
 Backend = Literal["auto", "eager", "inductor", "cudagraphs", "tensorrt"]  # for compute.compile.compile_for_inference
@@ -171,7 +172,7 @@ class MatchConfig(Section):
     factor: int = Field(
         default=1,
         ge=1,
-        le=8,
+        le=MAX_FACTOR,
         description="in the memory of an image, stores factor^2 small ones, enlarged for networks (multi-formation)",
     )
     iterations: int = Field(default=5000, ge=1, description="outer steps")
